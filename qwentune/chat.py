@@ -1,0 +1,138 @@
+"""`qwentune chat RUN`: talk to the tuned model as it was trained."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwentune import console
+from qwentune.errors import EXIT_OK, Problem, UsageError
+
+if TYPE_CHECKING:
+    from qwentune.data.sample import Message
+    from qwentune.exporting.finished import FinishedRun
+
+MAX_NEW_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One reply; `stopped` is false where the length limit ended it."""
+
+    reasoning: str
+    answer: str
+    stopped: bool
+    tokens: int
+
+
+def chat(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    message: Annotated[str | None, typer.Option(help="Print one greedy answer and end.")] = None,
+    thinking: Annotated[str | None, typer.Option(help="on or off; default: as most turns were trained.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+) -> None:
+    """Talk to the tuned model, with its own template and stop tokens."""
+    console.end(console.run(lambda: run_chat(run, message, thinking, as_json)))
+
+
+def run_chat(folder: Path, message: str | None, thinking: str | None, as_json: bool) -> int:
+    """Answers one message, or a dialogue on stdin; the exit code."""
+    from qwentune.data.sample import Message
+    from qwentune.exporting.finished import open_run
+
+    if thinking not in (None, "on", "off"):
+        raise UsageError(Problem("--thinking", f"{thinking!r} is neither on nor off"))
+    speaker = _Speaker(open_run(folder), thinking)
+    if message is not None:
+        answer = speaker.answer([Message("user", message)])
+        if as_json:
+            print(json.dumps({"answer": answer.answer, "stopped": answer.stopped, "tokens": answer.tokens}))
+        else:
+            _print(answer)
+        return EXIT_OK
+    history: list[Message] = []
+    console.say("Type a message; an empty line ends the chat.")
+    while line := sys.stdin.readline().strip():
+        history.append(Message("user", line))
+        answer = speaker.answer(history)
+        _print(answer)
+        history.append(Message("assistant", answer.answer, reasoning=answer.reasoning or None))
+    return EXIT_OK
+
+
+def _print(answer: Answer) -> None:
+    if answer.reasoning:
+        console.say(f"(thinking) {answer.reasoning}")
+    print(answer.answer, flush=True)
+    if not answer.stopped:
+        console.say(f"(cut after {answer.tokens} tokens)")
+
+
+class _Speaker:
+    """The tuned model with the prompt it was trained after."""
+
+    def __init__(self, run: FinishedRun, thinking: str | None) -> None:
+        import torch
+
+        from qwentune.data.render import Renderer, RenderOptions
+        from qwentune.exporting.merge import load_tuned
+        from qwentune.exporting.package import main_mode
+        from qwentune.model.load import silence_loading, weights_folder
+
+        if run.template is None:
+            raise UsageError(Problem(str(run.folder), "was trained without a chat template, so there is no chat"))
+        silence_loading()
+        self.run = run
+        self.mode: Any = main_mode(run.report)
+        if thinking is not None and run.template.has_thinking_switch:
+            self.mode = "thinking" if thinking == "on" else "non_thinking"
+        options = RenderOptions(max_tokens=sys.maxsize, unsupported_reasoning="drop", system=run.data.system)
+        self.renderer = Renderer(run.tokenizer, run.template, options)
+        base = weights_folder(run.model, run.revision) if run.has_adapter else run.trained
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = load_tuned(base, run.trained if run.has_adapter else None).to(device)
+        generation = json.loads((run.trained / "generation_config.json").read_bytes())
+        self.stops: list[int] = generation["eos_token_id"]
+        self.pad: int = generation["pad_token_id"]
+
+    def answer(self, messages: list[Message]) -> Answer:
+        """The greedy answer to a dialogue."""
+        import torch
+
+        prompt = self.renderer.prompt(messages, self.mode)
+        ids = torch.tensor([prompt], device=self.model.device)
+        with torch.no_grad():
+            generated = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                use_cache=True,
+                eos_token_id=self.stops,
+                pad_token_id=self.pad,
+            )[0, len(prompt) :].tolist()
+        stopped = bool(generated) and generated[-1] in self.stops
+        prompted = self.run.tokenizer.decode(prompt[-8:])
+        text = self.run.tokenizer.decode(generated[:-1] if stopped else generated)
+        reasoning, answer = split_answer(text, opened=prompted.endswith("<think>\n"))
+        return Answer(reasoning, answer, stopped, len(generated))
+
+
+def split_answer(text: str, *, opened: bool) -> tuple[str, str]:
+    """Reasoning and answer of what a model wrote; `opened`: its prompt ended inside the block."""
+    if not (opened or text.lstrip().startswith("<think>")) or "</think>" not in text:
+        return "", text
+    reasoning, answer = text.split("</think>", 1)
+    return reasoning.replace("<think>", "", 1).strip("\n"), answer.lstrip("\n")
+
+
+if __name__ == "__main__":
+    console.main(chat)

@@ -1,0 +1,58 @@
+"""The verbs of `qwentune`."""
+
+from __future__ import annotations
+
+import typer
+
+from qwentune import __version__
+from qwentune.chat import chat
+from qwentune.export import export
+from qwentune.plan import plan
+from qwentune.preview import preview
+from qwentune.supervise import train
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help=f"Fine-tune Qwen models (version {__version__}). First preview, then plan, then train.",
+)
+for verb in (preview, plan, train, export, chat):
+    app.command()(verb)
+
+
+@app.command()
+def models() -> None:
+    """List the checkpoints that qwentune knows."""
+    from qwentune.facts.models import MODELS
+
+    for name, spec in MODELS.items():
+        print(f"{name:<44} {spec.parameters / 1e9:>7.2f} B  {spec.kind:<9} {spec.model_type:<10} {spec.licence}")
+
+
+@app.command()
+def gpus() -> None:
+    """List the GPUs that qwentune knows, with the memory a program can use."""
+    from qwentune.facts.gpus import GPUS
+
+    for name, spec in GPUS.items():
+        rate = "no bf16" if spec.bf16_tflops is None else f"{spec.bf16_tflops:g} bf16 TFLOP/s"
+        print(f"{name:<16} {spec.total_bytes / 2**30:>7.2f} GiB  {rate}")
+
+
+@app.command()
+def keys() -> None:
+    """List the keys of a recipe with their defaults."""
+    from qwentune.recipe import describe_keys, render_keys
+
+    print(render_keys(describe_keys()))
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

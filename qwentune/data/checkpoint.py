@@ -1,0 +1,91 @@
+"""The folder that holds a checkpoint's config, tokenizer and template: local, built in, or a hub snapshot."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from qwentune.data.vocabulary import write_tokenizer
+from qwentune.errors import Problem, UsageError
+from qwentune.facts.models import ModelSpec, model_spec
+
+BUILTIN = "builtin:"
+DESCRIPTION_FILES = ["*.json", "*.jinja", "merges.txt"]
+WEIGHT_FILES = [*DESCRIPTION_FILES, "*.safetensors"]
+
+
+def cache_folder() -> Path:
+    """Where qwentune keeps what can be made again: `$QWENTUNE_CACHE`, else `~/.cache/qwentune`."""
+    return Path(os.environ.get("QWENTUNE_CACHE") or Path.home() / ".cache" / "qwentune")
+
+
+def checkpoint_folder(model: str, revision: str | None = None, *, weights: bool = False) -> Path:
+    """The local folder of a checkpoint; its weights are fetched only where they are asked for.
+
+    Raises UsageError where the model is neither a folder, nor built in, nor to be had from the hub.
+    """
+    if model.startswith(BUILTIN):
+        return _builtin_folder(model)
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    spec = model_spec(model)
+    try:
+        patterns = WEIGHT_FILES if weights else DESCRIPTION_FILES
+        return Path(snapshot_download(spec.id, revision=revision, allow_patterns=patterns))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        fix = "Check the connection, or download the checkpoint and give its folder as `model`."
+        raise UsageError(Problem(spec.id, f"cannot be fetched from the hub: {reason}", fix)) from None
+
+
+def _builtin_folder(model: str) -> Path:
+    """A checkpoint without weights, written once: Qwen's real vocabulary around a model small enough for a CPU."""
+    spec = model_spec(model)
+    folder = cache_folder() / "builtin" / model.removeprefix(BUILTIN)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=folder.parent))
+        write_tokenizer(staging, "qwen3")
+        (staging / "chat_template.jinja").write_text(_qwen3_chat_template(), encoding="utf-8")
+        (staging / "config.json").write_text(json.dumps(_config(spec), indent=2) + "\n")
+        try:
+            staging.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(staging)
+    return folder
+
+
+def _qwen3_chat_template() -> str:
+    # TRL ships Qwen's own template; `find_spec` finds the file without importing TRL and, with it, torch.
+    package = find_spec("trl")
+    assert package is not None
+    assert package.submodule_search_locations
+    return (Path(package.submodule_search_locations[0]) / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
+
+
+def _config(spec: ModelSpec) -> dict[str, object]:
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": spec.model_type,
+        "num_hidden_layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab_size": spec.vocab_rows,
+        "tie_word_embeddings": spec.tied,
+        "max_position_embeddings": spec.max_positions,
+        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_theta},
+        "dtype": "float32",
+        "eos_token_id": 151645,
+        "bos_token_id": None,
+        "pad_token_id": 151643,
+    }

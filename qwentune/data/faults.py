@@ -1,0 +1,86 @@
+"""What is wrong with one row: all of it, in the words of the row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+from qwentune.data.sample import Json, Source
+from qwentune.data.strict_json import JsonFaultError, parse_json
+from qwentune.errors import Problem
+
+LONGEST_EXCERPT = 40  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """Collects the problems of one row; `path` in its methods is the place inside the row (`messages[2].content`)."""
+
+    source: Source
+    problems: list[Problem] = field(default_factory=list[Problem])
+
+    def add(self, what: str, fix: str = "") -> None:
+        """Note one problem."""
+        self.problems.append(Problem(str(self.source), what, fix))
+
+    def text(self, row: Mapping[str, Json], key: str, path: str, *, required: bool = False) -> str | None:
+        """The text under `key`; None where it is absent, null or no text, the latter noted as a problem."""
+        value = row.get(key)
+        if isinstance(value, str):
+            return value
+        if value is not None or required:
+            self.add(f"{path} is {described(value) if key in row else 'missing'}", "A text is needed.")
+        return None
+
+    def listed(self, value: Json, path: str) -> list[Json]:
+        """The list, or the one that a text of JSON holds, as table files store it; [] with a problem otherwise."""
+        if isinstance(value, str):
+            value = self.parsed(value, path)
+            if value is None:
+                return []
+        if isinstance(value, list):
+            return value
+        self.add(f"{path} is {described(value)}", "A list is needed.")
+        return []
+
+    def parsed(self, text: str, path: str) -> Json:
+        """The value of a text of JSON; None with a problem where it is none."""
+        try:
+            value = parse_json(text)
+        except JsonFaultError as fault:
+            self.add(f"{path} is a text that is no JSON, at column {fault.column or 1}: {fault.what}", fault.fix)
+            return None
+        if value is None:
+            self.add(f"{path} is the text 'null'", "Leave it out instead.")
+        return value
+
+    def misspelt(self, row: Mapping[str, Json], known: tuple[str, ...], allowed: tuple[str, ...], path: str) -> None:
+        """Note keys that are nearly a known one: taken for unknown, they would silently change what is trained."""
+        for key in row.keys() - set(known) - set(allowed):
+            near = get_close_matches(key, known, n=1, cutoff=0.8)
+            if near:
+                self.add(f"{path}the unknown key {key!r}", f"Did you mean {near[0]!r}? Else rename it.")
+
+
+def described(value: Json) -> str:
+    """The kind of a value and how it begins: `the text 'abc'`, `the number 3`, `null`."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return f"the text {shortened(value)!r}"
+        case int() | float():
+            return f"the number {shortened(str(value))}"
+        case list():
+            return f"the list {shortened(json.dumps(value, ensure_ascii=False))}"
+        case dict():
+            return f"the object {shortened(json.dumps(value, ensure_ascii=False))}"
+
+
+def shortened(text: str) -> str:
+    """The text, or its beginning and an ellipsis."""
+    return text if len(text) <= LONGEST_EXCERPT else text[:LONGEST_EXCERPT] + "…"

@@ -1,0 +1,117 @@
+"""Rows of data files, as a stream, each with the place it stands at."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from qwentune.data.json_rows import NumberedValue, read_json_rows
+from qwentune.data.sample import Json, Source
+from qwentune.data.tables import read_csv_rows, read_parquet_rows
+from qwentune.errors import DataError, Problem, nearest
+from qwentune.shipped import shipped
+
+Reader = Callable[[io.BufferedReader, str, list[Problem]], Iterator[NumberedValue]]
+
+READERS: dict[str, Reader] = {
+    ".jsonl": read_json_rows,
+    ".json": read_json_rows,
+    ".csv": read_csv_rows,
+    ".parquet": read_parquet_rows,
+}
+COMPRESSIONS = (".gz", ".zst")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row as it was read: any JSON value, and where it stands."""
+
+    source: Source
+    value: Json
+
+
+def read_rows(path: str, problems: list[Problem]) -> Iterator[Row]:
+    """The rows of a local file, one at a time; whatever cannot be read goes to `problems`, and reading goes on.
+
+    Takes the endings of `READERS`, each also with one of `COMPRESSIONS`. A missing path under `data_templates/` falls
+    back to the shipped file.
+    """
+    file = shipped(path)
+    problem = _unreadable(path, file)
+    if problem is not None:
+        problems.append(problem)
+        return
+    num_problems = len(problems)
+    is_empty = True
+    try:
+        with closing(_open(file)) as stream:
+            for number, value in READERS[_ending(file)](stream, path, problems):
+                is_empty = False
+                yield Row(Source(path, number), value)
+    except (OSError, EOFError, zlib.error) as error:  # also what gzip and Arrow raise for broken compressed data
+        reason = getattr(error, "strerror", None) or str(error)
+        problems.append(Problem(path, f"the file cannot be read to its end: {reason}", "Download or write it again."))
+    if is_empty and len(problems) == num_problems:
+        problems.append(Problem(path, "the file holds no rows", "Write at least one row."))
+
+
+def content_sha256(path: str) -> str:
+    """The SHA-256 of the file's bytes, in hexadecimal; DataError where there is no such file."""
+    file = shipped(path)
+    problem = _unreadable(path, file)
+    if problem is not None:
+        raise DataError(problem)
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(Problem(path, f"the file cannot be read: {error.strerror}")) from None
+
+
+def _ending(file: Path) -> str:
+    """The ending that names the kind of file, without that of a compression."""
+    return (file.with_suffix("") if file.suffix in COMPRESSIONS else file).suffix
+
+
+def _open(file: Path) -> io.BufferedReader:
+    if file.suffix == ".gz":
+        return io.BufferedReader(gzip.open(file))
+    if file.suffix == ".zst":
+        import pyarrow  # slow to import; unlike zstandard's reader it reports data that ends too early
+
+        stream: BinaryIO = pyarrow.input_stream(str(file), compression="zstd")
+        return io.BufferedReader(stream)
+    return file.open("rb")
+
+
+def _unreadable(path: str, file: Path) -> Problem | None:
+    """What keeps the path from being read as rows; None where nothing does."""
+    if file.is_dir():
+        return Problem(path, "this is a folder", "Name a file; several files are several entries of data.train.")
+    if not file.exists():
+        return _missing(path, file)
+    if not file.is_file():
+        return Problem(path, "this is no regular file", "Write the rows into a file first.")
+    if _ending(file) not in READERS:
+        endings = ", ".join(READERS)
+        what = f"the ending {_ending(file)!r} names no kind of data file"
+        return Problem(path, what, f"Files end in {endings}, each also with {' or '.join(COMPRESSIONS)}.")
+    return None
+
+
+def _missing(path: str, file: Path) -> Problem:
+    if file.suffix == "" and path.count("/") == 1 and not file.parent.is_dir():
+        fix = f"Download it first (hf download --repo-type dataset {path} --local-dir data) and name its file."
+        return Problem(path, "there is no such file; as a hub dataset it cannot be read directly", fix)
+    if not file.parent.is_dir():
+        return Problem(path, f"there is no such file, and no folder {str(file.parent)!r}", "Check the path.")
+    known = (entry.name for entry in file.parent.iterdir() if entry.is_file())
+    fix = nearest(file.name, known).strip() or "Paths are relative to the current directory."
+    return Problem(path, "there is no such file", fix)

@@ -1,0 +1,146 @@
+"""What there is to say about a run's data: counts, lengths, modes, what was dropped, and what deserves a warning."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qwentune.data.render import Dropped, Outcome, Rendered
+from qwentune.data.template import ChatTemplate
+from qwentune.data.tokenizer import Tokenizer
+
+LENGTH_EDGES = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+
+
+@dataclass
+class Report:
+    """Gathers the outcomes of all samples, then says what the whole of them is like."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    thinking: str
+    modes: Counter[str] = field(default_factory=Counter[str])
+    counts: Counter[str] = field(default_factory=Counter[str])
+
+    def add(self, outcome: Outcome) -> None:
+        """Counts one sample in."""
+        self.modes.update(outcome.modes)
+        self.counts["samples"] += 1
+        self.counts["rows_with_problems"] += bool(outcome.problems)
+        self.counts["turns_with_reasoning"] += outcome.turns_with_reasoning
+        self.counts["unreachable_turns"] += outcome.unreachable_turns
+        self.counts["unstructured_reasoning"] += outcome.unstructured_reasoning
+        self.counts["forged_control_tokens"] += outcome.forged_control_tokens
+        if outcome.examples:
+            self.counts["rendering_tokens"] += outcome.rendering_tokens
+            self.counts["texts"] += sum(not example.turns for example in outcome.examples)
+
+    @property
+    def num_trained_turns(self) -> int:
+        """Trained turns of conversations, and pieces of texts."""
+        return sum(self.modes.values()) + self.counts["texts"]
+
+    def finish(
+        self,
+        rendered: Sequence[Rendered],
+        train: Sequence[int],
+        evaluation: Sequence[int],
+        dropped: Sequence[Dropped],
+    ) -> dict[str, Any]:
+        """The report as JSON: whole-dataset numbers, no text of any row."""
+        lengths = np.asarray([len(example.input_ids) for example in rendered], dtype=np.int64)
+        trained = sum(sum(weight != 0 for weight in example.weights) for example in rendered)
+        tokens = int(lengths.sum())
+        report: dict[str, Any] = {
+            "schema": 1,
+            "samples": self.counts["samples"],
+            "examples": len(rendered),
+            "train_examples": len(train),
+            "eval_examples": len(evaluation),
+            "tokens": tokens,
+            "trained_tokens": trained,
+            "expansion_factor": round(tokens / max(1, self.counts["rendering_tokens"]), 3),
+            "lengths": self._lengths(lengths),
+            "trained_turns": sum(self.modes.values()),
+            "modes": dict(sorted(self.modes.items())),
+            "turns_with_reasoning": self.counts["turns_with_reasoning"],
+            "unreachable_turns": self.counts["unreachable_turns"],
+            "forged_control_tokens": self.counts["forged_control_tokens"],
+            "stop_tokens": self._stop_tokens(rendered),
+            "dropped": dict(Counter(_kind(drop) for drop in dropped)),
+            "template": self._template(),
+        }
+        report["warnings"] = self._warnings(report)
+        return report
+
+    def _lengths(self, lengths: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, Any]:
+        edges = [0, *LENGTH_EDGES, int(max(lengths.max(initial=0), LENGTH_EDGES[-1])) + 1]
+        counts, _ = np.histogram(lengths, bins=np.asarray(edges) + 1)
+        last = max((k for k, count in enumerate(counts) if count), default=0)
+        return {
+            "max": int(lengths.max(initial=0)),
+            "mean": round(float(lengths.mean()), 1) if len(lengths) else 0.0,
+            "histogram": [{"up_to": edges[k + 1], "examples": int(counts[k])} for k in range(last + 1)],
+        }
+
+    def _stop_tokens(self, rendered: Sequence[Rendered]) -> dict[str, int]:
+        """The tokens that end a trained span, with how often each does."""
+        names = {token_id: name for name, token_id in self.tokenizer.control_ids.items()}
+        ends: Counter[str] = Counter()
+        for example in rendered:
+            weights = [*example.weights, 0.0]
+            for k, token in enumerate(example.input_ids):
+                if weights[k] and not weights[k + 1] and token in names:
+                    ends[names[token]] += 1
+        return dict(ends.most_common())
+
+    def _template(self) -> dict[str, Any] | None:
+        if self.template is None:
+            return None
+        return {
+            "thinking_switch": self.template.has_thinking_switch,
+            "default_mode": self.template.default_mode,
+            "reasoning_form": self.template.reasoning_form,
+            "args": dict(self.template.args),
+        }
+
+    def _warnings(self, report: dict[str, Any]) -> list[str]:
+        warnings: list[str] = []
+        plain_turns = report["trained_turns"] - report["turns_with_reasoning"]
+        under_default = self.modes["default"] + (
+            self.modes["thinking"] if self.template and self.template.default_mode == "thinking" else 0
+        )
+        if self.template and self.template.thinks_by_default and under_default > report["turns_with_reasoning"]:
+            count = min(plain_turns, under_default - report["turns_with_reasoning"])
+            warnings.append(
+                f"{count} turns without reasoning are trained under the prompt after which this model thinks by "
+                "default: it will learn not to think there"
+            )
+        if self.thinking != "auto" and self.template and not self.template.has_thinking_switch:
+            warnings.append(f"data.thinking={self.thinking} has no effect: the chat template has no thinking switch")
+        if self.counts["unstructured_reasoning"]:
+            warnings.append(
+                f"{self.counts['unstructured_reasoning']} turns hold <think> blocks that this chat template does not "
+                "treat as reasoning: they are trained as written"
+            )
+        if report["forged_control_tokens"]:
+            warnings.append(
+                f"{report['forged_control_tokens']} control tokens are spelled in texts of the data: they are encoded "
+                "as plain text, a server may read them as control tokens"
+            )
+        if report["unreachable_turns"]:
+            warnings.append(f"{report['unreachable_turns']} turns have no user turn before them: not trained")
+        if report["expansion_factor"] > 1.5:
+            warnings.append(
+                f"the chat template rewrites history, so each dialogue is rendered {report['expansion_factor']:.1f} "
+                "times on average; data.turns=last trains only the last turn of each"
+            )
+        return warnings
+
+
+def _kind(drop: Dropped) -> str:
+    return "too long" if drop.num_tokens else "bad row"

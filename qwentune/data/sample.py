@@ -1,0 +1,77 @@
+"""What a row means, before any tokenizer: a conversation or a text, and where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Source:
+    """Where a sample was read: the path as the recipe gives it and the line, counted from 1.
+
+    In files without lines (JSON arrays, Parquet) `line` is the number of the row, counted from 1.
+    """
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call of a tool by the assistant; `arguments` is an object, never a string of JSON."""
+
+    name: str
+    arguments: dict[str, Json]
+    extra: Mapping[str, Json] = field(default_factory=dict)  # id and whatever else the row gives
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message, normalised as inference servers do.
+
+    `role` is system, user, assistant or tool. `reasoning` is None where the row gives none. `weight` scales the loss
+    of an assistant turn; 0 makes it context only. `extra` holds other fields a template may read (`name`,
+    `tool_call_id`).
+    """
+
+    role: str
+    content: str | list[Json]
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    weight: float = 1.0
+    extra: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A dialogue with the tools it may use (each as the row gives it, an object)."""
+
+    source: Source
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Json], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A document for continued pre-training: all of it is trained."""
+
+    source: Source
+    text: str
+
+
+Sample: TypeAlias = Conversation | Text
+
+
+class RowError(Exception):
+    """A row that cannot be trained as it is: what is wrong with it, and how to mend it."""
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        self.what, self.fix = what, fix
+        super().__init__(what)

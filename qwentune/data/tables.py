@@ -1,0 +1,88 @@
+"""Rows of CSV and Parquet files, with nothing retyped and nothing filled in."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from qwentune.data.json_rows import LARGEST_ROW_BYTES, NumberedValue
+from qwentune.data.sample import Json
+from qwentune.errors import Problem
+
+ROWS_PER_BATCH = 256
+
+
+def read_csv_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterator[NumberedValue]:
+    """Objects of text by the names of the first line, numbered by the line they begin in.
+
+    Every value stays the text it is (`007`, `NA`); an empty cell is an absent field.
+    """
+    csv.field_size_limit(LARGEST_ROW_BYTES)
+    reader = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+    names: list[str] = []
+    line = 1
+    try:
+        for cells in reader:
+            if not names:
+                names = cells
+                if "" in names or len(set(names)) < len(names):
+                    what = f"the first line must name each column once; it has {names}"
+                    problems.append(Problem(f"{path}:{line}", what, "Name the columns as the row format does."))
+                    return
+            elif len(cells) == len(names):
+                yield line, {name: cell for name, cell in zip(names, cells, strict=True) if cell}
+            elif cells:
+                what = f"{len(cells)} cells stand under {len(names)} column names"
+                problems.append(Problem(f"{path}:{line}", what, "Quote cells that hold a comma or a line break."))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        problems.append(Problem(f"{path}:{line}", f"this is no CSV: {error}", "Write the file with a CSV library."))
+    except UnicodeDecodeError:
+        problems.append(Problem(f"{path}:{line}", "from here on the file is not UTF-8", "Save the file as UTF-8."))
+
+
+def read_parquet_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterator[NumberedValue]:
+    """Objects by column name, numbered from 1; null fields are absent at every depth.
+
+    An Arrow struct holds the fields of all rows, so a tool call would have the arguments of every tool as nulls; a null
+    that was meant cannot be told from those. Data with meant nulls keeps its arguments as texts of JSON.
+    """
+    import pyarrow as arrow  # slow to import, and few runs read Parquet
+    import pyarrow.parquet as parquet
+
+    with tempfile.TemporaryFile() as whole:
+        if not stream.seekable():  # decompressed on the way, while Parquet is read from its end
+            shutil.copyfileobj(stream, whole)
+            stream = whole
+        try:
+            batches: Any = parquet.ParquetFile(stream).iter_batches(batch_size=ROWS_PER_BATCH)
+            number = 0
+            for batch in batches:
+                for row in batch.to_pylist(maps_as_pydicts="strict"):
+                    number += 1
+                    try:
+                        yield number, _json_value(row)
+                    except ValueError as error:
+                        problems.append(Problem(f"{path}:{number}", str(error), "Store texts, numbers, lists, structs."))
+        except arrow.ArrowException as error:
+            problems.append(Problem(path, f"this is no readable Parquet file: {error}", "Write the file again."))
+
+
+def _json_value(value: Any) -> Json:
+    """The value without null fields; ValueError where JSON has no such value."""
+    if isinstance(value, dict):
+        fields: dict[str, Any] = value
+        return {str(key): _json_value(item) for key, item in fields.items() if item is not None}
+    if isinstance(value, list):
+        items: list[Any] = value
+        return [_json_value(item) for item in items]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"the row holds the number {value}")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"the row holds a value of the type {type(value).__name__}")

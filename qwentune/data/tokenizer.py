@@ -1,0 +1,118 @@
+"""A checkpoint's tokenizer, loaded without torch, in which no text can become a control token."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from qwentune.errors import Problem, UsageError
+
+CONTROL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Byte-level BPE of one checkpoint.
+
+    `control_ids` maps every `<|…|>` token to its id; `encode` never produces one of them. `<think>`, `<tool_call>` and
+    the like are no control tokens: text that spells them becomes them, as on an inference server.
+    """
+
+    backend: Backend
+    control_ids: dict[str, int]
+    special_tokens: dict[str, str]
+    chat_template: str | None
+    fingerprint: str
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Splits a rendering at its control tokens and keeps them."""
+        return re.compile("(" + "|".join(map(re.escape, self.control_ids)) + ")")
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text; no control token is recognised."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, control tokens written out."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    @property
+    def end_of_text_id(self) -> int:
+        """The id of the token that ends a document."""
+        return self.control_ids[END_OF_TEXT]
+
+    @property
+    def eos_token(self) -> str | None:
+        """The token that the checkpoint itself names as its end: a base model says `<|endoftext|>`."""
+        return self.special_tokens.get("eos_token")
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder (`tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`).
+
+    Raises UsageError where a file is missing or unreadable.
+    """
+    try:
+        document = json.loads((folder / "tokenizer.json").read_bytes())
+        config_file = folder / "tokenizer_config.json"
+        config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
+    except (OSError, ValueError) as error:
+        fix = "The folder needs tokenizer.json and tokenizer_config.json of the checkpoint."
+        raise UsageError(Problem(str(folder), f"no readable tokenizer: {error}", fix)) from None
+    tokens = _added_tokens(document["added_tokens"], config.get("added_tokens_decoder", {}))
+    for token in tokens:
+        # `encode_special_tokens` spares exactly the tokens flagged special, and Qwen does not flag the FIM ones.
+        token["special"] = CONTROL_TOKEN.fullmatch(token["content"]) is not None
+    document["added_tokens"] = tokens
+    text = json.dumps(document, ensure_ascii=False)
+    backend = Backend.from_str(text)
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return Tokenizer(
+        backend=backend,
+        control_ids={token["content"]: token["id"] for token in tokens if token["special"]},
+        special_tokens=_special_tokens(config),
+        chat_template=_chat_template(folder, config),
+        fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+    )
+
+
+def _added_tokens(listed: list[dict[str, Any]], decoder: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    # Qwen3-Base lists `<think>` only in tokenizer_config.json; transformers adds such tokens at load, so do we.
+    tokens = {token["id"]: dict(token) for token in listed}
+    for key, token in decoder.items():
+        tokens.setdefault(int(key), {"id": int(key), **token})
+    return [tokens[key] for key in sorted(tokens)]
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in SPECIAL_TOKENS:
+        token = config.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            found[name] = token
+    return found
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates: a server takes the one called default
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    return template

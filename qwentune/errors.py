@@ -1,0 +1,96 @@
+"""Every error a user can meet: what is wrong, where, how to mend it; and the exit code it ends with."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong.
+
+    `where` is a place a person can open (`file:line:column`, `file:line` or a key), `what` states the fault with the
+    offending value, `fix` says how to mend it.
+    """
+
+    where: str
+    what: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        head = f"{self.where}  {self.what}" if self.where else self.what
+        return f"{head}\n    {self.fix}" if self.fix else head
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; printed without a traceback, all problems at once."""
+
+    exit_code: ClassVar[int] = 2
+    closing: ClassVar[str] = "Nothing was started."
+
+    def __init__(self, problems: Problem | Sequence[Problem], closing: str | None = None) -> None:
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        lines = [str(problem) for problem in self.problems]
+        count = len(self.problems)
+        lines.append(f"{count} problem{'s' if count != 1 else ''}. {self.closing if closing is None else closing}")
+        super().__init__("\n".join(lines))
+
+
+class UsageError(UserError):
+    """A command line or an environment that cannot work."""
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be read or contradicts itself."""
+
+    closing = "Nothing was loaded."
+
+
+class DataError(UserError):
+    """Rows that cannot be trained as they are."""
+
+    exit_code = 3
+    closing = "Nothing was written."
+
+
+class DoesNotFitError(UserError):
+    """A run that needs more memory or disk than there is."""
+
+    exit_code = 4
+    closing = "No weight was read."
+
+
+class ResumeError(UserError):
+    """No usable checkpoint, or one that does not belong to this run."""
+
+    exit_code = 5
+    closing = "Nothing was changed."
+
+
+class NotFiniteError(UserError):
+    """A loss, gradient or weight that is NaN or infinite."""
+
+    exit_code = 6
+    closing = "The last good checkpoint is kept."
+
+
+class RunInUseError(UserError):
+    """A run folder that another process holds."""
+
+    exit_code = 7
+    closing = "Nothing was changed."
+
+
+EXIT_OK = 0
+EXIT_BUG = 1
+EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The sentence ` Did you mean 'x'?` for the closest known name, or an empty string."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{matches[0]}'?" if matches else ""

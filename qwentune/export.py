@@ -1,0 +1,104 @@
+"""`qwentune export RUN`: a folder that transformers and vLLM load."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwentune import console
+from qwentune.errors import EXIT_OK, Problem, UsageError, UserError
+
+if TYPE_CHECKING:
+    from qwentune.exporting.finished import FinishedRun
+
+VERIFY_PROMPTS = 8
+LOGIT_TOLERANCE_FP32 = 1e-4
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapters into the base weights.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Load the result and compare it with the run.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", help="Where to; default RUN/export or RUN/merged.")] = None,
+) -> None:
+    """Package a finished run: weights, tokenizer, template, generation config, model card."""
+    console.end(console.run(lambda: run_export(run, merge, verify, output)))
+
+
+def run_export(folder: Path, merge: bool, verify: bool, output: Path | None) -> int:
+    """Writes the package, whole or not at all; the exit code."""
+    from qwentune.exporting.finished import open_run
+
+    run = open_run(folder)
+    target = output or folder / ("merged" if merge else "export")
+    if target.exists():
+        raise UsageError(Problem(str(target), "exists already", "Remove it, or name another folder with -o."))
+    staging = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        _write(run, merge, staging)
+        if verify:
+            _verify(run, staging)
+        os.rename(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    console.say(f"exported to {target}")
+    flags = _flags(run)
+    if flags:
+        console.say(f"serve it as it was trained: vllm serve {target} --default-chat-template-kwargs '{flags}'")
+    return EXIT_OK
+
+
+def _flags(run: FinishedRun) -> str:
+    from qwentune.exporting.package import serving_flags
+
+    flags = serving_flags(run.report)
+    return json.dumps(flags) if flags else ""
+
+
+def _write(run: FinishedRun, merge: bool, target: Path) -> None:
+    from qwentune.exporting.package import stop_token_ids, write_package
+
+    if merge and run.has_adapter:
+        from qwentune.exporting.merge import merge as merge_adapter
+        from qwentune.model.load import silence_loading, weights_folder
+
+        silence_loading()
+        merge_adapter(weights_folder(run.model, run.revision), run.trained, target)
+        write_package(
+            target,
+            run.trained,
+            chat_template=run.tokenizer.chat_template,
+            stop_token_ids=stop_token_ids(run.report, run.tokenizer.control_ids),
+            end_of_text_id=run.tokenizer.end_of_text_id,
+        )
+    else:
+        shutil.copytree(run.trained, target, dirs_exist_ok=True)
+    shutil.copyfile(run.folder / "README.md", target / "README.md")
+
+
+def _verify(run: FinishedRun, exported: Path) -> None:
+    """Compares the exported model's logits with the run's on what was trained, and says the difference."""
+    from qwentune.exporting.merge import largest_logit_difference, load_tuned
+    from qwentune.model.load import silence_loading, weights_folder
+
+    silence_loading()
+    base = weights_folder(run.model, run.revision) if run.has_adapter else run.trained
+    reference = load_tuned(base, run.trained if run.has_adapter else None)
+    is_adapter = (exported / "adapter_config.json").exists()
+    candidate = load_tuned(base if is_adapter else exported, exported if is_adapter else None)
+    prompts = [run.tokenizer.encode([text])[0] for text in ("Hello", "1 + 1 =", "你好，世界", "def f(x):\n    return")]
+    difference = largest_logit_difference(reference, candidate, prompts[:VERIFY_PROMPTS])
+    console.say(f"verified: largest difference of logits {difference:.1e} on {len(prompts)} prompts")
+    if next(candidate.parameters()).dtype.itemsize == 4 and difference > LOGIT_TOLERANCE_FP32:
+        raise UserError(Problem(str(exported), f"its logits differ from the run's by {difference:.1e}"))
+
+
+if __name__ == "__main__":
+    console.main(export)

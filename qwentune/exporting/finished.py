@@ -1,0 +1,53 @@
+"""A finished run, as export and chat see it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwentune.data.template import ChatTemplate
+from qwentune.data.tokenizer import Tokenizer, load_tokenizer
+from qwentune.errors import Problem, UsageError
+from qwentune.recipe import DataOptions, load_recipe
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run left behind: its trained weights, what they stand on, and how they were trained."""
+
+    folder: Path
+    model: str
+    revision: str | None
+    data: DataOptions
+    report: dict[str, Any]
+    trained: Path
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the weights are adapters on the base."""
+        return self.trained.name == "adapter"
+
+
+def open_run(folder: Path) -> FinishedRun:
+    """The run in `folder`; UsageError where it has not finished."""
+    trained = next((folder / name for name in ("adapter", "model") if (folder / name).is_dir()), None)
+    if trained is None:
+        fix = "Train it to its end first: the same command continues it."
+        raise UsageError(Problem(str(folder), "holds no finished run (no adapter/ or model/)", fix))
+    recipe = load_recipe(folder / "recipe.resolved.yaml").recipe
+    tokenizer = load_tokenizer(trained)
+    text = tokenizer.chat_template
+    return FinishedRun(
+        folder=folder,
+        model=recipe.model,
+        revision=recipe.revision,
+        data=recipe.data,
+        report=json.loads((folder / "data_report.json").read_bytes()),
+        trained=trained,
+        tokenizer=tokenizer,
+        template=None if text is None else ChatTemplate(text, tokenizer.special_tokens, recipe.data.template_args),
+    )

@@ -1,0 +1,46 @@
+"""Adapters into weights: merged into a freshly loaded base, never into a live 4-bit model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+def load_tuned(base: Path, adapter: Path | None) -> PreTrainedModel:
+    """The tuned model in the dtype of its files: adapters, where there are any, on the unquantised base."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+    return model.eval()
+
+
+def merge(base: Path, adapter: Path, target: Path) -> None:
+    """Writes the base with the adapters merged in, as safetensors in the base's dtype.
+
+    The sums are made in fp32 and rounded once. PEFT refuses to merge weights that are not finite.
+    """
+    dtype = _dtype(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    merged: Any = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+    merged = merged.merge_and_unload(safe_merge=True)
+    merged.to(dtype).save_pretrained(target)
+
+
+def largest_logit_difference(first: PreTrainedModel, second: PreTrainedModel, prompts: list[list[int]]) -> float:
+    """The largest difference of two models' logits over the prompts."""
+    with torch.no_grad():
+        return max(
+            float((first(ids).logits.float() - second(ids).logits.float()).abs().max())
+            for ids in (torch.tensor([prompt]) for prompt in prompts)
+        )
+
+
+def _dtype(folder: Path) -> torch.dtype:
+    config = json.loads((folder / "config.json").read_bytes())
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    return getattr(torch, name)

@@ -1,0 +1,80 @@
+"""What stands around the weights: tokenizer, template, generation config with the tokens that were trained to stop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+
+
+def write_package(
+    target: Path, base: Path, *, chat_template: str | None, stop_token_ids: Iterable[int], end_of_text_id: int
+) -> None:
+    """Adds tokenizer, chat template and generation config to the weights in `target`.
+
+    The tokenizer's files are the base's, byte for byte. Generation stops on the tokens that were trained to end a
+    turn, the base's own stop tokens besides.
+    """
+    for name in TOKENIZER_FILES:
+        if (base / name).exists():
+            shutil.copyfile(base / name, target / name)
+    if chat_template is not None:
+        (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    generation = _json(base / "generation_config.json")
+    known = generation.get("eos_token_id", [])
+    stops = dict.fromkeys([*stop_token_ids, *(known if isinstance(known, list) else [known])])
+    generation |= {"eos_token_id": list(stops), "pad_token_id": generation.get("pad_token_id", end_of_text_id)}
+    (target / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    if (target / "config.json").exists():
+        # Servers that read no generation config take the stop token from here.
+        config = _json(target / "config.json")
+        config["eos_token_id"] = next(iter(stops), config.get("eos_token_id"))
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def stop_token_ids(report: Mapping[str, Any], control_ids: Mapping[str, int]) -> list[int]:
+    """The ids of the tokens that ended trained turns, the most frequent first."""
+    return [control_ids[name] for name in report["stop_tokens"]]
+
+
+def serving_flags(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The template arguments under which the tuned model was trained, and with which it must be served."""
+    template = report["template"]
+    if template is None:
+        return {}
+    flags = dict(template["args"])
+    mode = main_mode(report)
+    if mode != "default" and mode != template["default_mode"]:
+        flags["enable_thinking"] = mode == "thinking"
+    return flags
+
+
+def main_mode(report: Mapping[str, Any]) -> str:
+    """The mode that most turns were trained in."""
+    modes: Mapping[str, int] = report["modes"]
+    return max(modes, key=lambda mode: modes[mode]) if modes else "default"
+
+
+def model_card(*, name: str, base: str, tuning: str, report: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """A README for the tuned model: what it is, what it was trained on, how to serve it; no text of any row."""
+    flags = serving_flags(report)
+    modes = ", ".join(f"{count} {mode}" for mode, count in report["modes"].items()) or "texts"
+    stops = ", ".join(f"`{token}`" for token in report["stop_tokens"]) or "`<|endoftext|>`"
+    lines = [
+        *("---", f"base_model: {base}", "library_name: transformers", "tags: [qwentune]", "---", "", f"# {name}", ""),
+        f"{base}, tuned ({tuning}) on {report['train_examples']} examples",
+        f"with {report['trained_tokens']} trained tokens ({modes}) for {metrics['step']} steps; last loss {metrics['loss']:.4f}.",
+        "",
+        f"Turns end with {stops}; `generation_config.json` stops there.",
+    ]
+    if flags:
+        lines += ["", f"Serve it with `chat_template_kwargs` `{json.dumps(flags)}`: that is how it was trained."]
+    return "\n".join(lines) + "\n"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_bytes()) if path.exists() else {}

@@ -1,0 +1,171 @@
+"""Find a model's facts: by hub id, by `builtin:` name, or from a local checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+from qwentune.errors import Problem, UsageError, nearest
+from qwentune.facts.architecture import Kind, ModelSpec, MoeSpec
+from qwentune.facts.checkpoints import MODELS
+
+__all__ = ["MODELS", "ModelSpec", "MoeSpec", "model_spec"]
+
+_ENDOFTEXT = "<|endoftext|>"
+_ENDOFTEXT_ID = 151643
+_MODEL_TYPES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+
+
+def model_spec(model: str) -> ModelSpec:
+    """The facts of a hub id (in any case), a `builtin:` name or a local folder.
+
+    Raises:
+        UsageError: an unknown name (names the nearest), or a folder whose config.json cannot be used.
+    """
+    by_lower_case = {name.lower(): spec for name, spec in MODELS.items()}
+    if (spec := by_lower_case.get(model.lower())) is not None:
+        return spec
+    if Path(model).is_dir():
+        return _from_folder(Path(model))
+    if model.startswith(("/", ".", "~")):
+        raise UsageError(Problem(model, "There is no such folder.", "Give a folder that holds a config.json."))
+    raise UsageError(
+        Problem("", f"'{model}' is not a known model.{_did_you_mean(model)}", "`qwentune models` lists all.")
+    )
+
+
+def _did_you_mean(model: str) -> str:
+    if f"qwen/{model.lower()}" in {name.lower() for name in MODELS}:
+        model = f"Qwen/{model}"
+    by_lower_case = {name.lower(): name for name in MODELS}
+    sentence = nearest(model.lower(), by_lower_case)
+    _, quote, name = sentence.removesuffix("'?").partition("'")
+    return f" Did you mean '{by_lower_case[name]}'?" if quote else ""
+
+
+class _Config:
+    """Reads typed values out of a config.json and gathers every problem on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problems: list[Problem] = []
+        self.values = _read_object(path)
+
+    def number(self, key: str, default: int | None = None) -> int:
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+        found = "is missing" if value is None else f"is {json.dumps(value)}"
+        self.problems.append(Problem(f"{self.path}: {key}", f"{key} {found}; a whole number >= 1 is needed."))
+        return 1
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key, default)
+        return value if isinstance(value, bool) else default
+
+    @property
+    def rope_theta(self) -> float:
+        # transformers 5 writes rope_parameters, older versions rope_theta.
+        nested = self.values.get("rope_parameters")
+        value = cast("dict[str, object]", nested).get("rope_theta") if isinstance(nested, dict) else None
+        value = self.values.get("rope_theta") if value is None else value
+        return float(value) if isinstance(value, int | float) else 1e4
+
+
+def _from_folder(folder: Path) -> ModelSpec:
+    config = _Config(folder / "config.json")
+    model_type = str(config.values.get("model_type"))
+    if model_type not in _MODEL_TYPES:
+        raise UsageError(
+            Problem(
+                f"{config.path}: model_type",
+                f"'{model_type}' is not a model type that qwentune can plan.{nearest(model_type, _MODEL_TYPES)}",
+                f"It knows {', '.join(_MODEL_TYPES)}.",
+            )
+        )
+    is_qwen3, is_moe = model_type.startswith("qwen3"), model_type.endswith("_moe")
+    hidden_size, num_heads = config.number("hidden_size"), config.number("num_attention_heads")
+    moe = None
+    if is_moe:
+        moe = MoeSpec(
+            num_experts=config.number("num_experts"),
+            top_k=config.number("num_experts_per_tok"),
+            expert_intermediate=config.number("moe_intermediate_size"),
+            shared_intermediate=0 if is_qwen3 else config.number("shared_expert_intermediate_size"),
+        )
+        if config.values.get("mlp_only_layers") or config.number("decoder_sparse_step", 1) != 1:
+            config.problems.append(
+                Problem(
+                    f"{config.path}: decoder_sparse_step, mlp_only_layers",
+                    "some layers are dense and some are experts; no Qwen checkpoint mixes them.",
+                    "Use decoder_sparse_step 1 and an empty mlp_only_layers.",
+                )
+            )
+    spec = ModelSpec(
+        id=str(folder),
+        model_type=model_type,
+        num_layers=config.number("num_hidden_layers"),
+        hidden_size=hidden_size,
+        intermediate_size=config.number("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=config.number("num_key_value_heads", num_heads),
+        head_dim=config.number("head_dim", max(1, hidden_size // num_heads)),
+        vocab_rows=config.number("vocab_size"),
+        tied=config.flag("tie_word_embeddings", False),
+        max_positions=config.number("max_position_embeddings"),
+        rope_theta=config.rope_theta,
+        qkv_bias=config.flag("attention_bias" if is_qwen3 else "qkv_bias", not is_qwen3),
+        qk_norm=is_qwen3,
+        kind=_kind(folder),
+        moe=moe,
+        licence="not stated",
+        source=str(config.path),
+    )
+    if config.problems:
+        raise UsageError(config.problems)
+    return spec
+
+
+def _kind(folder: Path) -> Kind:
+    """How the checkpoint answers, read from its stop token and its chat template."""
+    tokenizer = _read_object(folder / "tokenizer_config.json", optional=True)
+    template_file = folder / "chat_template.jinja"
+    template = tokenizer.get("chat_template")
+    if template_file.is_file():
+        template = template_file.read_text(encoding="utf-8")
+    if not template or _stops_at_end_of_text(folder, tokenizer):
+        return "base"
+    text = template if isinstance(template, str) else json.dumps(template)
+    if "enable_thinking" in text:
+        return "hybrid"
+    prompt = text.rpartition("add_generation_prompt")[2]
+    return "thinking" if "<think>" in prompt else "chat"
+
+
+def _stops_at_end_of_text(folder: Path, tokenizer: Mapping[str, object]) -> bool:
+    eos = tokenizer.get("eos_token")
+    if isinstance(eos, dict):
+        eos = cast("dict[str, object]", eos).get("content")
+    if eos is not None:
+        return eos == _ENDOFTEXT
+    generation = _read_object(folder / "generation_config.json", optional=True)
+    return generation.get("eos_token_id") in (_ENDOFTEXT_ID, [_ENDOFTEXT_ID])
+
+
+def _read_object(path: Path, optional: bool = False) -> dict[str, object]:
+    if optional and not path.is_file():
+        return {}
+    try:
+        value: object = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(Problem(str(path), "The file is missing.", "A checkpoint folder holds one.")) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        line = f":{error.lineno}:{error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UsageError(Problem(f"{path}{line}", f"The file cannot be read: {error}.")) from None
+    if not isinstance(value, dict):
+        raise UsageError(Problem(str(path), "The file holds no JSON object.", "Copy it again from the hub."))
+    return cast("dict[str, object]", value)

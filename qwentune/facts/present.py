@@ -1,0 +1,61 @@
+"""What this machine has: its GPUs by the driver's word, its free host memory and disk; free of torch."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from qwentune.facts.gpus import GPUS, GpuSpec, gpu_spec
+
+MIB = 2**20
+QUERY = "name,memory.total,memory.free,compute_cap"
+
+
+@dataclass(frozen=True, slots=True)
+class PresentGpus:
+    """The GPUs of this machine: the facts of one with the free memory of the fullest, and how many there are."""
+
+    spec: GpuSpec
+    count: int
+
+
+def present_gpus() -> PresentGpus | None:
+    """The machine's NVIDIA GPUs; None where there is no driver or no GPU."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines() if line.count(",") == 3]
+    if answer.returncode != 0 or not rows:
+        return None
+    name, total_mib, _, capability = rows[0]
+    free_bytes = min(int(row[2]) for row in rows) * MIB
+    return PresentGpus(replace(_named(name, int(total_mib) * MIB, capability), total_bytes=free_bytes), len(rows))
+
+
+def free_host_bytes() -> int:
+    """Host memory that the system can give without swapping."""
+    return psutil.virtual_memory().available
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Free bytes where `folder` is or will be."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _named(name: str, total_bytes: int, capability: str) -> GpuSpec:
+    """The table's row for the driver's name: of the rows whose words it holds, the one nearest in memory."""
+    words = name.lower().replace("-", " ").split()
+    matching = [spec for spec in GPUS.values() if set(spec.name.split("-")) - {"80gb", "40gb", "12gb"} <= set(words)]
+    if matching:
+        return min(matching, key=lambda spec: abs(spec.total_bytes - total_bytes))
+    # An unknown card is judged by its own memory; its speed only orders the candidates, so any row of its kind serves.
+    major, _, minor = capability.partition(".")
+    model = gpu_spec("rtx-4090" if int(major) >= 8 else "t4")
+    return replace(model, name=name, compute_capability=(int(major), int(minor or 0)), source="nvidia-smi")

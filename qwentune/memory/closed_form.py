@@ -1,0 +1,266 @@
+"""Peak memory of one rank by phase and term, in closed form: pure functions of the model's dimensions and the settings.
+
+A phase is judged at its worst moment. A training step has four: the loss head (all saved activations, and the
+logits), the backward pass of the last layer (all saved activations and one layer's own), that of the first layer (all
+gradients), and the optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+from qwentune.facts.architecture import ModelSpec
+from qwentune.memory.activations import forward_bytes, layer_activations, mask_bytes
+from qwentune.memory.adapters import adapter_parameters
+from qwentune.memory.settings import GIB, MIB, Overheads, Settings
+
+# Two fp32 gradients and the log-softmax, with the model's outputs dropped (transformers 5).
+FULL_LOSS_BYTES_PER_LOGIT = 12
+# The positions whose logits qwentune's own head holds at a time.
+LOSS_CHUNK_TOKENS = 1024
+# NF4: half a byte, an 8-bit scale per 64 values, and an fp32 scale per 256 of those scales.
+NF4_BYTES_PER_PARAMETER = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+# The size of DeepSpeed's reduce and all-gather buckets unless its configuration says otherwise, in values.
+DEEPSPEED_BUCKET_VALUES = 500_000_000
+# One NCCL communicator; up to 1.6 GB was reported once (NVIDIA/nccl#864), unverified.
+NCCL_BYTES = 512 * MIB
+# Interpreter, torch, CUDA libraries and pinned buffers of a rank on a GPU, unverified.
+HOST_BYTES_PER_RANK = 3 * GIB
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the bytes of one moment are for.
+
+    `workspaces` are libraries' own buffers inside torch's count; `allocator` (reserved but not handed out) and
+    `context` (CUDA and NCCL) stand outside of it.
+    """
+
+    weights: int = 0
+    adapters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0
+    temporaries: int = 0
+    workspaces: int = 0
+    allocator: int = 0
+    context: int = 0
+
+    @property
+    def total(self) -> int:
+        """All bytes that the process takes, as nvidia-smi shows them."""
+        return self.allocated + self.allocator + self.context
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of tensors: torch's `max_memory_allocated`."""
+        return (
+            self.weights
+            + self.adapters
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.logits
+            + self.temporaries
+            + self.workspaces
+        )
+
+    def as_dict(self) -> dict[str, int]:
+        """The terms by name."""
+        return asdict(self)
+
+
+def phases(spec: ModelSpec, settings: Settings, overheads: Overheads, merges_here: bool) -> Mapping[str, Terms]:
+    """The worst moment of each phase of a run: load, train_step, evaluate, save, resume, merge.
+
+    Args:
+        merges_here: Adapters are merged in this memory; on a GPU machine they are merged in the host's.
+    """
+    static = _static(spec, settings)
+    moments = {
+        "load": replace(static, optimizer=0, temporaries=static.temporaries + _loading_bytes(spec, settings)),
+        "train_step": max(_step_moments(spec, settings, static), key=lambda terms: terms.allocated),
+        "evaluate": _evaluate(spec, settings, static),
+        "save": replace(static, temporaries=static.temporaries + _gather_bytes(spec, settings)),
+        "resume": replace(static, temporaries=static.temporaries + _largest_tensor_bytes(spec, settings)),
+        "merge": _merge(spec, settings) if merges_here else Terms(),
+    }
+    return {name: _with_overheads(terms, settings, overheads) for name, terms in moments.items()}
+
+
+def trained_parameters(spec: ModelSpec, settings: Settings) -> int:
+    """Parameters that receive gradients, over all ranks."""
+    return spec.parameters if settings.kind == "full" else adapter_parameters(spec, settings)
+
+
+def base_weight_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """Bytes of the model's own weights, unsharded; QLoRA quantises linear modules only, never fused experts."""
+    if settings.kind != "qlora":
+        return settings.weight_bytes * spec.parameters
+    quantised = quantised_parameters(spec)
+    return round(NF4_BYTES_PER_PARAMETER * quantised) + settings.weight_bytes * (spec.parameters - quantised)
+
+
+def quantised_parameters(spec: ModelSpec) -> int:
+    """Parameters that bitsandbytes holds in 4 bits: the linear modules of the layers."""
+    return spec.num_layers * spec.linear_parameters_per_layer
+
+
+def state_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """Bytes of AdamW's two moments (and DeepSpeed's fp32 weights) over all ranks."""
+    trained = trained_parameters(spec, settings)
+    if settings.uses_deepspeed:
+        return trained * (4 + 8)
+    if settings.optimizer_state != "8bit":
+        return trained * (8 if settings.optimizer_state == "fp32" else 4)
+    # bitsandbytes keeps an fp32 scale per 256 values, and under the Trainer 32-bit moments for the embedding.
+    unquantised = spec.head_parameters if settings.kind == "full" else 0
+    return 8 * unquantised + round((2 + 8 / 256) * (trained - unquantised))
+
+
+def host_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """Bytes of host memory that the ranks of one machine need beside their GPUs, the page cache left out."""
+    gathered = base_weight_bytes(spec, settings) if settings.is_sharded and settings.kind == "full" else 0
+    return settings.num_ranks * HOST_BYTES_PER_RANK + gathered
+
+
+def disk_bytes(spec: ModelSpec, settings: Settings, keep: int) -> int:
+    """Bytes of the run folder: `keep` checkpoints, the one being written, and the final weights or adapter."""
+    weights = settings.trained_bytes * trained_parameters(spec, settings)
+    return (keep + 1) * (weights + state_bytes(spec, settings)) + weights
+
+
+def _share(num_bytes: int, num_ranks: int) -> int:
+    return -(-num_bytes // num_ranks)
+
+
+def _static(spec: ModelSpec, settings: Settings) -> Terms:
+    """What stays on a rank between steps; `temporaries` are the unsharded units and buffers of its sharding."""
+    weights, adapters = base_weight_bytes(spec, settings), 0
+    if settings.kind != "full":
+        adapters = settings.trained_bytes * adapter_parameters(spec, settings)
+    optimizer, unsharded = state_bytes(spec, settings), 0
+    if settings.is_sharded:
+        # Two layers (the current one and the prefetched one) and the root unit are gathered at a time.
+        layer = weights - settings.weight_bytes * spec.embedding_parameters
+        unsharded = 2 * layer // spec.num_layers + settings.weight_bytes * spec.embedding_parameters
+        weights, adapters = _share(weights, settings.num_ranks), _share(adapters, settings.num_ranks)
+    if settings.is_sharded or settings.uses_deepspeed:
+        optimizer = _share(optimizer, settings.num_ranks)
+    return Terms(weights=weights, adapters=adapters, optimizer=optimizer, temporaries=unsharded)
+
+
+def _gradient_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """All gradients of one rank once the backward pass is through."""
+    trained = trained_parameters(spec, settings)
+    if settings.uses_deepspeed:
+        bucket = 2 * settings.trained_bytes * min(trained, DEEPSPEED_BUCKET_VALUES)
+        return _share(4 * trained, settings.num_ranks) + bucket
+    if settings.sharding == "fsdp2":
+        one_layer = settings.trained_bytes * trained // spec.num_layers
+        return _share(settings.trained_bytes * trained, settings.num_ranks) + one_layer
+    # DDP holds the gradients a second time, in its buckets.
+    return settings.trained_bytes * trained * (2 if settings.sharding == "ddp" else 1)
+
+
+def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Terms]:
+    layer = layer_activations(spec, settings)
+    num_checkpointed = settings.num_checkpointed(spec.num_layers)
+    num_saved = spec.num_layers - num_checkpointed
+    saved = num_checkpointed * layer.boundary_bytes + num_saved * layer.saved_bytes + mask_bytes(settings)
+    recomputed = layer.saved_bytes if num_checkpointed else 0
+    last_layer_bytes = saved + recomputed + layer.backward_bytes
+    first_layer_bytes = layer.saved_bytes + layer.backward_bytes + mask_bytes(settings)
+
+    gradients = _gradient_bytes(spec, settings)
+    # Plain gradients are freed after each optimizer step, so in the only micro-batch of a step they do not exist yet.
+    starts_without = settings.accumulation == 1 and settings.sharding == "none"
+    head_gradient = settings.weight_bytes * spec.head_parameters if settings.kind == "full" else 0
+    early = min(gradients, head_gradient) if starts_without else gradients
+    # The embedding's gradient comes after the first layer's, unless the tied head has made it.
+    embedding_gradient = head_gradient if starts_without and not spec.tied else 0
+    # bitsandbytes unpacks the weight that it multiplies with.
+    unpacked = 2 * spec.hidden_size * max(spec.dense_intermediate, spec.query_size)
+    temporaries = static.temporaries + (unpacked if settings.kind == "qlora" else 0)
+
+    final_norm = settings.forward_tokens * spec.hidden_size * (4 + settings.weight_bytes)
+    return [
+        replace(static, gradients=early, activations=saved + final_norm, logits=_logit_bytes(spec, settings)),
+        replace(static, gradients=early, activations=last_layer_bytes, temporaries=temporaries),
+        replace(
+            static,
+            gradients=gradients - embedding_gradient,
+            activations=first_layer_bytes,
+            temporaries=temporaries,
+        ),
+        replace(static, gradients=gradients),
+    ]
+
+
+def _logit_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """Judged as if every token were trained."""
+    tokens = settings.forward_tokens
+    if settings.loss == "full":
+        return tokens * spec.vocab_rows * FULL_LOSS_BYTES_PER_LOGIT
+    chunk = min(tokens, LOSS_CHUNK_TOKENS) * spec.vocab_rows * (settings.weight_bytes + 4 + 4)
+    head_gradient = settings.weight_bytes * spec.head_parameters if settings.kind == "full" else 0
+    return chunk + head_gradient + tokens * spec.hidden_size * settings.weight_bytes
+
+
+def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
+    tokens = settings.forward_tokens
+    if settings.loss == "supervised":
+        tokens = min(tokens, LOSS_CHUNK_TOKENS)
+    # DDP's buckets stay.
+    gradients = _gradient_bytes(spec, settings) // 2 if settings.sharding == "ddp" else 0
+    body = replace(static, gradients=gradients, activations=forward_bytes(spec, settings) + mask_bytes(settings))
+    head = replace(
+        static,
+        gradients=gradients,
+        activations=settings.forward_tokens * spec.hidden_size * settings.weight_bytes,
+        logits=tokens * spec.vocab_rows * (settings.weight_bytes + 4 + 4),
+    )
+    return max(body, head, key=lambda terms: terms.allocated)
+
+
+def _loading_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """The 16-bit original of a tensor while it is quantised, or one layer's experts while they are fused."""
+    fused = settings.weight_bytes * spec.expert_parameters_per_layer
+    original = 2 * spec.hidden_size * spec.dense_intermediate if settings.kind == "qlora" else 0
+    return max(fused, original)
+
+
+def _gather_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """The largest unit, gathered on rank 0 on its way to the host."""
+    return _largest_tensor_bytes(spec, settings) if settings.is_sharded else 0
+
+
+def _largest_tensor_bytes(spec: ModelSpec, settings: Settings) -> int:
+    if settings.kind == "full":
+        largest = max(spec.head_parameters, spec.expert_parameters_per_layer)
+    else:
+        largest = adapter_parameters(spec, settings) // spec.num_layers
+    return settings.trained_bytes * largest
+
+
+def _merge(spec: ModelSpec, settings: Settings) -> Terms:
+    """A 16-bit base in memory, the adapters, and one module's update in fp32; full tuning has nothing to merge."""
+    if settings.kind == "full":
+        return Terms()
+    largest = max(spec.hidden_size * spec.dense_intermediate, spec.expert_parameters_per_layer)
+    return Terms(
+        weights=settings.weight_bytes * spec.parameters,
+        adapters=settings.trained_bytes * adapter_parameters(spec, settings),
+        temporaries=4 * largest,
+    )
+
+
+def _with_overheads(terms: Terms, settings: Settings, overheads: Overheads) -> Terms:
+    if terms.allocated == 0:
+        return terms
+    communicator = NCCL_BYTES if settings.sharding != "none" and overheads.context_bytes else 0
+    terms = replace(terms, workspaces=overheads.workspace_bytes)
+    slack = int(terms.allocated * overheads.allocator_fraction) + overheads.allocator_bytes
+    return replace(terms, allocator=slack, context=overheads.context_bytes + communicator)

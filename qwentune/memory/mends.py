@@ -1,0 +1,174 @@
+"""The cheapest changes to a recipe that make it fit; each was evaluated before it is offered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from qwentune.facts.architecture import ModelSpec
+from qwentune.facts.gpus import GpuSpec
+from qwentune.memory.search import Candidate, Device, PlanRequest, leanest, request_problems, shortages
+
+_MAX_MENDS = 6
+_FEWEST_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Mend:
+    """A change that fits: in words, in bytes saved at the peak, and as overrides to paste after the recipe."""
+
+    change: str
+    saves_bytes: int
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    text: str
+    overrides: tuple[str, ...]
+    apply: Callable[[PlanRequest], PlanRequest]
+
+
+def find_mends(spec: ModelSpec, device: Device, request: PlanRequest, current: Candidate) -> tuple[Mend, ...]:
+    """Up to six mends in the order of what they cost the user; empty where nothing known helps.
+
+    A change is offered alone where that suffices, else together with those that cost nothing but speed, else in
+    pairs.
+    """
+    free = list(_free_changes(request))
+    costly = list(_costly_changes(device, request))
+    mends: list[Mend] = []
+
+    def offer(*ladder: Sequence[_Change]) -> bool:
+        """Try every combination of one variant per rung, mildest first; keep the first that fits."""
+        for changes in _variants(ladder):
+            mended = request
+            for change in changes:
+                mended = change.apply(mended)
+            if not _works(mended):
+                continue
+            found = leanest(spec, device, mended)
+            if not shortages(spec, device, mended, found):
+                text = ", ".join(change.text for change in changes)
+                overrides = tuple(override for change in changes for override in change.overrides)
+                saved = max(0, current.peak_bytes - found.peak_bytes)
+                mends.append(Mend(text, saved, overrides))
+                return True
+        return False
+
+    def offer_with_free(*rungs: Sequence[_Change]) -> bool:
+        return any(offer(*([change] for change in free[:count]), *rungs) for count in range(len(free) + 1))
+
+    alone = [offer([change]) for change in free]
+    if not any(alone):
+        offer_with_free()
+    insufficient = [variants for variants in costly if not offer_with_free(variants)]
+    for pair in combinations(insufficient, 2):
+        if len(mends) < _MAX_MENDS:
+            offer_with_free(*pair)
+    return tuple(mends[:_MAX_MENDS])
+
+
+def _variants(ladder: Sequence[Sequence[_Change]]) -> Iterator[tuple[_Change, ...]]:
+    if not ladder:
+        yield ()
+        return
+    for rest in _variants(ladder[1:]):
+        for change in ladder[0]:
+            yield (change, *rest)
+
+
+def _works(request: PlanRequest) -> bool:
+    """Whether the libraries can run it: bitsandbytes' weights and moments are not sharded among GPUs."""
+    is_bitsandbytes = request.kind == "qlora" or request.optimizer_state == "8bit"
+    return not request_problems(request) and not (is_bitsandbytes and request.sharding in ("zero3", "fsdp2"))
+
+
+def _free_changes(request: PlanRequest) -> Iterator[_Change]:
+    """Pins whose release changes speed alone."""
+    if request.loss == "full":
+        yield _Change(
+            "compute the loss in chunks, at trained positions only",
+            ("memory.loss=supervised",),
+            lambda asked: replace(asked, loss="supervised"),
+        )
+    if request.gradient_checkpointing not in ("auto", True):
+        yield _Change(
+            "recompute activations in the backward pass",
+            ("memory.gradient_checkpointing=true",),
+            lambda asked: replace(asked, gradient_checkpointing=True),
+        )
+    if request.micro_batch not in ("auto", 1):
+        yield _Change(
+            "let the plan choose fewer rows per forward pass",
+            ("batch.micro_batch=auto",),
+            lambda asked: replace(asked, micro_batch="auto"),
+        )
+    if request.attention == "eager":
+        yield _Change(
+            "use an attention kernel that holds no scores",
+            ("memory.attention=auto",),
+            lambda asked: replace(asked, attention="auto"),
+        )
+
+
+def _costly_changes(device: Device, request: PlanRequest) -> Iterator[list[_Change]]:
+    """Changes that cost exactness, quality, text or hardware, in that order; variants of one are listed together."""
+    if request.keep > 1 and request.disk_free_bytes is not None:
+        yield [_Change("keep one checkpoint", ("output.keep=1",), lambda asked: replace(asked, keep=1))]
+    is_sharded = request.sharding in ("zero2", "zero3", "fsdp2")
+    if request.kind == "full" and request.optimizer_state != "8bit" and not is_sharded:
+        yield [
+            _Change(
+                "hold the optimizer's moments in 8 bits",
+                ("precision.optimizer_state=8bit",),
+                lambda asked: replace(asked, optimizer_state="8bit"),
+            )
+        ]
+    has_bf16 = not isinstance(device, GpuSpec) or device.has_bf16
+    if has_bf16 and (request.weights == "fp32" or (request.weights == "auto" and not isinstance(device, GpuSpec))):
+        yield [
+            _Change(
+                "hold the weights in bf16",
+                ("precision.weights=bf16",),
+                lambda asked: replace(asked, weights="bf16"),
+            )
+        ]
+    if request.kind == "full":
+        yield [
+            _Change(
+                "train adapters (LoRA) instead of all weights",
+                ("tuning.kind=lora",),
+                lambda asked: replace(asked, kind="lora"),
+            )
+        ]
+    if request.kind != "qlora":
+        yield [
+            _Change(
+                "train adapters on 4-bit weights (QLoRA)",
+                ("tuning.kind=qlora",),
+                lambda asked: replace(asked, kind="qlora", sharding="auto" if is_sharded else asked.sharding),
+            )
+        ]
+    shorter = [request.max_tokens >> halvings for halvings in range(1, 16)]
+    if shorter := [tokens for tokens in shorter if tokens >= _FEWEST_TOKENS]:
+        yield [_shorter(tokens) for tokens in shorter]
+    if isinstance(device, GpuSpec) and request.kind != "qlora":
+        yield [_more_gpus(count) for count in (2, 4, 8, 16) if count > request.num_gpus]
+
+
+def _shorter(max_tokens: int) -> _Change:
+    return _Change(
+        f"shorten examples to {max_tokens} tokens",
+        (f"data.max_tokens={max_tokens}",),
+        lambda asked: replace(asked, max_tokens=max_tokens),
+    )
+
+
+def _more_gpus(count: int) -> _Change:
+    return _Change(
+        f"share the weights among {count} GPUs",
+        (f"hardware.count={count}", "hardware.launch=fsdp2"),
+        lambda asked: replace(asked, num_gpus=count, sharding="fsdp2"),
+    )

@@ -1,0 +1,69 @@
+"""Seconds of an optimizer step from a simple roofline: good enough to rank plans, not to promise a time.
+
+Source: floating-point operations per token as usually counted (full 6N + 3a, LoRA 4N + 3a + 6 P_lora; recomputing a
+layer costs another forward pass), with 0.8 of the data sheet's rate, which an H200 reached on large products. Memory
+traffic of eager Qwen layers was 12 (full) and 16 (LoRA) times what they save for the backward pass, 160 and 250
+kernels per layer; 20 microseconds per kernel on the host reproduce the step time at which small models stop getting
+faster. The 3 microseconds between kernels on the device are unverified; they make larger micro-batches a little faster.
+"""
+
+from __future__ import annotations
+
+from qwentune.facts.architecture import ModelSpec
+from qwentune.facts.gpus import GpuSpec
+from qwentune.memory.activations import layer_activations
+from qwentune.memory.adapters import adapter_parameters
+from qwentune.memory.closed_form import quantised_parameters, trained_parameters
+from qwentune.memory.settings import HostMemory, Settings
+
+_GEMM_EFFICIENCY = 0.8
+_BANDWIDTH_EFFICIENCY = 0.9
+_SECONDS_PER_KERNEL = 20e-6
+_SECONDS_BETWEEN_KERNELS = 3e-6
+_RECOMPUTE_SHARE = 0.36  # of a layer's traffic and kernels belongs to its forward pass
+# What sharding costs where links are fast; only the order of the four matters.
+_SHARDING_COST = {"none": 1.0, "ddp": 1.02, "zero2": 1.04, "fsdp2": 1.08, "zero3": 1.12}
+# A desktop CPU; plans for a CPU are ranked with it, and no time is promised.
+_CPU_FLOPS, _CPU_BANDWIDTH, _CPU_SECONDS_PER_KERNEL = 2e11, 3e10, 5e-6
+
+
+def step_seconds(spec: ModelSpec, settings: Settings, device: GpuSpec | HostMemory) -> float:
+    """Seconds of one optimizer step, every row at its fullest."""
+    flops_per_second, bytes_per_second, seconds_per_kernel = _rates(settings, device)
+    recomputed = settings.num_checkpointed(spec.num_layers) / spec.num_layers
+    is_full = settings.kind == "full"
+
+    flops = settings.forward_tokens * _flops_per_token(spec, settings, recomputed)
+    traffic = spec.num_layers * layer_activations(spec, settings).saved_bytes * (12 if is_full else 16)
+    traffic *= 1 + _RECOMPUTE_SHARE * recomputed
+    if settings.kind == "qlora":
+        # Each pass reads half a byte and writes two.
+        traffic += 2.5 * quantised_parameters(spec) * (2 + recomputed)
+    kernels = spec.num_layers * (160 if is_full else 250) * (1 + _RECOMPUTE_SHARE * recomputed)
+
+    on_device = flops / flops_per_second + traffic / bytes_per_second + kernels * _SECONDS_BETWEEN_KERNELS
+    micro_batch_seconds = max(on_device, kernels * seconds_per_kernel)
+    # Read weight, gradient and moments; write weight and moments.
+    optimizer_traffic = trained_parameters(spec, settings) * 2 * (3 * settings.trained_bytes)
+    seconds = settings.accumulation * micro_batch_seconds + optimizer_traffic / bytes_per_second
+    return seconds * _SHARDING_COST[settings.sharding]
+
+
+def _rates(settings: Settings, device: GpuSpec | HostMemory) -> tuple[float, float, float]:
+    if isinstance(device, HostMemory):
+        return _CPU_FLOPS, _CPU_BANDWIDTH, _CPU_SECONDS_PER_KERNEL
+    tflops = device.fp32_tflops
+    if settings.weights == "bf16" and device.bf16_tflops is not None:
+        tflops = device.bf16_tflops
+    bandwidth = device.bandwidth_gb_per_second * 1e9
+    return tflops * 1e12 * _GEMM_EFFICIENCY, bandwidth * _BANDWIDTH_EFFICIENCY, _SECONDS_PER_KERNEL
+
+
+def _flops_per_token(spec: ModelSpec, settings: Settings, recomputed: float) -> float:
+    body, head = 2 * spec.active_body_parameters, 2 * spec.head_parameters
+    attention = 2 * spec.num_layers * spec.query_size * settings.max_tokens
+    adapters = 2 * adapter_parameters(spec, settings)
+    passes = 3 if settings.kind == "full" else 2
+    head_passes = passes + (1 if settings.loss == "supervised" else 0)
+    forward = body + attention + adapters
+    return passes * body + head_passes * head + 3 * (attention + adapters) + recomputed * forward

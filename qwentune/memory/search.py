@@ -1,0 +1,236 @@
+"""From what a recipe asks for to the fastest settings that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from qwentune.errors import Problem, UsageError
+from qwentune.facts.architecture import ModelSpec
+from qwentune.facts.gpus import GpuSpec
+from qwentune.memory.closed_form import Terms, disk_bytes, host_bytes, phases
+from qwentune.memory.roofline import step_seconds
+from qwentune.memory.settings import (
+    Attention,
+    Dtype,
+    HostMemory,
+    Loss,
+    Settings,
+    Sharding,
+    StateDtype,
+    Targets,
+    Tuning,
+    device_overheads,
+)
+
+Auto: TypeAlias = Literal["auto"]
+Device: TypeAlias = GpuSpec | HostMemory
+
+# Beyond this a forward pass gains no speed, and kernels index with 32 bits.
+MAX_FORWARD_TOKENS = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What a recipe asks for, as far as it decides bytes and seconds; "auto" leaves the choice to the plan.
+
+    `sharding` is what the launch file gives. `optimizer_steps` is None where the data has not been counted.
+    `host_free_bytes` and `disk_free_bytes` are what the system says, None where it is not judged. `headroom` is the
+    fraction of the device's memory that stays free.
+    """
+
+    kind: Tuning
+    max_tokens: int
+    sequences_per_step: int
+    rank: int = 16
+    targets: Targets = "all-linear"
+    micro_batch: int | Auto = "auto"
+    gradient_checkpointing: bool | int | Auto = "auto"
+    loss: Loss | Auto = "auto"
+    attention: Attention | Auto = "auto"
+    sharding: Sharding | Auto = "auto"
+    num_gpus: int = 1
+    weights: Dtype | Auto = "auto"
+    adapters: Dtype | Auto = "auto"
+    optimizer_state: StateDtype | Auto = "auto"
+    headroom: float = 0.03
+    keep: int = 3
+    optimizer_steps: int | None = None
+    host_free_bytes: int | None = None
+    disk_free_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One choice of settings and the bytes of its phases."""
+
+    settings: Settings
+    phases: Mapping[str, Terms]
+
+    @property
+    def limiting_phase(self) -> str:
+        """The phase with the highest peak."""
+        return max(self.phases, key=lambda name: self.phases[name].total)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest total of all phases."""
+        return self.phases[self.limiting_phase].total
+
+
+def usable_bytes(device: Device, request: PlanRequest) -> int:
+    """What one rank may take of the device; the ranks of a CPU run share its memory."""
+    if isinstance(device, GpuSpec):
+        return int(device.total_bytes * (1 - request.headroom))
+    return int(device.free_bytes // request.num_gpus * (1 - request.headroom))
+
+
+def request_problems(request: PlanRequest) -> list[Problem]:
+    """Why the batch cannot be shared among the ranks; empty where it can."""
+    problems: list[Problem] = []
+    rows, ranks = request.sequences_per_step, request.num_gpus
+    if rows % ranks:
+        below = rows // ranks * ranks
+        nearby = f"{below} or {below + ranks}" if below else str(ranks)
+        problems.append(
+            Problem(
+                "batch.sequences_per_step",
+                f"{rows} rows per step cannot be shared evenly by {ranks} processes.",
+                f"Use {nearby}, or change hardware.count.",
+            )
+        )
+    elif request.micro_batch != "auto" and rows // ranks % request.micro_batch:
+        fitting = ", ".join(str(divisor) for divisor in _divisors(rows // ranks))
+        problems.append(
+            Problem(
+                "batch.micro_batch",
+                f"{request.micro_batch} does not divide the {rows // ranks} rows that each process takes per step.",
+                f"Use auto, or one of {fitting}.",
+            )
+        )
+    return problems
+
+
+def candidates(spec: ModelSpec, device: Device, request: PlanRequest) -> Iterator[Candidate]:
+    """Every choice of settings that the request leaves open.
+
+    Raises:
+        UsageError: the batch cannot be shared among the ranks.
+    """
+    if problems := request_problems(request):
+        raise UsageError(problems)
+    for micro_batch in _micro_batches(request):
+        for checkpointing in _checkpointing(request):
+            for sharding in _shardings(device, request):
+                yield _candidate(spec, device, request, micro_batch, checkpointing, sharding)
+
+
+def leanest(spec: ModelSpec, device: Device, request: PlanRequest) -> Candidate:
+    """The choice with the lowest peak among the smallest and the largest micro-batch."""
+    sizes = _micro_batches(request)
+    return min(
+        (
+            _candidate(spec, device, request, micro_batch, checkpointing, sharding)
+            for micro_batch in {sizes[0], sizes[-1]}
+            for checkpointing in _checkpointing(request)
+            for sharding in _shardings(device, request)
+        ),
+        key=lambda candidate: candidate.peak_bytes,
+    )
+
+
+def fastest(spec: ModelSpec, device: Device, request: PlanRequest) -> Candidate | None:
+    """The fastest choice that fits the device; among equals the leanest. None where none fits."""
+    usable = usable_bytes(device, request)
+    fitting = [found for found in candidates(spec, device, request) if found.peak_bytes <= usable]
+    return min(
+        fitting,
+        key=lambda found: (step_seconds(spec, found.settings, device), found.peak_bytes),
+        default=None,
+    )
+
+
+def needed_host_bytes(spec: ModelSpec, device: Device, candidate: Candidate) -> int:
+    """Host memory of all ranks of one machine; for a CPU run that is everything."""
+    if isinstance(device, HostMemory):
+        return candidate.peak_bytes * candidate.settings.num_ranks
+    return host_bytes(spec, candidate.settings)
+
+
+def shortages(spec: ModelSpec, device: Device, request: PlanRequest, candidate: Candidate) -> list[str]:
+    """What does not suffice: the limiting phase on the device, "host", "disk"."""
+    found: list[str] = []
+    if candidate.peak_bytes > usable_bytes(device, request):
+        found.append(candidate.limiting_phase)
+    host = needed_host_bytes(spec, device, candidate)
+    if request.host_free_bytes is not None and host > request.host_free_bytes:
+        found.append("host")
+    disk = disk_bytes(spec, candidate.settings, request.keep)
+    if request.disk_free_bytes is not None and disk > request.disk_free_bytes:
+        found.append("disk")
+    return found
+
+
+def _candidate(
+    spec: ModelSpec,
+    device: Device,
+    request: PlanRequest,
+    micro_batch: int,
+    checkpointing: bool | int,
+    sharding: Sharding,
+) -> Candidate:
+    has_bf16 = isinstance(device, GpuSpec) and device.has_bf16
+    weights: Dtype = ("bf16" if has_bf16 else "fp32") if request.weights == "auto" else request.weights
+    adapters: Dtype = "fp32" if request.adapters == "auto" else request.adapters
+    trained = weights if request.kind == "full" else adapters
+    settings = Settings(
+        kind=request.kind,
+        max_tokens=request.max_tokens,
+        micro_batch=micro_batch,
+        accumulation=request.sequences_per_step // request.num_gpus // micro_batch,
+        gradient_checkpointing=checkpointing,
+        loss="supervised" if request.loss == "auto" else request.loss,
+        attention=_attention(has_bf16) if request.attention == "auto" else request.attention,
+        sharding=sharding,
+        num_ranks=request.num_gpus,
+        weights=weights,
+        adapters=adapters,
+        optimizer_state=trained if request.optimizer_state == "auto" else request.optimizer_state,
+        rank=request.rank,
+        targets=request.targets,
+    )
+    overheads = device_overheads(device)
+    merges_here = isinstance(device, HostMemory)
+    return Candidate(settings, phases(spec, settings, overheads, merges_here))
+
+
+def _attention(has_bf16: bool) -> Attention:
+    """Rows need a mask that flash kernels do not take; FlexAttention compiles it, where Ampere or later runs."""
+    return "flex_attention" if has_bf16 else "sdpa"
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _micro_batches(request: PlanRequest) -> list[int]:
+    if request.micro_batch != "auto":
+        return [request.micro_batch]
+    most = max(1, MAX_FORWARD_TOKENS // request.max_tokens)
+    return [size for size in _divisors(request.sequences_per_step // request.num_gpus) if size <= most]
+
+
+def _checkpointing(request: PlanRequest) -> tuple[bool | int, ...]:
+    return (False, True) if request.gradient_checkpointing == "auto" else (request.gradient_checkpointing,)
+
+
+def _shardings(device: Device, request: PlanRequest) -> tuple[Sharding, ...]:
+    if request.sharding != "auto":
+        return (request.sharding,)
+    if request.num_gpus == 1:
+        return ("none",)
+    if isinstance(device, HostMemory) or request.kind == "qlora":
+        # On a CPU accelerate runs FSDP2 as DDP; 4-bit weights are not sharded.
+        return ("ddp",)
+    return ("ddp", "zero2", "fsdp2") if request.kind == "full" else ("ddp", "fsdp2")

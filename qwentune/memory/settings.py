@@ -1,0 +1,112 @@
+"""What decides a run's bytes: the settings of a training step and the overheads of the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from qwentune.facts.gpus import GpuSpec
+
+Tuning: TypeAlias = Literal["full", "lora", "qlora"]
+Loss: TypeAlias = Literal["full", "supervised"]
+Attention: TypeAlias = Literal["sdpa", "eager", "flex_attention", "flash_attention_2"]
+Sharding: TypeAlias = Literal["none", "ddp", "zero2", "zero3", "fsdp2"]
+Dtype: TypeAlias = Literal["bf16", "fp32"]
+StateDtype: TypeAlias = Literal["bf16", "fp32", "8bit"]
+Targets: TypeAlias = Literal["all-linear"] | tuple[str, ...]
+
+MIB = 2**20
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One way to run the training step on one rank.
+
+    `gradient_checkpointing` is a claim about all layers, or the number of layers that are recomputed. `loss` "full"
+    holds all logits; "supervised" computes the loss in chunks of positions and recomputes their logits backward.
+    `rank` and `targets` count only for adapters.
+    """
+
+    kind: Tuning
+    max_tokens: int
+    micro_batch: int
+    accumulation: int
+    gradient_checkpointing: bool | int
+    loss: Loss
+    attention: Attention
+    sharding: Sharding
+    num_ranks: int
+    weights: Dtype
+    adapters: Dtype
+    optimizer_state: StateDtype
+    rank: int
+    targets: Targets
+
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens of one forward pass on one rank, rows at their fullest."""
+        return self.micro_batch * self.max_tokens
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes per unquantised weight, and per value of most activations."""
+        return bytes_of(self.weights)
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes per trained parameter, and per value of its gradient."""
+        return self.weight_bytes if self.kind == "full" else bytes_of(self.adapters)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a rank holds only its share of the weights."""
+        return self.sharding in ("zero3", "fsdp2")
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether DeepSpeed keeps an fp32 copy of the trained parameters."""
+        return self.sharding in ("zero2", "zero3")
+
+    def num_checkpointed(self, num_layers: int) -> int:
+        """How many of `num_layers` layers are recomputed in the backward pass."""
+        if isinstance(self.gradient_checkpointing, bool):
+            return num_layers if self.gradient_checkpointing else 0
+        return min(self.gradient_checkpointing, num_layers)
+
+
+def bytes_of(dtype: Dtype) -> int:
+    """Bytes per value."""
+    return 2 if dtype == "bf16" else 4
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """A CPU as the training device: `free_bytes` of host memory, which its ranks share."""
+
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """What a device takes beside tensors: bytes outside torch, bytes inside, and the allocator's slack."""
+
+    context_bytes: int
+    workspace_bytes: int
+    allocator_fraction: float
+    allocator_bytes: int
+
+
+def device_overheads(device: GpuSpec | HostMemory) -> Overheads:
+    """The overheads of one process on `device`.
+
+    Source: cuBLAS takes 8.125 MiB per thread that multiplies matrices (two: forward and backward), 32 MiB since
+    Hopper. T4 contexts of 141 MiB were read, newer cards' are taken high (unverified). The allocator's slack is meant
+    for expandable segments. On a CPU 1 GiB stands for the interpreter and the libraries.
+    """
+    if isinstance(device, HostMemory):
+        return Overheads(context_bytes=0, workspace_bytes=GIB, allocator_fraction=0.0, allocator_bytes=0)
+    major = device.compute_capability[0]
+    context_mib = 160 if major < 8 else 300 if major == 8 else 520
+    workspace_bytes = 2 * (32 * MIB if major >= 9 else 8 * MIB + MIB // 8)
+    return Overheads(context_mib * MIB, workspace_bytes, allocator_fraction=0.03, allocator_bytes=100 * MIB)

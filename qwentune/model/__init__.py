@@ -1,0 +1,1 @@
+"""Weights, adapters and the loss head."""

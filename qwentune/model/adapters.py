@@ -1,0 +1,71 @@
+"""Low-rank adapters around a frozen base, new or continued."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from qwentune.errors import Problem, RecipeError
+from qwentune.model.load import DTYPES
+from qwentune.recipe import Tuning
+
+
+def add_adapters(
+    model: PreTrainedModel, tuning: Tuning, dtype: str, trained_tokens: Sequence[int] = ()
+) -> PeftModel:
+    """The model with new adapters; `trained_tokens` are ids whose embedding and head rows are trained too.
+
+    A base model never learnt the rows of its chat tokens, and adapters on the projections alone leave them so: it
+    would never stop. Raises RecipeError where a target names no module.
+    """
+    if isinstance(tuning.targets, list):
+        _check_targets(model, tuning.targets)
+    tied = bool(model.config.tie_word_embeddings)
+    tokens = list(trained_tokens)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,
+        lora_dropout=tuning.dropout,
+        target_modules=tuning.targets,
+        use_rslora=tuning.variant == "rslora",
+        use_dora=tuning.variant == "dora",
+        # The plain list form trains no head row on untied models.
+        trainable_token_indices=(tokens if tied else {"embed_tokens": tokens, "lm_head": tokens}) if tokens else None,
+    )
+    return _cast(get_peft_model(model, config, autocast_adapter_dtype=False), dtype)
+
+
+def load_adapters(model: PreTrainedModel, folder: Path, dtype: str) -> PeftModel:
+    """The model with the adapters of `folder`, trainable, bit for bit as they were saved."""
+    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True, autocast_adapter_dtype=False)
+    return _cast(adapted, dtype)
+
+
+def _cast(model: PeftModel, dtype: str) -> PeftModel:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(DTYPES[dtype])
+    return model
+
+
+def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
+    # PEFT accepts a list of which only some match, and the rest is never trained.
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Module)}
+    problems = [
+        Problem("tuning.targets", f"no module is called {target!r}", f"The model has {', '.join(_linear(model))}.")
+        for target in targets
+        if target.rpartition(".")[2] not in names
+    ]
+    if problems:
+        raise RecipeError(problems)
+
+
+def _linear(model: PreTrainedModel) -> list[str]:
+    return sorted({
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    })

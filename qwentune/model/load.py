@@ -1,0 +1,105 @@
+"""Weights into memory: the base in the dtype of the plan, or in 4 bits; every key accounted for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from qwentune.data.checkpoint import BUILTIN, checkpoint_folder
+from qwentune.errors import Problem, ResumeError, UsageError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+BUILTIN_SEED = 20250428
+
+
+def weights_folder(model: str, revision: str | None) -> Path:
+    """The folder with a base model's weights; a built-in model's random ones are written once."""
+    folder = checkpoint_folder(model, revision, weights=True)
+    if model.startswith(BUILTIN) and not (folder / "model.safetensors").exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(BUILTIN_SEED)
+            network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        staging = Path(tempfile.mkdtemp(dir=folder.parent))
+        network.save_pretrained(staging)
+        os.replace(staging / "model.safetensors", folder / "model.safetensors")
+        shutil.rmtree(staging)
+    if not any(folder.glob("*.safetensors")):
+        fix = "Training and export need the weights as *.safetensors; preview and plan do without."
+        raise UsageError(Problem(str(folder), "holds no weights", fix))
+    return folder
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: Literal["bf16", "fp32"],
+    four_bit: bool = False,
+    attention: str = "sdpa",
+    device: torch.device | None = None,
+) -> PreTrainedModel:
+    """The causal language model of `folder`, its cache off, every key of it loaded.
+
+    Raises ResumeError where a key of the model is missing from the files: transformers would train on from an initial
+    value and only log it.
+    """
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "attn_implementation": attention}
+    if four_bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[dtype],
+        )
+    if device is not None and device.type != "cpu":
+        options["device_map"] = {"": device}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    lost = {name: sorted(map(str, info.get(name, ()))) for name in ("missing_keys", "mismatched_keys", "error_msgs")}
+    problems = [
+        Problem(str(folder), f"{name.replace('_', ' ')}: {', '.join(keys[:5])}{' …' if len(keys) > 5 else ''}")
+        for name, keys in lost.items()
+        if keys
+    ]
+    if problems:
+        raise ResumeError(problems, "These weights are not the model's.")
+    if four_bit:
+        keep_four_bit_exact(model)
+    model.config.use_cache = False
+    return model
+
+
+def recompute_layers(model: PreTrainedModel, layers: bool | int) -> None:
+    """Switches activation checkpointing on for all decoder layers (True) or for the first `layers` of them."""
+    if not layers:
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if layers is not True:
+        switched = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+        for module in [m for m in switched if type(m).__name__.endswith("DecoderLayer")][layers:]:
+            module.gradient_checkpointing = False
+
+
+def keep_four_bit_exact(model: torch.nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights at the first evaluation on CPUs with AVX512-BF16.
+
+    A repacked layer evaluates unlike it trains, and merging it returns garbage.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def silence_loading() -> None:
+    """Keeps libraries' loading bars and kernel notices off the user's screen."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,0 +1,87 @@
+"""`qwentune plan RECIPE`: does it fit, with which settings, and if not, what would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwentune import console
+from qwentune.errors import EXIT_OK, DoesNotFitError
+
+if TYPE_CHECKING:
+    from qwentune.recipe import Recipe
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as often as needed.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="A name that `qwentune gpus` lists, or cpu.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many of them.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Judge memory by phase and term, choose settings, name the cheapest changes that fit."""
+    console.end(console.run(lambda: run(recipe, overrides or [], gpu, gpus, as_json)))
+
+
+def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | None, as_json: bool) -> int:
+    """Prints the plan; the exit code says whether it fits."""
+    from qwentune.facts.models import model_spec
+    from qwentune.memory import render_plan
+    from qwentune.memory.judge import device_of, judge
+    from qwentune.recipe import load_recipe
+
+    overrides = [
+        *overrides,
+        *([] if gpu is None else [f"hardware.gpu={gpu}"]),
+        *([] if gpus is None else [f"hardware.count={gpus}"]),
+    ]
+    recipe = load_recipe(recipe_path, overrides).recipe
+    device, count = device_of(recipe.hardware, here=False)
+    verdict = judge(
+        model_spec(recipe.model),
+        tuning=recipe.tuning,
+        max_tokens=recipe.data.max_tokens,
+        batch=recipe.batch,
+        precision=recipe.precision,
+        memory=recipe.memory,
+        output=recipe.output,
+        device=device,
+        num_ranks=count,
+        optimizer_steps=_optimizer_steps(recipe),
+    )
+    if as_json:
+        print(json.dumps(verdict.to_json(), indent=2))
+    else:
+        kind = recipe.tuning.kind + ("" if recipe.tuning.kind == "full" else f" r{recipe.tuning.rank}")
+        print(render_plan(verdict, f"{recipe.model} · {kind} · {recipe.data.max_tokens} tokens"))
+    return EXIT_OK if verdict.fits else DoesNotFitError.exit_code
+
+
+def _optimizer_steps(recipe: Recipe) -> int | None:
+    """The steps of the run where they are known without rendering the data."""
+    if recipe.optimizer.max_steps is not None:
+        return recipe.optimizer.max_steps
+    from qwentune.data.checkpoint import BUILTIN
+
+    if not (recipe.model.startswith(BUILTIN) or Path(recipe.model).is_dir()):
+        return None
+    from qwentune.data.checkpoint import checkpoint_folder
+    from qwentune.data.dataset import chat_template, prepared
+    from qwentune.data.schedule import Schedule
+    from qwentune.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))
+    dataset = prepared(recipe.data, tokenizer, chat_template(recipe.data, tokenizer), recipe.seed)
+    if dataset is None:
+        return None
+    schedule = Schedule(
+        len(dataset.train), recipe.batch.sequences_per_step, recipe.seed, recipe.optimizer.epochs, None
+    )
+    return schedule.num_steps
+
+
+if __name__ == "__main__":
+    console.main(plan)

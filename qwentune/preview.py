@@ -1,0 +1,148 @@
+"""`qwentune preview RECIPE`: the data exactly as training will see it, by the same code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwentune import console
+from qwentune.errors import EXIT_OK
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qwentune.data.dataset import Dataset
+    from qwentune.data.render import Rendered
+    from qwentune.data.tokenizer import Tokenizer
+
+BAR_WIDTH = 40
+
+
+def preview(
+    recipe: Annotated[str, typer.Argument(help="A recipe file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as often as needed.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Examples to show.")] = 5,
+    jsonl: Annotated[Path | None, typer.Option(help="Write every training example to this file, one a line.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report of the whole dataset as JSON.")] = False,
+) -> None:
+    """Show what is trained: masked text, lengths, what was dropped and why."""
+    console.end(console.run(lambda: run(recipe, overrides or [], limit, jsonl, as_json)))
+
+
+def run(recipe_path: str, overrides: list[str], limit: int, jsonl: Path | None, as_json: bool) -> int:
+    """Renders the data and prints it; the exit code."""
+    from rich.console import Console
+
+    from qwentune.data.checkpoint import checkpoint_folder
+    from qwentune.data.dataset import chat_template, prepare
+    from qwentune.data.tokenizer import load_tokenizer
+    from qwentune.recipe import load_recipe
+
+    recipe = load_recipe(recipe_path, overrides).recipe
+    tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))
+    dataset = prepare(recipe.data, tokenizer, chat_template(recipe.data, tokenizer), recipe.seed)
+    if jsonl is not None:
+        with jsonl.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in example_rows(dataset))
+    if as_json:
+        print(json.dumps(whole_report(dataset), indent=2, ensure_ascii=False))
+    elif jsonl is None or sys.stdout.isatty():
+        terminal = Console(highlight=False, soft_wrap=True)
+        for i in dict.fromkeys(dataset.examples.train[:].tolist()[:limit]):
+            show_example(terminal, dataset.examples.rendered(i), tokenizer)
+        show_report(terminal, whole_report(dataset), dataset.dropped)
+    return EXIT_OK
+
+
+def example_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """One JSON object per training example, in training order before shuffling and packing."""
+    for i in dataset.examples.train.tolist():
+        example = dataset.examples.rendered(i)
+        trained = [weight != 0 for weight in example.weights]
+        plain = all(weight == 1 for weight in example.weights if weight)
+        yield {
+            "source": {"file": example.source.file, "line": example.source.line},
+            "turns": list(example.turns),
+            "input_ids": example.input_ids,
+            "labels": [token if on else -100 for token, on in zip(example.input_ids, trained, strict=True)],
+            "weights": None if plain else example.weights,
+        }
+
+
+def whole_report(dataset: Dataset) -> dict[str, Any]:
+    """The data report with what packing makes of it."""
+    rows = dataset.train
+    tokens = sum(rows.num_tokens)
+    filled = tokens / max(1, len(rows) * dataset.tokens_per_row) if dataset.packing else None
+    packing = {"rows": len(rows), "tokens": tokens, "filled": None if filled is None else round(filled, 4)}
+    return {**dataset.report, "fingerprint": dataset.fingerprint, "packing": packing}
+
+
+def masked_spans(example: Rendered, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The example's text in spans, each with whether it is trained."""
+    pairs = zip(example.input_ids, example.weights, strict=True)
+    return [
+        (tokenizer.decode([token for token, _ in span]), trained)
+        for trained, span in groupby(pairs, key=lambda pair: pair[1] != 0)
+    ]
+
+
+def show_example(terminal: Console, example: Rendered, tokenizer: Tokenizer) -> None:
+    """Prints one example; trained text stands in ⟦ ⟧, bold where the terminal can."""
+    from rich.text import Text
+
+    trained = sum(weight != 0 for weight in example.weights)
+    what = f"turns {', '.join(map(str, example.turns))}" if example.turns else "text"
+    terminal.rule(f"{example.source} · {what} · {len(example.input_ids)} tokens, {trained} trained", align="left")
+    text = Text()
+    for span, is_trained in masked_spans(example, tokenizer):
+        text.append(f"⟦{_visible(span)}⟧" if is_trained else _visible(span), "bold green" if is_trained else "dim")
+    terminal.print(text)
+    terminal.print()
+
+
+def show_report(terminal: Console, report: dict[str, Any], dropped: tuple[dict[str, Any], ...]) -> None:
+    """Prints the numbers of the whole dataset."""
+    terminal.rule("the whole dataset", align="left")
+    share = report["trained_tokens"] / max(1, report["tokens"])
+    terminal.print(
+        f"{report['samples']} rows → {report['examples']} examples "
+        f"({report['train_examples']} train, {report['eval_examples']} eval) · "
+        f"{report['tokens']} tokens, {report['trained_tokens']} trained ({share:.0%})"
+    )
+    packing = report["packing"]
+    filled = "" if packing["filled"] is None else f", {packing['filled']:.0%} full"
+    terminal.print(f"{packing['rows']} rows per epoch{filled} · expansion factor {report['expansion_factor']:.2f}")
+    modes = ", ".join(f"{count} {mode.replace('_', '-')}" for mode, count in report["modes"].items())
+    stops = ", ".join(f"{name} × {count}" for name, count in report["stop_tokens"].items())
+    terminal.print(f"turns trained: {modes or 'none'} · trained ends: {stops or 'none'}")
+    histogram = report["lengths"]["histogram"]
+    most = max((bucket["examples"] for bucket in histogram), default=1)
+    for bucket in histogram:
+        bar = "█" * round(BAR_WIDTH * bucket["examples"] / most)
+        terminal.print(f"  ≤ {bucket['up_to']:>6} tokens  {bar} {bucket['examples']}")
+    for drop in dropped[:20]:
+        turn = "" if drop["turn"] is None else f" messages[{drop['turn']}]"
+        terminal.print(f"dropped {drop['source']['file']}:{drop['source']['line']}{turn}: {drop['reason']}")
+    if len(dropped) > 20:
+        terminal.print(f"… and {len(dropped) - 20} more dropped; `--json` counts them all")
+    for warning in report["warnings"]:
+        terminal.print(f"warning: {warning}")
+
+
+def _visible(text: str) -> str:
+    """Control and bidi characters made visible, so that data cannot steer the terminal; emoji stay whole."""
+    return "".join(
+        character if character in "\n\t\u200d" or character.isprintable() else f"\\u{ord(character):04x}"
+        for character in text
+    )
+
+
+if __name__ == "__main__":
+    console.main(preview)

@@ -1,0 +1,40 @@
+"""The typed recipe and its loader: file and overrides in, a frozen `Recipe` or every problem at once out."""
+
+from qwentune.recipe.keys import Key, describe_keys, render_keys
+from qwentune.recipe.load import LoadedRecipe, load_recipe
+from qwentune.recipe.resolved import resolved_yaml
+from qwentune.recipe.schema import (
+    BatchOptions,
+    DataOptions,
+    DataSource,
+    Fim,
+    Hardware,
+    MemoryOptions,
+    Objective,
+    OptimizerOptions,
+    OutputOptions,
+    Precision,
+    Recipe,
+    Tuning,
+)
+
+__all__ = [
+    "BatchOptions",
+    "DataOptions",
+    "DataSource",
+    "Fim",
+    "Hardware",
+    "Key",
+    "LoadedRecipe",
+    "MemoryOptions",
+    "Objective",
+    "OptimizerOptions",
+    "OutputOptions",
+    "Precision",
+    "Recipe",
+    "Tuning",
+    "describe_keys",
+    "load_recipe",
+    "render_keys",
+    "resolved_yaml",
+]

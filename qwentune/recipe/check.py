@@ -1,0 +1,127 @@
+"""Everything that is wrong with a recipe's tree: unknown and missing keys, wrong values, contradictions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast, get_args, get_origin
+
+from pydantic import ValidationError
+
+from qwentune.errors import Problem, nearest
+from qwentune.recipe.contradictions import contradictions
+from qwentune.recipe.keys import bare, choices, describe_keys, fields, hint, in_words, is_section
+from qwentune.recipe.schema import Recipe, Section
+from qwentune.recipe.syntax import Node, Place, plain, resolve
+
+
+def validate(root: Node) -> Recipe | list[Problem]:
+    """The recipe of a tree, its derived defaults not yet settled; or every problem of the tree."""
+    problems = list(contradictions(root))
+    try:
+        recipe = Recipe.model_validate(plain(root), by_alias=True, by_name=False)
+    except ValidationError as error:
+        found: dict[str, Problem] = {}
+        for line in error.errors(include_url=False, include_context=False, include_input=False):
+            spot = _follow(line["loc"], root)
+            # A union reports each of its members: the first report of a key stands for all.
+            found.setdefault(spot.name, _problem(spot))
+        return [*found.values(), *problems]
+    return problems or recipe
+
+
+@dataclass(frozen=True, slots=True)
+class _Spot:
+    """A place that the schema complains about.
+
+    `annotation` is None where the schema does not know the key, `node` is None where the recipe lacks it.
+    """
+
+    name: str
+    place: Place
+    annotation: Any
+    node: Node | None
+    section: type[Section]
+
+
+def _follow(path: tuple[int | str, ...], root: Node) -> _Spot:
+    """Walks tree and schema together, as far into `path` as it names keys and list items of the recipe."""
+    spot = _Spot("", root.place, Recipe, root, Recipe)
+    for step in path:
+        inner, node = bare(spot.annotation), spot.node
+        name = f"{spot.name}.{step}" if spot.name else str(step)
+        if is_section(inner):
+            info = fields(inner).get(str(step))
+            annotation = None if info is None else hint(info)
+            section = inner
+        elif get_origin(inner) in {list, dict}:
+            annotation, section = get_args(inner)[-1], spot.section
+        else:
+            return spot
+        if node is not None and isinstance(node.value, dict) and str(step) in node.value:
+            child = node.value[str(step)]
+            key_place = node.keys[str(step)]
+            spot = _Spot(name, key_place if annotation is None else child.place, annotation, child, section)
+        elif node is not None and isinstance(node.value, list) and isinstance(step, int):
+            child = node.value[step]
+            spot = _Spot(name, child.place, annotation, child, section)
+        else:
+            return _Spot(name, spot.place, annotation, None, section)
+    return spot
+
+
+def _problem(spot: _Spot) -> Problem:
+    if spot.annotation is None:
+        return _unknown(spot)
+    if spot.node is None:
+        return _missing(spot)
+    expected = in_words(spot.annotation)
+    value, fix = spot.node.value, ""
+    if isinstance(value, str):
+        fix = nearest(value, choices(spot.annotation)).strip()
+        if not isinstance(resolve(value), str):
+            fix = "Remove the quotes."
+    elif isinstance(value, bool | int | float) and "text" in expected:
+        fix = "In quotes it is text."
+    head = f"{spot.name}: " if spot.name else ""
+    return Problem(spot.place.where, f"{head}{_shown(value)} is given; {expected} is needed", fix)
+
+
+def _unknown(spot: _Spot) -> Problem:
+    prefix, _, key = spot.name.rpartition(".")
+    known = list(fields(spot.section))
+    what = f"{spot.name}: '{key}' is not a key of {prefix or 'a recipe'}.{nearest(key, known)}"
+    if what.endswith("?"):
+        return Problem(spot.place.where, what)
+    elsewhere = [other.name for other in describe_keys() if other.name.rpartition(".")[2] == key]
+    fix = f"Is it {' or '.join(elsewhere)}?" if elsewhere else f"The keys are {', '.join(known)}."
+    return Problem(spot.place.where, what, fix)
+
+
+def _missing(spot: _Spot) -> Problem:
+    inner, name = bare(spot.annotation), spot.name
+    info = fields(spot.section)[name.rpartition(".")[2]]
+    if is_section(inner):
+        key, info = next((key, info) for key, info in fields(inner).items() if info.is_required())
+        name = f"{name}.{key}"
+    fix = f"It takes {in_words(hint(info))}: {info.description}."
+    return Problem(spot.place.where, f"{name} is missing", fix)
+
+
+def _shown(value: object) -> str:
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return (
+                f"the text '{value if len(value) <= 60 else value[:57] + '...'}'"
+                if value
+                else "an empty text"
+            )
+        case list():
+            return f"a list of {len(cast('list[object]', value))}"
+        case dict():
+            return "a mapping"
+        case _:
+            return f"the number {value}"

@@ -1,0 +1,96 @@
+"""Pairs of keys that cannot both hold, and keys that would have no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qwentune.errors import Problem
+from qwentune.recipe.schema import ADAPTER_KEYS, FULL_LEARNING_RATE, LEARNING_RATE, BatchOptions
+from qwentune.recipe.syntax import Node, Place, plain
+
+
+class _Given:
+    """What a recipe says, by dotted key; null counts as not said."""
+
+    def __init__(self, root: Node) -> None:
+        self._root = root
+
+    def place(self, key: str) -> Place | None:
+        """Where a key is given, None where it is not."""
+        found = self._find(key)
+        return None if found is None else found[1]
+
+    def value(self, key: str, default: object) -> object:
+        """The plain value of a key, or its default."""
+        found = self._find(key)
+        return default if found is None else plain(found[0])
+
+    def number(self, key: str, default: float) -> float | None:
+        """The number of a key or its default; None where it is given as something else."""
+        value = self.value(key, default)
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    def _find(self, key: str) -> tuple[Node, Place] | None:
+        node, place = self._root, self._root.place
+        for part in key.split("."):
+            if not isinstance(node.value, dict) or part not in node.value:
+                return None
+            node, place = node.value[part], node.keys[part]
+        return None if node.value is None else (node, place)
+
+
+def contradictions(root: Node) -> Iterator[Problem]:
+    """Every contradiction of a tree, whatever else is wrong with it."""
+    given = _Given(root)
+    if given.value("tuning.kind", "") == "full":
+        for key in ADAPTER_KEYS:
+            if place := given.place(f"tuning.{key}"):
+                what = f"tuning.{key}: tuning.kind is full, which has no adapters"
+                fix = f"Leave it out (on the command line: tuning.{key}=null), or use kind: lora."
+                yield Problem(place.where, what, fix)
+    if (place := given.place("optimizer.max_steps")) and given.place("optimizer.epochs"):
+        what = "optimizer.max_steps: optimizer.epochs is given too, and one of them decides how long a run is"
+        yield Problem(place.where, what, "Set one of them to null.")
+    place = given.place("data.eval_fraction")
+    if place and given.place("data.eval") and given.value("data.eval_fraction", 0) != 0:
+        what = "data.eval_fraction: data.eval is given too, and one of them decides what is evaluated"
+        yield Problem(place.where, what, "Leave one of them out.")
+    yield from _learning_rates(given)
+    yield from _batches(given)
+    has_eval = given.place("data.eval") or given.value("data.eval_fraction", 0) != 0
+    for key in ("output.best", "output.early_stopping"):
+        if (place := given.place(key)) and not has_eval:
+            what = f"{key}: nothing is evaluated"
+            yield Problem(place.where, what, "Give data.eval_fraction or data.eval, or leave it out.")
+    if place := given.place("data.template_args.enable_thinking"):
+        what = "data.template_args.enable_thinking: data.thinking decides this"
+        yield Problem(place.where, what, "Use data.thinking: on, off or auto.")
+
+
+def _learning_rates(given: _Given) -> Iterator[Problem]:
+    place = given.place("optimizer.min_learning_rate")
+    lowest = given.number("optimizer.min_learning_rate", 0.0)
+    if place is None or not lowest:
+        return
+    schedule = given.value("optimizer.schedule", "cosine")
+    if schedule in {"linear", "constant"}:
+        what = f"optimizer.min_learning_rate: the schedule {schedule} does not use it"
+        yield Problem(place.where, what, "Leave it out, or use schedule: cosine.")
+    default = FULL_LEARNING_RATE if given.value("tuning.kind", "") == "full" else LEARNING_RATE
+    highest = given.number("optimizer.learning_rate", default)
+    if highest is not None and lowest > highest:
+        what = (
+            f"optimizer.min_learning_rate: {lowest} is more than optimizer.learning_rate, which is {highest}"
+        )
+        yield Problem(place.where, what, "Lower it, or raise the learning rate.")
+
+
+def _batches(given: _Given) -> Iterator[Problem]:
+    place = given.place("batch.micro_batch")
+    micro_batch = given.value("batch.micro_batch", "auto")
+    per_step = given.value("batch.sequences_per_step", BatchOptions().sequences_per_step)
+    if place is None or not isinstance(micro_batch, int) or not isinstance(per_step, int):
+        return
+    if micro_batch > 0 and per_step % micro_batch:
+        what = f"batch.micro_batch: {micro_batch} does not divide batch.sequences_per_step ({per_step})"
+        yield Problem(place.where, what, "Steps are made of whole micro-batches: change one of the two.")

@@ -1,0 +1,124 @@
+"""From a recipe file and overrides to a frozen recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwentune.errors import Problem, RecipeError, nearest
+from qwentune.recipe.check import validate
+from qwentune.recipe.overrides import apply_override
+from qwentune.recipe.resolved import origins_of
+from qwentune.recipe.schema import EPOCHS, FULL_LEARNING_RATE, Recipe
+from qwentune.recipe.syntax import Node, Place, read_file_text
+from qwentune.shipped import shipped, shipped_files
+
+MAX_BYTES = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRecipe:
+    """A recipe and its history.
+
+    `origins` maps dotted keys (`data.train.0.path`) to `file:line`, `override` or `default`. `path` is as given,
+    `text` is the file as it stands.
+    """
+
+    recipe: Recipe
+    origins: Mapping[str, str]
+    path: str
+    text: str
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """The recipe of a file with `key.path=value` overrides applied, all defaults settled.
+
+    A path under `recipes/` that does not exist falls back to the recipe of that name shipped with qwentune.
+
+    Raises:
+        RecipeError: every problem of the file and the overrides at once.
+    """
+    path = str(path)
+    text = _read(path)
+    problems: list[Problem] = []
+    root = read_file_text(text, path, problems)
+    if root is None and problems:
+        raise RecipeError(problems)
+    if root is None or root.value is None:
+        root = Node({}, Place(f"{path}:1:1", f"{path}:1"), {})
+    if not isinstance(root.value, dict):
+        what = "a recipe is a mapping of keys, like `model: Qwen/Qwen3-8B`; this file holds something else"
+        raise RecipeError([Problem(root.place.where, what), *problems])
+    expand_sources(root)
+    for override in overrides:
+        apply_override(root, override, problems)
+    expand_sources(root)
+    checked = validate(root)
+    if not isinstance(checked, Recipe) or problems:
+        found = [] if isinstance(checked, Recipe) else checked
+        raise RecipeError(sorted([*problems, *found], key=_position))
+    recipe = _settle(checked, Path(path).stem)
+    return LoadedRecipe(recipe, origins_of(recipe, root), path, text)
+
+
+def expand_sources(root: Node) -> None:
+    """Writes bare paths under `data.train` and `data.eval` as the sources they stand for."""
+    data = root.value.get("data") if isinstance(root.value, dict) else None
+    if data is None or not isinstance(data.value, dict):
+        return
+    for key in {"train", "eval"} & data.value.keys():
+        node = data.value[key]
+        if isinstance(node.value, str):
+            data.value[key] = Node([_source(node)], node.place, {})
+        elif isinstance(node.value, list):
+            node.value[:] = [_source(item) if isinstance(item.value, str) else item for item in node.value]
+
+
+def _source(path: Node) -> Node:
+    return Node({"path": path}, path.place, {"path": path.place})
+
+
+def _read(path: str) -> str:
+    file = shipped(path)
+    try:
+        if file.is_dir():
+            raise RecipeError(Problem(path, "this is a folder; a recipe is a YAML file"))
+        if file.stat().st_size > MAX_BYTES:
+            what = f"{file.stat().st_size:,} bytes are too many; a recipe has at most {MAX_BYTES:,}"
+            raise RecipeError(
+                Problem(path, what, "Is it the data? The recipe names data files under data.train.")
+            )
+        content = file.read_bytes()
+    except FileNotFoundError:
+        known = shipped_files("recipes")
+        fix = nearest(path, known).strip() or f"Shipped recipes: {', '.join(known)}."
+        raise RecipeError(Problem(path, "there is no such file", fix)) from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise RecipeError(Problem(path, f"this file cannot be read: {error}")) from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = content[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        what = f"the byte 0x{content[error.start]:02x} is not UTF-8"
+        raise RecipeError(Problem(f"{path}:{line}:{column}", what, "Save the file as UTF-8.")) from None
+
+
+def _position(problem: Problem) -> tuple[float, int]:
+    """Problems are reported down the file, then the overrides in the order in which they were found."""
+    match = re.search(r":(\d+):(\d+)$", problem.where)
+    return (int(match[1]), int(match[2])) if match else (float("inf"), 0)
+
+
+def _settle(recipe: Recipe, name: str) -> Recipe:
+    """Puts in the defaults that depend on other keys or on the recipe's name."""
+    optimizer, output = recipe.optimizer, recipe.output
+    if recipe.tuning.kind == "full" and "learning_rate" not in optimizer.model_fields_set:
+        optimizer = optimizer.model_copy(update={"learning_rate": FULL_LEARNING_RATE})
+    epochs = None if optimizer.max_steps is not None else (optimizer.epochs or EPOCHS)
+    optimizer = optimizer.model_copy(update={"epochs": epochs})
+    if "dir" not in output.model_fields_set:
+        output = output.model_copy(update={"dir": f"runs/{name}"})
+    return recipe.model_copy(update={"optimizer": optimizer, "output": output})

@@ -1,0 +1,188 @@
+"""The typed recipe: every key with its type, its default and one line that says what it does.
+
+Only `model`, `tuning.kind` and `data.train` have no default. A default that depends on another key
+(`optimizer.learning_rate`, `optimizer.epochs`, `output.dir`) is settled by the loader, so that no reader of a
+recipe has to know the rule.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+Auto = Literal["auto"]
+Name = Annotated[str, MinLen(1)]
+Count = Annotated[int, Ge(1)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
+Dtype = Literal["auto", "bf16", "fp32"]
+Format = Literal["auto", "chat", "sharegpt", "instruction", "fim", "text", "preference", "retrieval"]
+Tracker = Literal["clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
+TemplateArgument = bool | int | float | str
+
+FULL_LEARNING_RATE = 1.0e-5
+LEARNING_RATE = 2.0e-4
+EPOCHS = 3.0
+
+
+def _key(default: Any, description: str, *, alias: str | None = None, shown: str | None = None) -> Any:
+    """A key of the recipe; `shown` is the default in words where it depends on other keys."""
+    return Field(default, description=description, alias=alias, examples=None if shown is None else [shown])
+
+
+class Section(BaseModel):
+    """A mapping of the recipe: frozen, no unknown keys, no conversion between types."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
+
+
+class Tuning(Section):
+    kind: Literal["full", "lora", "qlora"] = _key(
+        ..., "full: all weights; lora: adapters on a 16-bit base; qlora: adapters on a 4-bit base"
+    )
+    rank: Count = _key(16, "rank of the adapters")
+    alpha: Count = _key(32, "adapter output is scaled by alpha / rank (rslora: alpha / sqrt(rank))")
+    dropout: ShareBelowOne = _key(0.0, "dropout on the adapters' input")
+    targets: Literal["all-linear"] | Annotated[list[Name], MinLen(1)] = _key(
+        "all-linear", "which linear modules get adapters, by name (q_proj, up_proj, ...)"
+    )
+    variant: Literal["plain", "rslora", "dora"] = _key("plain", "how the adapters are parametrised")
+    start_from: Name | None = _key(None, "an adapter folder to continue from (a new run, not a resume)")
+
+
+ADAPTER_KEYS = tuple(name for name in Tuning.model_fields if name != "kind")
+
+
+class Objective(Section):
+    kind: Literal["sft", "dpo", "embedding", "reranker"] = _key("sft", "what the model learns from a row")
+
+
+class DataSource(Section):
+    path: Name = _key(..., "a file (.jsonl, .json, .parquet, .csv; also .gz and .zst) or a hub dataset")
+    format: Format = _key("auto", "the row format; auto detects it from the first rows")
+    repeat: Positive = _key(1.0, "times that the rows are seen in one epoch; 0.5 is a seeded half")
+
+
+Sources = Annotated[list[DataSource], MinLen(1)]
+
+
+class Fim(Section):
+    rate: Share = _key(0.5, "share of the texts cut into prefix, middle and suffix; the rest stay plain text")
+    spm_rate: Share = _key(0.5, "share of the cut texts written suffix first")
+
+
+class DataOptions(Section):
+    train: Sources = _key(..., "where the training rows are; a bare path is a source too")
+    evaluation: Sources | None = _key(None, "where the eval rows are", alias="eval")
+    eval_fraction: ShareBelowOne = _key(0.0, "share of the dialogues of `train` held out for evaluation")
+    max_tokens: Count = _key(4096, "longest example, in tokens; also the length of a packed row")
+    too_long: Literal["drop", "drop_old_turns", "error"] = _key("drop", "what happens to a longer example")
+    max_dropped_fraction: Share = _key(0.05, "largest share of the turns that may be dropped")
+    packing: bool = _key(True, "put several examples into one row, isolated from each other")
+    thinking: Literal["auto", "on", "off"] = _key(
+        "auto", "the prompt before a turn; auto: the thinking one where the turn has reasoning"
+    )
+    turns: Literal["all", "last"] = _key("all", "which assistant turns of a dialogue are trained")
+    template_args: dict[str, TemplateArgument] = _key({}, "arguments for the chat template")
+    bad_rows: Literal["error", "skip"] = _key(
+        "error", "refuse the run, or leave wrong rows out with a record"
+    )
+    unsupported_reasoning: Literal["refuse", "drop", "inline"] = _key(
+        "refuse", "what happens to reasoning that the chat template cannot carry"
+    )
+    system: str | None = _key(None, "system text for dialogues that have none")
+    chat_template: Name | None = _key(None, "a template file instead of the checkpoint's own")
+    fim: Fim = _key(Fim(), "how texts are cut for fill-in-the-middle")
+
+
+class BatchOptions(Section):
+    sequences_per_step: Count = _key(
+        16, "rows (packed rows, or examples when packing is off) per optimizer step over all GPUs"
+    )
+    micro_batch: Auto | Count = _key("auto", "rows per GPU per forward; auto: the plan's")
+
+
+class OptimizerOptions(Section):
+    kind: Literal["adamw"] = _key("adamw", "the optimizer")
+    learning_rate: Positive = _key(
+        LEARNING_RATE,
+        "the highest, after the warm-up",
+        shown=f"{LEARNING_RATE}; {FULL_LEARNING_RATE} for tuning.kind full",
+    )
+    min_learning_rate: NotNegative = _key(0.0, "where the cosine ends")
+    schedule: Literal["cosine", "linear", "constant"] = _key("cosine", "how the learning rate falls")
+    warmup_fraction: ShareBelowOne = _key(0.03, "share of the steps in which the learning rate rises from 0")
+    weight_decay: NotNegative = _key(0.0, "decoupled weight decay")
+    betas: Annotated[tuple[ShareBelowOne, ShareBelowOne], Strict(False)] = _key(
+        (0.9, 0.999), "decay of the averages of the gradient and of its square"
+    )
+    max_grad_norm: Positive = _key(1.0, "gradients are scaled down to this norm")
+    epochs: Positive | None = _key(
+        EPOCHS, "passes over the data", shown=f"{EPOCHS}; null where max_steps is given"
+    )
+    max_steps: Count | None = _key(None, "optimizer steps, instead of epochs")
+
+
+class Precision(Section):
+    weights: Dtype = _key("auto", "of the base weights; auto: bf16 where the hardware has it")
+    adapters: Dtype = _key("auto", "of the adapters")
+    optimizer_state: Literal["auto", "bf16", "fp32", "8bit"] = _key(
+        "auto", "of the optimizer's averages; auto: as the trained parameters"
+    )
+
+
+class Hardware(Section):
+    gpu: Name = _key("auto", "a name that `qwentune gpus` lists, cpu, or auto: what is present")
+    count: Auto | Count = _key("auto", "number of GPUs; auto: all that are present")
+    launch: Name = _key("auto", "a file of launch/ without its ending; auto: the plan's")
+
+
+class MemoryOptions(Section):
+    gradient_checkpointing: Auto | bool | Annotated[int, Ge(0)] = _key(
+        "auto", "recompute activations: true, false, or the number of layers; auto: the plan's"
+    )
+    loss: Literal["auto", "full", "supervised"] = _key(
+        "auto", "logits of all positions, or of the supervised ones in chunks; auto: the plan's"
+    )
+    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = _key(
+        "auto", "the attention kernel; auto: the plan's"
+    )
+    headroom: ShareBelowOne = _key(0.03, "share of the memory that the plan leaves free")
+
+
+class OutputOptions(Section):
+    dir: Name = _key("runs/recipe", "the run folder", shown="runs/<name of the recipe file>")
+    save_every_steps: Count = _key(100, "optimizer steps between checkpoints")
+    save_every_minutes: Positive | None = _key(None, "minutes between checkpoints, besides the steps")
+    keep: Count = _key(3, "newest checkpoints kept")
+    eval_every_steps: Count = _key(100, "optimizer steps between evaluations, where there are eval rows")
+    log_every_steps: Count = _key(1, "optimizer steps between two rows of metrics.jsonl")
+    best: Literal["loss"] | None = _key(None, "also keep the checkpoint with the lowest eval loss")
+    early_stopping: Count | None = _key(None, "evaluations without a lower loss before the run ends")
+    report_to: list[Tracker] = _key([], "experiment trackers")
+
+
+class Recipe(Section):
+    model: Name = _key(..., "hub id, local folder, or builtin:tiny-qwen3")
+    revision: Name | None = _key(None, "commit, tag or branch of the hub id")
+    tuning: Tuning = _key(..., "which weights are trained")
+    objective: Objective = _key(Objective(), "what is learnt")
+    data: DataOptions = _key(..., "what is learnt from")
+    batch: BatchOptions = _key(BatchOptions(), "rows per step")
+    optimizer: OptimizerOptions = _key(OptimizerOptions(), "how the weights move")
+    precision: Precision = _key(Precision(), "number formats")
+    hardware: Hardware = _key(Hardware(), "what it runs on")
+    memory: MemoryOptions = _key(MemoryOptions(), "what is traded for memory")
+    output: OutputOptions = _key(OutputOptions(), "what is written, and when")
+    seed: Annotated[int, Ge(0), Lt(2**32)] = _key(17, "of everything that is drawn at random")

@@ -1,0 +1,148 @@
+"""`qwentune train`: plans, starts `accelerate launch` with a file of `launch/`, and watches over it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import psutil
+import typer
+
+from qwentune import console
+from qwentune.errors import EXIT_BUG, EXIT_OK, DoesNotFitError, Problem, UsageError
+from qwentune.shipped import shipped
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as often as needed.")] = None,
+    resume: Annotated[str, typer.Option(help="auto, or the folder of a checkpoint.")] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move an old run aside and start anew.")] = False,
+    allow_change: Annotated[list[str] | None, typer.Option(help="A key that may differ from the checkpoint.")] = None,
+    force_memory: Annotated[bool, typer.Option("--force-memory", help="Train though the plan does not fit.")] = False,
+) -> None:
+    """Plan, then train under accelerate; the same command again resumes an unfinished run."""
+    arguments = [recipe, *(overrides or ()), "--resume", resume]
+    arguments += ["--fresh"] if fresh else []
+    arguments += ["--force-memory"] if force_memory else []
+    for key in allow_change or ():
+        arguments += ["--allow-change", key]
+    console.end(console.run(lambda: run(recipe, overrides or [], arguments, force_memory)))
+
+
+def run(recipe_path: str, overrides: list[str], arguments: list[str], force_memory: bool) -> int:
+    """Judges the run, chooses its launch file, and trains; the trainer's exit code."""
+    from qwentune.facts.models import model_spec
+    from qwentune.memory import render_plan
+    from qwentune.memory.judge import device_of, judge, refusal
+    from qwentune.recipe import load_recipe
+
+    recipe = load_recipe(recipe_path, overrides).recipe
+    device, count = device_of(recipe.hardware, here=True)
+    launch = recipe.hardware.launch
+    plan = judge(
+        model_spec(recipe.model),
+        tuning=recipe.tuning,
+        max_tokens=recipe.data.max_tokens,
+        batch=recipe.batch,
+        precision=recipe.precision,
+        memory=recipe.memory,
+        output=recipe.output,
+        device=device,
+        num_ranks=count,
+    )
+    console.say(render_plan(plan, f"{recipe.model} · {recipe.tuning.kind}"))
+    if not plan.fits and not force_memory:
+        raise DoesNotFitError(refusal(plan))
+    if launch == "auto":
+        launch = "single" if count == 1 else plan.choices.sharding
+    return supervise(arguments, launch_file(launch), count)
+
+
+def launch_file(name: str) -> Path:
+    """The accelerate configuration of that name; UsageError where `launch/` has none."""
+    from qwentune.errors import nearest
+    from qwentune.shipped import shipped_files
+
+    file = shipped(f"launch/{name}.yaml")
+    if not file.exists():
+        names = [Path(known).stem for known in shipped_files("launch")]
+        what = f"there is no launch file {name!r}.{nearest(name, names)}"
+        raise UsageError(Problem("hardware.launch", what, f"There are {', '.join(names)}."))
+    return file
+
+
+def supervise(arguments: list[str], launch: Path, num_processes: int) -> int:
+    """Trains under accelerate in a session of its own; the trainer's exit code.
+
+    Signals go to the trainers themselves, not to the launcher, which would end them before they have saved. No
+    process is left behind.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        exit_file = Path(scratch) / "exit"
+        command = [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)),
+            *("--num_processes", str(num_processes), "--quiet", "-m", "qwentune.train", *arguments),
+        ]
+        environment = {**os.environ, "QWENTUNE_EXIT_FILE": str(exit_file)}
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+        previous = {number: signal.signal(number, _forward_to(launcher.pid)) for number in FORWARDED}
+        try:
+            code = launcher.wait()
+            _end_orphans(launcher.pid)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if exit_file.exists():
+            return int(exit_file.read_text())
+        return EXIT_OK if code == 0 else _explain(code)
+
+
+def _forward_to(launcher: int):
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in _trainers(launcher):
+            process.send_signal(number)
+
+    return forward
+
+
+def _trainers(launcher: int) -> list[psutil.Process]:
+    """The training processes below the launcher; none of accelerate's or torchrun's own."""
+    try:
+        children = psutil.Process(launcher).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return [process for process in children if _is_trainer(process)]
+
+
+def _is_trainer(process: psutil.Process) -> bool:
+    try:
+        command = process.cmdline()
+    except psutil.Error:
+        return False
+    return "qwentune.train" in command and "accelerate.commands.launch" not in command
+
+
+def _end_orphans(session: int) -> None:
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session:
+                process.kill()
+        except (psutil.Error, ProcessLookupError, PermissionError):
+            continue
+
+
+def _explain(code: int) -> int:
+    if code == -signal.SIGKILL:
+        console.say("The launcher was killed (signal 9): probably out of host memory.")
+    else:
+        console.say(f"The trainer ended without a word (launcher code {code}).")
+    return EXIT_BUG

@@ -1,0 +1,349 @@
+"""`python -m qwentune.train RECIPE [key=value]`: trains in this process, which accelerate launched.
+
+`run` reads top to bottom as the walk itself: recipe, plan, data, ranks, start, model, trainer, train, publish.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwentune import console
+from qwentune.errors import EXIT_BUG, EXIT_OK, DoesNotFitError, Problem, RecipeError, UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from qwentune.data.dataset import Dataset
+    from qwentune.data.schedule import Schedule
+    from qwentune.data.tokenizer import Tokenizer
+    from qwentune.memory.plan import RunPlan
+    from qwentune.recipe import LoadedRecipe
+    from qwentune.training.checkpoints import Checkpoint, Checkpoints
+    from qwentune.training.progress import Recorder
+    from qwentune.training.ranks import Ranks
+    from qwentune.training.run_folder import RunFolder, State
+    from qwentune.training.start import Start
+    from qwentune.training.stop import StopOnSignal
+    from qwentune.training.trainer import SftTrainer
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for beside the recipe."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    resume: str = "auto"
+    fresh: bool = False
+    allow_change: tuple[str, ...] = ()
+    force_memory: bool = False
+
+    @property
+    def command(self) -> list[str]:
+        """The command that continues this run."""
+        return ["qwentune", "train", self.recipe, *self.overrides]
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as often as needed.")] = None,
+    resume: Annotated[str, typer.Option(help="auto, or the folder of a checkpoint.")] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move an old run aside and start anew.")] = False,
+    allow_change: Annotated[list[str] | None, typer.Option(help="A key that may differ from the checkpoint.")] = None,
+    force_memory: Annotated[bool, typer.Option("--force-memory", help="Train though the plan does not fit.")] = False,
+) -> None:
+    """Train in this process; `accelerate launch -m qwentune.train` makes several of them."""
+    request = Request(recipe, tuple(overrides or ()), resume, fresh, tuple(allow_change or ()), force_memory)
+    code = console.run(lambda: run(request))
+    exit_file = os.environ.get("QWENTUNE_EXIT_FILE")
+    if exit_file and os.environ.get("RANK", "0") == "0":  # accelerate turns every code into 1
+        Path(exit_file).write_text(str(code))
+    console.end(code)
+
+
+def run(request: Request) -> int:
+    """Trains the recipe to its end, or from where it was stopped; the exit code."""
+    from qwentune.data.checkpoint import checkpoint_folder
+    from qwentune.data.dataset import chat_template, prepare
+    from qwentune.data.schedule import Schedule
+    from qwentune.data.tokenizer import load_tokenizer
+    from qwentune.facts.models import model_spec
+    from qwentune.memory.judge import device_of, judge, refusal
+    from qwentune.recipe import load_recipe
+    from qwentune.training.ranks import Ranks
+    from qwentune.training.run_folder import RunFolder
+
+    loaded = load_recipe(request.recipe, request.overrides)
+    recipe = loaded.recipe
+    if recipe.objective.kind != "sft":
+        raise RecipeError(Problem(request.recipe, f"objective.kind: {recipe.objective.kind} cannot be trained yet"))
+    ranks = Ranks.of_environment()
+    folder = RunFolder(Path(recipe.output.dir))
+
+    device, _ = device_of(recipe.hardware, here=True)
+    plan = judge(
+        model_spec(recipe.model),
+        tuning=recipe.tuning,
+        max_tokens=recipe.data.max_tokens,
+        batch=recipe.batch,
+        precision=recipe.precision,
+        memory=recipe.memory,
+        output=recipe.output,
+        device=device,
+        num_ranks=ranks.num_ranks,
+        sharding=ranks.sharding,
+        stored=None if request.fresh else folder.stored_plan(),
+    )
+    if not plan.fits and not request.force_memory:
+        raise DoesNotFitError(refusal(plan))
+
+    tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))
+    template = chat_template(recipe.data, tokenizer)
+    dataset = prepare(recipe.data, tokenizer, template, recipe.seed)
+    for warning in dataset.report["warnings"]:
+        console.say(f"warning: {warning}")
+    schedule = Schedule(
+        num_rows=len(dataset.train),
+        sequences_per_step=recipe.batch.sequences_per_step,
+        seed=recipe.seed,
+        epochs=recipe.optimizer.epochs,
+        max_steps=recipe.optimizer.max_steps,
+    )
+    text = None if template is None else template.text
+    return _Training(request, loaded, ranks, folder, plan, tokenizer, text, dataset, schedule).run()
+
+
+@dataclass(frozen=True)
+class _Training:
+    """The part of the walk that needs torch; one object only so that its steps need not hand everything on."""
+
+    request: Request
+    loaded: LoadedRecipe
+    ranks: Ranks
+    folder: RunFolder
+    plan: RunPlan
+    tokenizer: Tokenizer
+    template: str | None
+    dataset: Dataset
+    schedule: Schedule
+
+    def run(self) -> int:
+        """Joins the ranks, finds where to begin, trains, publishes."""
+        from qwentune.model.fingerprint import weights_fingerprint
+        from qwentune.model.load import silence_loading, weights_folder
+        from qwentune.training.checkpoints import Checkpoints
+        from qwentune.training.progress import Recorder
+        from qwentune.training.start import run_facts
+
+        recipe = self.loaded.recipe
+        silence_loading()
+        self.ranks.join()
+        base = weights_folder(recipe.model, recipe.revision)
+        facts = run_facts(
+            recipe.model_dump(mode="json", by_alias=True),
+            data=self.dataset.fingerprint,
+            template=self.template,
+            tokenizer=self.tokenizer.fingerprint,
+            base=weights_fingerprint(base),
+            num_ranks=self.ranks.num_ranks,
+            choices=asdict(self.plan.choices),
+        )
+        checkpoints = Checkpoints(self.folder.path, recipe.output.keep)
+        with ExitStack() as held:
+            start = self.ranks.agree(lambda: self._open(held, checkpoints, facts))
+            for message in start.messages:
+                console.say(message)
+            if start.complete:
+                return EXIT_OK
+            step = start.step
+            try:
+                recorder = Recorder(self.folder, self.schedule.num_steps, step) if self.ranks.leads else None
+                trainer, stop = self._trainer(base, start.checkpoint, checkpoints, facts, recorder)
+                with recorder or nullcontext():
+                    trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint.folder))
+                step = trainer.state.global_step
+                if step < self.schedule.num_steps and stop.agreed:
+                    self._status("preempted", stop.exit_code, f"signal {stop.agreed}: saved at step {step}", step)
+                    console.say(f"saved step {step}; continue with: {shlex.join(self.request.command)}")
+                    return stop.exit_code
+                self._publish(trainer, base)
+                self._status("finished", EXIT_OK, "all steps are done", step)
+            except UserError as error:
+                self._status("failed", error.exit_code, str(error.problems[0]), step)
+                raise
+            except Exception as error:
+                self._status("failed", EXIT_BUG, f"{type(error).__name__}: {error}", step)
+                raise
+        console.say(f"done: {self.folder.path}\ntry   qwentune chat {self.folder.path}")
+        return EXIT_OK
+
+    def _open(self, held: ExitStack, checkpoints: Checkpoints, facts: dict[str, Any]) -> Start:
+        """Takes the run folder, finds where to begin and writes what is known before step 1; on rank 0 only."""
+        from qwentune.recipe import resolved_yaml
+        from qwentune.training.start import choose_start, move_aside
+
+        if self.request.fresh and (aside := move_aside(self.folder)) is not None:
+            console.say(f"moved the old run to {aside}")
+        held.enter_context(self.folder.lock())
+        start = choose_start(
+            self.folder,
+            checkpoints,
+            facts,
+            resume=self.request.resume,
+            allowed=self.request.allow_change,
+            num_steps=self.schedule.num_steps,
+        )
+        if not start.complete:
+            self.folder.rewind(start.step)
+            self.folder.write("recipe.yaml", self.loaded.text)
+            self.folder.write("recipe.resolved.yaml", resolved_yaml(self.loaded.recipe, self.loaded.origins))
+            self.folder.write("plan.json", json.dumps(self.plan.to_json(), indent=2) + "\n")
+            self.folder.write("data_report.json", json.dumps(self.dataset.report, indent=2, ensure_ascii=False) + "\n")
+            dropped = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.dataset.dropped)
+            self.folder.write("dropped.jsonl", "".join(dropped))
+            self._status("running", None, "", start.step)
+        return start
+
+    def _trainer(
+        self,
+        base: Path,
+        checkpoint: Checkpoint | None,
+        checkpoints: Checkpoints,
+        facts: dict[str, Any],
+        recorder: Recorder | None,
+    ) -> tuple[SftTrainer, StopOnSignal]:
+        """The trainer over the model, new or from the checkpoint."""
+        from qwentune.data.batch import EvalBatches, TrainBatches
+        from qwentune.model.head import LossHead
+        from qwentune.training.learning_rate import learning_rate_factor
+        from qwentune.training.stop import StopOnSignal
+        from qwentune.training.trainer import SftTrainer, training_arguments
+
+        recipe, ranks, choices = self.loaded.recipe, self.ranks, self.plan.choices
+        evaluation = self.dataset.evaluation
+        arguments = training_arguments(
+            recipe.optimizer,
+            recipe.output,
+            staging=checkpoints.folder,
+            num_steps=self.schedule.num_steps,
+            micro_batch=choices.micro_batch,
+            accumulation=choices.accumulation,
+            optimizer_state=choices.optimizer_state,
+            evaluates=len(evaluation) > 0,
+            deepspeed_bf16=ranks.sharding in ("zero2", "zero3") and choices.weights == "bf16",
+            seed=recipe.seed,
+        )
+        model = self._model(base, checkpoint)
+        stop = StopOnSignal()
+        stop.install()
+        trainer = SftTrainer(
+            model=model,
+            args=arguments,
+            callbacks=[stop],
+            batches=TrainBatches(
+                self.dataset.train,
+                self.schedule,
+                choices.micro_batch,
+                choices.accumulation,
+                ranks.rank,
+                ranks.num_ranks,
+            ),
+            eval_batches=EvalBatches(evaluation, ranks.rank, ranks.num_ranks) if len(evaluation) else None,
+            loss_head=LossHead(model, choices.loss),
+            learning_rate_factor=partial(
+                learning_rate_factor,
+                num_steps=self.schedule.num_steps,
+                num_warmup_steps=round(recipe.optimizer.warmup_fraction * self.schedule.num_steps),
+                schedule=recipe.optimizer.schedule,
+                min_factor=recipe.optimizer.min_learning_rate / recipe.optimizer.learning_rate,
+            ),
+            checkpoints=checkpoints,
+            checkpoint_facts={"run": facts, "plan": self.plan.to_json(), "versions": _library_versions()},
+            recorder=recorder,
+        )
+        return trainer, stop
+
+    def _model(self, base: Path, checkpoint: Checkpoint | None) -> PreTrainedModel | PeftModel:
+        """The network to train; a full one is built from the checkpoint, adapters are loaded onto the base."""
+        from transformers import set_seed
+
+        from qwentune.model.adapters import add_adapters, load_adapters
+        from qwentune.model.load import load_model, recompute_layers
+
+        tuning, choices = self.loaded.recipe.tuning, self.plan.choices
+        full = tuning.kind == "full"
+        set_seed(self.loaded.recipe.seed)
+        model = load_model(
+            base if checkpoint is None or not full else checkpoint.folder,
+            dtype=choices.weights,
+            four_bit=tuning.kind == "qlora",
+            attention=choices.attention,
+            device=self.ranks.device,
+        )
+        recompute_layers(model, choices.gradient_checkpointing)
+        if full:
+            return model
+        if checkpoint is not None:
+            return load_adapters(model, checkpoint.folder, choices.adapters)
+        if tuning.start_from is not None:
+            return load_adapters(model, Path(tuning.start_from), choices.adapters)
+        return add_adapters(model, tuning, choices.adapters, self._untaught_tokens())
+
+    def _untaught_tokens(self) -> list[int]:
+        """The control tokens of the data whose rows a base model never learnt; none for one that was taught to chat."""
+        eos = self.tokenizer.eos_token
+        stops = self.dataset.report["stop_tokens"]
+        if self.dataset.report["trained_turns"] == 0 or eos in stops:
+            return []
+        return self.dataset.control_tokens_used(self.tokenizer)
+
+    def _publish(self, trainer: SftTrainer, base: Path) -> None:
+        """Writes the trained weights with everything that stands around them, whole or not at all."""
+        from qwentune.exporting.package import model_card, stop_token_ids, write_package
+
+        recipe, report = self.loaded.recipe, self.dataset.report
+        target = self.folder.path / ("model" if recipe.tuning.kind == "full" else "adapter")
+        staging = target.with_name(f".{target.name}.writing")
+        trainer.save_model(str(staging))
+        if self.ranks.leads:
+            write_package(
+                staging,
+                base,
+                chat_template=self.template,
+                stop_token_ids=stop_token_ids(report, self.tokenizer.control_ids),
+                end_of_text_id=self.tokenizer.end_of_text_id,
+            )
+            shutil.rmtree(target, ignore_errors=True)
+            staging.rename(target)
+            card = model_card(
+                name=self.folder.path.name,
+                base=recipe.model,
+                tuning=recipe.tuning.kind,
+                report=report,
+                metrics=self.folder.last_metrics() or {},
+            )
+            self.folder.write("README.md", card)
+
+    def _status(self, state: State, code: int | None, reason: str, step: int) -> None:
+        if self.ranks.leads:
+            self.folder.set_status(state, exit_code=code, reason=reason, step=step, command=self.request.command)
+
+
+def _library_versions() -> dict[str, str]:
+    return {name: version(name) for name in ("qwentune", "torch", "transformers", "peft", "accelerate")}
+
+
+if __name__ == "__main__":
+    console.main(train)

@@ -1,0 +1,184 @@
+"""Checkpoints that are whole or not there: staged, synced, described by a manifest, renamed by one rank."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwentune.errors import Problem, ResumeError
+
+MANIFEST = "manifest.json"
+MANIFEST_SCHEMA = 1
+STAGING, TRASH = ".saving-", ".trash-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint whose manifest verified; `facts` is what its run wrote beside the files' hashes."""
+
+    folder: Path
+    step: int
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run folder: `checkpoints/step-<n>`, and `latest`, which names the newest."""
+
+    run: Path
+    keep: int
+
+    @property
+    def folder(self) -> Path:
+        """Where published checkpoints stand."""
+        return self.run / "checkpoints"
+
+    def staging(self, step: int) -> Path:
+        """The folder that all ranks write step `step` into; no reader ever looks there."""
+        return self.folder / f"{STAGING}{step}"
+
+    def published(self, step: int) -> Path:
+        """Where step `step` stands once it is whole."""
+        return self.folder / f"step-{step}"
+
+    def publish(self, written: Path, step: int, facts: dict[str, Any], spared: frozenset[int] = frozenset()) -> Path:
+        """Makes the files in `written` the checkpoint of `step`; called by one rank, after all have written.
+
+        Only after the new checkpoint is in place are old ones removed, all but the newest `keep` and those `spared`.
+        """
+        files = sorted(path for path in written.rglob("*") if path.is_file())
+        for path in files:
+            _sync(path)
+        manifest = {
+            "schema": MANIFEST_SCHEMA,
+            "step": step,
+            "facts": facts,
+            "files": {
+                str(path.relative_to(written)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                for path in files
+            },
+        }
+        _write_synced(written / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+        _sync_folders(written)
+        target = self.published(step)
+        if target.exists():  # the same step of an abandoned attempt, which this one replaces
+            self._remove(target)
+        os.rename(written, target)
+        _sync(self.folder)
+        shutil.rmtree(self.staging(step), ignore_errors=True)
+        self._point_latest_at(target)
+        self._rotate(spared)
+        return target
+
+    def newest(self) -> tuple[Checkpoint | None, list[Problem]]:
+        """The newest checkpoint that verifies, and why each newer one was passed over."""
+        skipped: list[Problem] = []
+        for step, folder in self._numbered():
+            checkpoint = verify(folder)
+            if isinstance(checkpoint, Problem):
+                skipped.append(checkpoint)
+            elif checkpoint.step != step:
+                skipped.append(Problem(str(folder), f"its manifest says step {checkpoint.step}"))
+            else:
+                return checkpoint, skipped
+        return None, skipped
+
+    def sweep(self) -> None:
+        """Removes what interrupted saves and removals left behind, and mends `latest`."""
+        if not self.folder.exists():
+            return
+        for path in self.folder.iterdir():
+            if path.name.startswith((STAGING, TRASH)):
+                shutil.rmtree(path, ignore_errors=True)
+        numbered = self._numbered()
+        if numbered:
+            self._point_latest_at(numbered[0][1])
+
+    def _numbered(self) -> list[tuple[int, Path]]:
+        if not self.folder.exists():
+            return []
+        found = [
+            (int(path.name.removeprefix("step-")), path)
+            for path in self.folder.iterdir()
+            if path.is_dir() and path.name.startswith("step-") and path.name.removeprefix("step-").isdigit()
+        ]
+        return sorted(found, reverse=True)
+
+    def _rotate(self, spared: frozenset[int]) -> None:
+        for step, folder in self._numbered()[self.keep :]:
+            if step not in spared:
+                self._remove(folder)
+
+    def _remove(self, folder: Path) -> None:
+        # Renamed first: a half-deleted folder must never look like a checkpoint.
+        trash = folder.with_name(f"{TRASH}{folder.name}")
+        shutil.rmtree(trash, ignore_errors=True)
+        os.rename(folder, trash)
+        shutil.rmtree(trash)
+
+    def _point_latest_at(self, folder: Path) -> None:
+        temporary = self.run / ".latest"
+        _write_synced(temporary, f"checkpoints/{folder.name}\n")
+        os.replace(temporary, self.run / "latest")
+
+
+def verify(folder: Path) -> Checkpoint | Problem:
+    """The checkpoint in `folder` if every file has the size and hash that its manifest states, else what is wrong."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        schema, step, files = manifest["schema"], manifest["step"], manifest["files"]
+    except FileNotFoundError:
+        return Problem(str(folder), "has no manifest: it was never finished")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Problem(str(folder), f"its manifest cannot be read: {error}")
+    if schema != MANIFEST_SCHEMA:
+        return Problem(str(folder), f"was written in layout {schema}, this version reads layout {MANIFEST_SCHEMA}")
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return Problem(str(path), "is missing")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            return Problem(str(path), f"has {size} bytes instead of {expected['bytes']}")
+        if _sha256(path) != expected["sha256"]:
+            return Problem(str(path), "has been altered: its SHA-256 is not the manifest's")
+    return Checkpoint(folder, step, manifest["facts"])
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint that a user named; ResumeError where it does not verify."""
+    found = verify(folder)
+    if isinstance(found, Problem):
+        raise ResumeError(found)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folders(folder: Path) -> None:
+    for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
+        _sync(path)
+    _sync(folder)

@@ -1,0 +1,79 @@
+"""The processes of one run: how many there are, how they share the model, and how they agree."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+Sharding = Literal["none", "ddp", "zero2", "zero3", "fsdp2"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What the launcher's environment says of this process."""
+
+    rank: int
+    num_ranks: int
+    sharding: Sharding
+
+    @classmethod
+    def of_environment(cls) -> Ranks:
+        """This process's place, as accelerate and torchrun tell it."""
+        num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        sharding: Sharding = "none" if num_ranks == 1 else "ddp"
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            sharding = "zero3" if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "zero2"
+        elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            sharding = "fsdp2"
+        return cls(int(os.environ.get("RANK", "0")), num_ranks, sharding)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's model lives."""
+        import torch
+
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+
+    def join(self) -> None:
+        """Makes the process group, on the CPU's gloo where there is no GPU."""
+        if self.sharding in ("zero2", "zero3"):
+            import deepspeed
+
+            # Its shared-memory collectives for CPUs would be compiled here, for half a minute; gloo does as well.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        else:  # a user's accelerate defaults would switch autocast on behind the Trainer's back
+            os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+        import torch
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not torch.cuda.is_available())
+        assert state.num_processes == self.num_ranks, f"{state.num_processes} processes joined, not {self.num_ranks}"
+
+    def agree(self, decide: Callable[[], T]) -> T:
+        """What rank 0 decides, on every rank; its error is raised on every rank too."""
+        outcome: list[tuple[T | None, BaseException | None]] = [(None, None)]
+        if self.leads:
+            try:
+                outcome = [(decide(), None)]
+            except Exception as error:
+                outcome = [(None, error)]
+        if self.num_ranks > 1:
+            import torch.distributed
+
+            torch.distributed.broadcast_object_list(outcome, src=0)
+        value, raised = outcome[0]
+        if raised is not None:
+            raise raised
+        return value  # type: ignore[return-value]

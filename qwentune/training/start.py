@@ -1,0 +1,128 @@
+"""How a run begins: anew, or from its newest whole checkpoint; and what must not have changed in between."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwentune.errors import Problem, ResumeError
+from qwentune.training.checkpoints import Checkpoint, Checkpoints, open_checkpoint
+from qwentune.training.run_folder import RunFolder
+
+# Keys of a recipe that do not reach the weights: how often to save and log, and where to run.
+INERT_KEYS = ("output.", "hardware.", "memory.headroom", "data.train", "data.eval", "data.chat_template")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins. `checkpoint` is None for a new run; `complete` says that nothing is left to do."""
+
+    checkpoint: Checkpoint | None
+    complete: bool
+    messages: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done already."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+
+def choose_start(
+    run: RunFolder,
+    checkpoints: Checkpoints,
+    facts: Mapping[str, Any],
+    *,
+    resume: str,
+    allowed: Sequence[str],
+    num_steps: int,
+) -> Start:
+    """The newest checkpoint that verifies, or the one named by `resume`, or a new run where there is none.
+
+    Raises ResumeError where checkpoints exist but none verifies, and where the run's facts differ from the
+    checkpoint's in a key that is not in `allowed`.
+    """
+    checkpoints.sweep()
+    skipped: list[Problem] = []
+    if resume == "auto":
+        checkpoint, skipped = checkpoints.newest()
+    else:
+        checkpoint = open_checkpoint(Path(resume))
+    if checkpoint is None and skipped:
+        raise ResumeError(skipped, "No usable checkpoint. --fresh moves the run aside and starts anew.")
+    messages = [f"skipped {problem.where}: {problem.what}" for problem in skipped]
+    if checkpoint is None:
+        return Start(None, False)
+    _refuse_drift(checkpoint, facts, allowed)
+    if checkpoint.step >= num_steps:
+        return Start(checkpoint, True, (*messages, f"already complete: {run.path} has all {num_steps} steps"))
+    messages.append(f"resuming {run.path} from step {checkpoint.step}")
+    return Start(checkpoint, False, tuple(messages))
+
+
+def move_aside(run: RunFolder) -> Path | None:
+    """Renames the run's folder so that a new run can take its place; None where there is none."""
+    if not run.path.exists():
+        return None
+    target = run.path.with_name(f"{run.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    run.path.rename(target)
+    return target
+
+
+def run_facts(
+    recipe: Mapping[str, Any],
+    *,
+    data: str,
+    template: str | None,
+    tokenizer: str,
+    base: str,
+    num_ranks: int,
+    choices: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What decides a run's weights, by key: the recipe flattened, fingerprints, ranks and the plan's choices."""
+    facts = {key: value for key, value in _flattened(recipe) if not key.startswith(INERT_KEYS)}
+    facts |= {"data": data, "chat template": _sha256(template), "tokenizer": tokenizer, "base weights": base}
+    facts |= {"number of ranks": num_ranks}
+    facts |= {f"plan.{key}": value for key, value in choices.items()}
+    return facts
+
+
+def _flattened(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            pairs += _flattened(item, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", item))
+    return pairs
+
+
+def _refuse_drift(checkpoint: Checkpoint, facts: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    then = checkpoint.facts["run"]
+    problems = [
+        Problem(key, f"was {_short(then.get(key))}, is {_short(facts.get(key))}")
+        for key in sorted({*then, *facts})
+        if then.get(key) != facts.get(key) and not _is_allowed(key, allowed)
+    ]
+    if problems:
+        raise ResumeError(
+            problems,
+            f"{checkpoint.folder} belongs to another run. Undo the change, accept it with --allow-change KEY, or start "
+            "anew with --fresh (the old folder is moved aside).",
+        )
+
+
+def _is_allowed(key: str, allowed: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in allowed)
+
+
+def _sha256(text: str | None) -> str | None:
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:21] + "…"

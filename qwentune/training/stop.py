@@ -1,0 +1,80 @@
+"""Stopping on a signal: all ranks agree on the step, save it, and end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qwentune.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ORPHAN_GRACE_SECONDS = 30.0
+
+
+class StopOnSignal(TrainerCallback):
+    """Saves and stops at the next step boundary after SIGTERM, SIGINT or SIGUSR1; a second signal stops at once.
+
+    Ranks agree by a one-integer maximum over gloo on the CPU, started after one step and read after the next, so that
+    no device waits for it. A trainer whose launcher has died stops likewise.
+    """
+
+    def __init__(self) -> None:
+        self.received: int = 0
+        self.agreed: int = 0
+        self._group: Any = None
+        self._pending: tuple[Any, torch.Tensor] | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """The code to end with after the stop: 130 for Ctrl-C, else 75."""
+        return EXIT_INTERRUPTED if self.agreed == signal.SIGINT else EXIT_PREEMPTED
+
+    def install(self) -> None:
+        """Takes over the signals of this process and watches its launcher; for the main thread."""
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+        threading.Thread(target=self._watch_launcher, args=(os.getppid(),), daemon=True).start()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Makes the group in which the ranks agree."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Asks for a save and the end once all ranks know of a signal."""
+        if self._group is None:
+            self.agreed = self.received
+        else:
+            if self._pending is not None:
+                work, flag = self._pending
+                work.wait()
+                self.agreed = int(flag.item())
+            flag = torch.tensor([self.received], dtype=torch.int32)
+            self._pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
+        if self.agreed:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received == number == signal.SIGINT:
+            os._exit(EXIT_INTERRUPTED)
+        self.received = self.received or number
+
+    def _watch_launcher(self, launcher: int) -> None:
+        while os.getppid() == launcher:
+            time.sleep(1.0)
+        self.received = self.received or signal.SIGTERM
+        time.sleep(ORPHAN_GRACE_SECONDS)
+        os._exit(EXIT_PREEMPTED)

@@ -1,0 +1,287 @@
+"""The step and its guarantees, over transformers' Trainer: what every objective inherits."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from qwentune.data.batch import Batch, EvalBatches, TrainBatches
+from qwentune.errors import NotFiniteError, Problem
+from qwentune.model.head import LossHead
+from qwentune.recipe import OptimizerOptions, OutputOptions
+from qwentune.training.checkpoints import Checkpoints
+from qwentune.training.progress import Recorder
+
+
+class ExactResume:
+    """Mixin for a transformers Trainer: exact batches, lean step, atomic checkpoints, exact resume.
+
+    Batches come from a pure function of the step and carry weights that are already normalised over the whole
+    optimizer batch, so nothing is counted or gathered while training. Nothing waits for the device between two log
+    points. A step whose gradient is not finite leaves weights and optimizer untouched and ends the run when it is next
+    logged.
+    """
+
+    def __init__(
+        self,
+        *,
+        batches: TrainBatches,
+        eval_batches: EvalBatches | None,
+        loss_head: LossHead,
+        learning_rate_factor: Callable[[int], float],
+        checkpoints: Checkpoints,
+        checkpoint_facts: Mapping[str, Any],
+        recorder: Recorder | None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.remove_callback(PrinterCallback)
+        self.batches = batches
+        self.eval_batches = eval_batches
+        self.loss_head = loss_head
+        self.learning_rate_factor = learning_rate_factor
+        self.checkpoints = checkpoints
+        self.checkpoint_facts = dict(checkpoint_facts)
+        self.recorder = recorder
+        self._first_bad_step: Tensor | None = None
+        self._window_start = time.monotonic()
+
+    # Batches: already this rank's, already in order; nothing is left for accelerate to shard or shuffle.
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        return DataLoader(self.batches, batch_size=1, shuffle=False, collate_fn=_only)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Batch]:
+        assert self.eval_batches is not None
+        return DataLoader(self.eval_batches, batch_size=1, shuffle=False, collate_fn=_only)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Batch]:
+        raise AssertionError("qwentune has no test set")
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> None:
+        return None  # the batches' weights are normalised already
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        # The stock method casts floats to DeepSpeed's dtype, which would round the weights.
+        return {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in inputs.items()}
+
+    # The step.
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        if not model.training:
+            model.train()  # walks all modules, so only when an evaluation went before
+        # Ranks average their gradients; the loss is already a share of the whole batch's mean.
+        loss = self.loss_head.loss(model, self._prepare_inputs(inputs)) * self.args.world_size
+        kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        self.accelerator.backward(loss, **kwargs)
+        return loss.detach()
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.learning_rate_factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        return 0  # the stock count walks all parameters at every step
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        finite = torch.isfinite(torch.as_tensor(norm, device=self.args.device))
+        step = torch.where(finite, torch.inf, float(self.state.global_step + 1))
+        self._first_bad_step = step if self._first_bad_step is None else torch.minimum(self._first_bad_step, step)
+        if not self.is_deepspeed_enabled:  # DeepSpeed's engine leaves such a step out by itself
+            # Fused optimizers read this flag on the device and then leave weights and state as they are.
+            optimizer = self.optimizer.optimizer
+            optimizer.found_inf = torch.isfinite(self._first_bad_step).float().reshape(())
+            optimizer.grad_scale = None
+        return norm
+
+    # Logging.
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+        if "loss" not in logs:
+            return
+        step = self.state.global_step
+        if self._first_bad_step is not None and (bad := self._first_bad_step.item()) != float("inf"):
+            raise NotFiniteError(
+                Problem(
+                    f"step {int(bad)}",
+                    "the gradient is not finite; weights and optimizer were left as they were before it",
+                    "Lower optimizer.learning_rate, or look at the rows of that step.",
+                )
+            )
+        now = time.monotonic()
+        seconds, self._window_start = now - self._window_start, now
+        rows = [row for k in range(self._window_first_step, step) for row in self.batches.schedule.rows(k)]
+        tokens = sum(self.batches.rows.num_tokens[row] for row in rows)
+        trained = sum(self.batches.rows.num_trained[row] for row in rows)
+        self._window_first_step = step
+        on_gpu = torch.cuda.is_available()
+        if self.recorder is not None:
+            self.recorder.logged({
+                "step": step,
+                "loss": logs["loss"],
+                "learning_rate": logs["learning_rate"],
+                "grad_norm": logs["grad_norm"],
+                "tokens": tokens,
+                "trained_tokens": trained,
+                "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+                "peak_allocated_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+                "seconds": round(seconds, 4),
+            })
+
+    # Evaluation: the mean over all trained tokens, without ever holding logits.
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        model = self.model_wrapped
+        model.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with torch.no_grad():
+            for inputs in self.get_eval_dataloader():
+                batch = self._prepare_inputs(inputs)
+                totals[0] += self.loss_head.loss(model, batch)
+                totals[1] += batch["weight"].sum()
+        model.train()
+        if self.args.world_size > 1:
+            dist.all_reduce(totals)
+        loss = float(totals[0] / totals[1])
+        metrics = {"eval_loss": loss}
+        if self.recorder is not None:
+            self.recorder.evaluated(self.state.global_step, loss)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Checkpoints: transformers writes into a staging folder, rank 0 publishes it.
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoints.staging(self.state.global_step))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        if step == self._published_step:
+            return
+        self._refuse_to_save_what_is_not_finite(model)
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            spared = frozenset({self.state.best_global_step} if self.state.best_global_step else ())
+            written = self.checkpoints.staging(step) / f"checkpoint-{step}"
+            self.checkpoints.publish(written, step, self.checkpoint_facts, spared)
+        self._published_step = step
+        self.accelerator.wait_for_everyone()
+
+    def _refuse_to_save_what_is_not_finite(self, model: nn.Module) -> None:
+        bad = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and not torch.isfinite(parameter).all()
+        ]
+        if bad:
+            what = f"{len(bad)} weights are not finite and are not saved, the first: {bad[0]}"
+            raise NotFiniteError(Problem(f"step {self.state.global_step}", what))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # The stock method adds a pickle of the arguments.
+        assert output_dir is not None
+        save_weights(self.accelerator.unwrap_model(self.model), Path(output_dir), state_dict)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        window = {"loss": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
+        Path(output_dir, f"log_window_{self.args.process_index}.json").write_text(json.dumps(window))
+
+    # Resume: the weights were loaded before the trainer was built, with every key proved.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            window = json.loads(Path(checkpoint, f"log_window_{self.args.process_index}.json").read_bytes())
+            self._tr_loss += window["loss"]
+            self._globalstep_last_logged = window["last_logged_step"]
+            self._window_first_step = window["last_logged_step"]
+
+    _published_step: int | None = None
+    _window_first_step: int = 0
+
+
+class SftTrainer(ExactResume, Trainer):
+    """Supervised fine-tuning on conversations and texts."""
+
+
+def save_weights(model: nn.Module, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
+    """Writes a model's weights, or only its adapters, as safetensors with their configuration."""
+    options: dict[str, Any] = {}
+    if hasattr(model, "peft_config"):
+        options["save_embedding_layers"] = False  # `auto` asks the hub for the base's vocabulary size
+    model.save_pretrained(str(folder), state_dict=state_dict, **options)  # type: ignore[operator]
+
+
+def training_arguments(
+    optimizer: OptimizerOptions,
+    output: OutputOptions,
+    *,
+    staging: Path,
+    num_steps: int,
+    micro_batch: int,
+    accumulation: int,
+    optimizer_state: str,
+    evaluates: bool,
+    deepspeed_bf16: bool,
+    seed: int,
+) -> TrainingArguments:
+    """Transformers' arguments for a run whose batches, saves, logs and learning rates are ours.
+
+    The run is one epoch of `num_steps` steps: epochs of the data are the schedule's business.
+    """
+    keeps_best = evaluates and output.best is not None
+    on_gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(staging),
+        max_steps=num_steps,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        optim="adamw_bnb_8bit" if optimizer_state == "8bit" else "adamw_torch_fused",
+        learning_rate=optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        max_grad_norm=optimizer.max_grad_norm,
+        save_strategy="steps",
+        save_steps=output.save_every_steps,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=output.eval_every_steps if evaluates else None,
+        metric_for_best_model="loss" if keeps_best else None,
+        greater_is_better=False if keeps_best else None,
+        logging_steps=output.log_every_steps,
+        logging_nan_inf_filter=False,
+        report_to=list(output.report_to),
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=seed,
+        use_cpu=not on_gpu,
+        bf16=deepspeed_bf16,  # never for autocast: weights and adapters have the dtype of the plan
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        dataloader_pin_memory=on_gpu,
+        average_tokens_across_devices=False,
+    )
+
+
+def _only(items: list[Batch]) -> Batch:
+    return items[0]

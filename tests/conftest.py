@@ -1,0 +1,81 @@
+"""Checkpoints and tokenizers that the whole session shares; nothing here imports torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+from checkpoints import ModelType, write_checkpoint
+
+from qwentune.data import vocabulary
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that lives as long as the session."""
+    return tmp_path_factory.mktemp("session")
+
+
+@pytest.fixture(scope="session")
+def qwen2_folder(session_folder: Path) -> Path:
+    """A tiny Qwen2.5 checkpoint with a vocabulary of 1000 ranks, without weights. Do not write into it."""
+    return write_checkpoint(session_folder / "qwen2", "qwen2")
+
+
+@pytest.fixture(scope="session")
+def qwen3_folder(session_folder: Path) -> Path:
+    """A tiny Qwen3 checkpoint with a vocabulary of 1000 ranks, without weights. Do not write into it."""
+    return write_checkpoint(session_folder / "qwen3", "qwen3")
+
+
+@pytest.fixture(scope="session")
+def qwen3_moe_folder(session_folder: Path) -> Path:
+    """A tiny Qwen3-MoE checkpoint with a vocabulary of 1000 ranks, without weights. Do not write into it."""
+    return write_checkpoint(session_folder / "qwen3_moe", "qwen3_moe")
+
+
+@pytest.fixture(scope="session")
+def real_qwen2_folder(pytestconfig: pytest.Config) -> Path:
+    """A tiny Qwen2.5 checkpoint with the real vocabulary, without weights. Do not write into it."""
+    return real_checkpoint(pytestconfig, "qwen2")
+
+
+@pytest.fixture(scope="session")
+def real_qwen3_folder(pytestconfig: pytest.Config) -> Path:
+    """A tiny Qwen3 checkpoint with the real vocabulary, without weights. Do not write into it."""
+    return real_checkpoint(pytestconfig, "qwen3")
+
+
+def real_checkpoint(config: pytest.Config, model_type: ModelType) -> Path:
+    """A checkpoint with the real vocabulary, from pytest's cache if an earlier session built the same one.
+
+    The key is the content of what builds it. The folder appears by a rename: sessions may run side by side.
+    """
+    sources = (Path(vocabulary.__file__), Path(__file__).with_name("checkpoints.py"))
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    folder = cache_folder(config) / f"{model_type}-{key}"
+    if not folder.exists():
+        staging = Path(tempfile.mkdtemp(dir=folder.parent))
+        write_checkpoint(staging, model_type, num_ranks=None)
+        try:
+            staging.rename(folder)
+        except OSError:  # another session was quicker
+            shutil.rmtree(staging)
+    return folder
+
+
+def cache_folder(config: pytest.Config) -> Path:
+    """Pytest's own cache, or the system's temporary folder where that cache is switched off."""
+    cache: pytest.Cache | None = getattr(config, "cache", None)
+    if cache is not None:
+        return cache.mkdir("qwentune-vocabulary")
+    folder = Path(tempfile.gettempdir(), "qwentune-vocabulary")
+    folder.mkdir(exist_ok=True)
+    return folder

@@ -1,0 +1,88 @@
+"""A checkpoint is whole or not there; a damaged one is named and an older one taken."""
+
+from pathlib import Path
+
+import pytest
+
+from qwentune.errors import ResumeError
+from qwentune.training.checkpoints import MANIFEST, Checkpoint, Checkpoints, open_checkpoint, verify
+
+
+def publish(checkpoints: Checkpoints, step: int, content: str = "weights") -> Path:
+    written = checkpoints.staging(step) / f"checkpoint-{step}"
+    (written / "shards").mkdir(parents=True)
+    (written / "model.safetensors").write_text(f"{content} {step}")
+    (written / "shards" / "rank0").write_text("state")
+    return checkpoints.publish(written, step, {"run": {"seed": 1}})
+
+
+def test_a_published_checkpoint_verifies_and_is_latest(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    folder = publish(checkpoints, 10)
+    assert verify(folder) == Checkpoint(folder, 10, {"run": {"seed": 1}})
+    assert (tmp_path / "latest").read_text() == "checkpoints/step-10\n"
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-10"]
+
+
+def test_only_the_newest_are_kept_and_the_spared_one(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        publish(checkpoints, step)
+    written = checkpoints.staging(4) / "checkpoint-4"
+    written.mkdir(parents=True)
+    (written / "a").write_text("a")
+    checkpoints.publish(written, 4, {}, spared=frozenset({2}))
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-2", "step-3", "step-4"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "shards/rank0", MANIFEST])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "delete"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path: Path, name: str, damage: str) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    publish(checkpoints, 10)
+    victim = publish(checkpoints, 20) / name
+    content = victim.read_bytes()
+    if damage == "delete":
+        victim.unlink()
+    else:
+        flipped = bytes([content[0] ^ 1]) + content[1:]
+        victim.write_bytes({"flip": flipped, "cut": content[:-1], "empty": b""}[damage])
+    newest, skipped = checkpoints.newest()
+    assert newest is not None
+    assert newest.step == 10
+    assert len(skipped) == 1
+    assert "step-20" in skipped[0].where
+
+
+def test_what_is_no_checkpoint_is_ignored(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    publish(checkpoints, 10)
+    (checkpoints.folder / "step-99x").mkdir()
+    (checkpoints.folder / "step-30").write_text("a file")
+    newest, skipped = checkpoints.newest()
+    assert newest is not None
+    assert (newest.step, skipped) == (10, [])
+
+
+def test_a_checkpoint_under_another_step_is_refused(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    publish(checkpoints, 10).rename(checkpoints.published(50))
+    newest, skipped = checkpoints.newest()
+    assert newest is None
+    assert "step 10" in skipped[0].what
+
+
+def test_leftovers_are_swept_and_latest_is_mended(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    publish(checkpoints, 10)
+    checkpoints.staging(20).mkdir()
+    (checkpoints.folder / ".trash-step-5").mkdir()
+    (tmp_path / "latest").write_text("checkpoints/step-5\n")
+    checkpoints.sweep()
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-10"]
+    assert (tmp_path / "latest").read_text() == "checkpoints/step-10\n"
+
+
+def test_a_named_checkpoint_must_verify(tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match="never finished"):
+        open_checkpoint(tmp_path)

@@ -1,0 +1,203 @@
+"""The tables: dimensions give the published parameter counts, and a model or GPU is found or its nearest named."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwentune.errors import UsageError
+from qwentune.facts.gpus import GPUS, gpu_spec
+from qwentune.facts.models import MODELS, model_spec
+
+# Counts of the model classes of transformers 5.23 on the meta device; those of Qwen2.5 and Qwen3 up to 72B and the MoE
+# equal the exact counts of keras-team/keras-hub@71453d08.
+PARAMETERS = {
+    "Qwen1.5-0.5B": 463_987_712,
+    "Qwen1.5-1.8B": 1_836_828_672,
+    "Qwen1.5-4B": 3_950_369_280,
+    "Qwen1.5-7B": 7_721_324_544,
+    "Qwen1.5-14B": 14_167_290_880,
+    "Qwen1.5-32B": 32_512_218_112,
+    "Qwen1.5-72B": 72_287_920_128,
+    "Qwen1.5-110B": 111_209_914_368,
+    "Qwen1.5-MoE-A2.7B": 14_315_784_192,
+    "CodeQwen1.5-7B": 7_250_284_544,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen2.5-3B": 3_085_938_688,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen2.5-14B": 14_770_033_664,
+    "Qwen2.5-32B": 32_763_876_352,
+    "Qwen2.5-72B": 72_706_203_648,
+    "Qwen2-57B-A14B": 57_408_658_944,
+    "QwQ-32B": 32_763_876_352,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-14B": 14_768_307_200,
+    "Qwen3-32B": 32_762_123_264,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen3-235B-A22B": 235_093_634_560,
+    "Qwen3-Coder-480B-A35B-Instruct": 480_154_875_392,
+}
+
+QWEN3_CONFIG = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 3,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 1026,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"},
+}
+
+
+def write_folder(folder: Path, config: object, template: str = "", eos: str = "<|im_end|>") -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_the_dimensions_give_the_published_parameter_count(name: str, count: int) -> None:
+    assert model_spec(f"Qwen/{name}").parameters == count
+
+
+def test_every_checkpoint_of_a_shape_family_has_its_own_id_and_a_source() -> None:
+    for wanted in ("Qwen2.5-Coder-3B", "Qwen2.5-Math-72B-Instruct", "Qwen2.5-7B-Instruct-1M", "Qwen3-4B-Base"):
+        assert f"Qwen/{wanted}" in MODELS
+    assert all(spec.source and spec.licence for spec in MODELS.values())
+    sizes = re.compile(r"(\d+(?:\.\d+)?)B(?!-Preview)")
+    for name, spec in MODELS.items():
+        if match := sizes.search(name):
+            # Names round; the smallest count fewer or more of the embedding. An MoE also names its active part.
+            assert 0.8 < spec.parameters / 1e9 / float(match[1]) < 1.25 or spec.moe, name
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("Qwen3-8B", "hybrid"),
+        ("Qwen3-8B-Base", "base"),
+        ("Qwen3-30B-A3B-Thinking-2507", "thinking"),
+        ("Qwen3-4B-Instruct-2507", "chat"),
+        ("Qwen2.5-7B", "base"),
+        ("Qwen1.5-MoE-A2.7B-Chat", "chat"),
+        ("QwQ-32B", "thinking"),
+    ],
+)
+def test_the_kind_follows_the_suffix(name: str, kind: str) -> None:
+    assert model_spec(f"Qwen/{name}").kind == kind
+
+
+def test_the_tiny_model_is_built_in() -> None:
+    spec = model_spec("builtin:tiny-qwen3")
+    assert (spec.num_layers, spec.hidden_size, spec.vocab_rows, spec.tied) == (2, 128, 151936, True)
+
+
+def test_ids_are_found_in_any_case() -> None:
+    assert model_spec("qwen/qwen3-8b").id == "Qwen/Qwen3-8B"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("Qwen3-8B", "Qwen/Qwen3-8B"), ("qwen3-8b", "Qwen/Qwen3-8B"), ("Qwen/Qwen3-8BB", "Qwen/Qwen3-8B")],
+)
+def test_an_unknown_model_names_the_nearest(wrong: str, right: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"Did you mean '{right}'?")):
+        model_spec(wrong)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        model_spec(str(tmp_path / "nowhere"))
+
+
+def test_a_local_folder_is_read_from_its_config(tmp_path: Path) -> None:
+    spec = model_spec(write_folder(tmp_path / "m", QWEN3_CONFIG, "{% if add_generation_prompt %}x{% endif %}"))
+    assert (spec.num_layers, spec.head_dim, spec.tied, spec.rope_theta) == (3, 16, True, 5000.0)
+    assert (spec.qk_norm, spec.qkv_bias, spec.kind) == (True, False, "chat")
+
+
+def test_older_configs_give_rope_theta_and_no_head_dim(tmp_path: Path) -> None:
+    config = QWEN3_CONFIG | {"model_type": "qwen2", "rope_theta": 1e6}
+    del config["rope_parameters"], config["head_dim"]
+    spec = model_spec(write_folder(tmp_path / "m", config))
+    assert (spec.rope_theta, spec.head_dim, spec.qkv_bias) == (1e6, 16, True)
+
+
+def test_a_mixture_of_experts_is_read_with_its_shared_expert(tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    config = QWEN3_CONFIG | experts | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 96}
+    moe = model_spec(write_folder(tmp_path / "m", config)).moe
+    assert moe is not None
+    assert (moe.num_experts, moe.top_k, moe.expert_intermediate, moe.shared_intermediate) == (4, 2, 64, 96)
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "kind"),
+    [
+        ("", "<|im_end|>", "base"),
+        ("{% if enable_thinking %}", "<|endoftext|>", "base"),
+        ("{% if add_generation_prompt %}{% if enable_thinking is false %}<think>", "<|im_end|>", "hybrid"),
+        ("{% if add_generation_prompt %}<|im_start|>assistant\\n<think>\\n", "<|im_end|>", "thinking"),
+        ("<think>{% if add_generation_prompt %}<|im_start|>assistant\\n", "<|im_end|>", "chat"),
+    ],
+)
+def test_the_kind_of_a_folder_follows_its_stop_token_and_template(
+    tmp_path: Path, template: str, eos: str, kind: str
+) -> None:
+    assert model_spec(write_folder(tmp_path / "m", QWEN3_CONFIG, template, eos)).kind == kind
+
+
+def test_every_fault_of_a_config_is_reported_at_once(tmp_path: Path) -> None:
+    config = QWEN3_CONFIG | {"hidden_size": "64", "num_hidden_layers": None, "vocab_size": 0}
+    with pytest.raises(UsageError) as caught:
+        model_spec(write_folder(tmp_path / "m", config))
+    assert len(caught.value.problems) == 3
+    assert all(key in str(caught.value) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_config_that_is_no_qwen_config_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UsageError, match=r"config\.json"):
+        model_spec(str(tmp_path))
+
+
+def test_every_gpu_that_people_buy_is_in_the_table() -> None:
+    wanted = (
+        "gtx-1650 rtx-3060 rtx-3080 rtx-3090 rtx-4070 rtx-4080 rtx-4080-super rtx-4090 rtx-5070-ti rtx-5080 rtx-5090 "
+        "a10g a6000 rtx-6000-ada l4 l40s t4 a100-40gb a100-80gb h100-80gb h20 h200 b200"
+    )
+    assert set(wanted.split()) <= set(GPUS)
+    assert all("data sheet" in gpu.source for gpu in GPUS.values())
+    assert [name for name, gpu in GPUS.items() if not gpu.has_bf16] == ["gtx-1650", "t4"]
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("h100", "h100-80gb"), ("rtx4090", "rtx-4090"), ("A100", "a100-40gb")])
+def test_an_unknown_gpu_names_the_nearest(wrong: str, right: str) -> None:
+    with pytest.raises(UsageError, match=f"Did you mean '{right}'"):
+        gpu_spec(wrong)
+
+
+def test_a_gpu_is_found_in_any_case() -> None:
+    assert gpu_spec("RTX-4090").total_bytes == pytest.approx(23.51 * 2**30, abs=1)
+
+
+def test_facts_and_the_plan_are_free_of_torch() -> None:
+    code = "import sys, qwentune.facts.models, qwentune.memory; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

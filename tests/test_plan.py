@@ -1,0 +1,423 @@
+"""The plan: closed-form bytes agree with measurements, grow with what makes runs grow, and lead to a verdict."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwentune.errors import ResumeError, UsageError
+from qwentune.facts.architecture import ModelSpec
+from qwentune.facts.gpus import gpu_spec
+from qwentune.facts.models import model_spec
+from qwentune.memory import HostMemory, PlanRequest, RunPlan, make_plan, pinned, plan_warnings, render_plan
+from qwentune.memory.activations import layer_activations
+from qwentune.memory.adapters import adapter_parameters
+from qwentune.memory.closed_form import base_weight_bytes, disk_bytes, phases
+from qwentune.memory.roofline import step_seconds
+from qwentune.memory.settings import GIB, MIB, Overheads, Settings, Sharding
+
+QWEN3_8B = model_spec("Qwen/Qwen3-8B")
+MOE = model_spec("Qwen/Qwen3-30B-A3B")
+RTX_4090 = gpu_spec("rtx-4090")
+H200 = gpu_spec("h200")
+ATTENTION_ONLY = ("q_proj", "k_proj", "v_proj", "o_proj")
+NO_OVERHEADS = Overheads(context_bytes=0, workspace_bytes=0, allocator_fraction=0.0, allocator_bytes=0)
+LORA = Settings(
+    kind="lora",
+    max_tokens=2048,
+    micro_batch=1,
+    accumulation=1,
+    gradient_checkpointing=True,
+    loss="full",
+    attention="flash_attention_2",
+    sharding="none",
+    num_ranks=1,
+    weights="bf16",
+    adapters="fp32",
+    optimizer_state="fp32",
+    rank=16,
+    targets="all-linear",
+)
+
+
+def llama_like(vocab_rows: int, num_layers: int = 32, hidden: int = 4096, inner: int = 14336) -> ModelSpec:
+    return replace(
+        QWEN3_8B,
+        num_layers=num_layers,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_heads=hidden // 128,
+        vocab_rows=vocab_rows,
+        qk_norm=False,
+    )
+
+
+MISTRAL_7B = llama_like(32000)
+LLAMA_3_8B = llama_like(128256)
+LLAMA_2_70B = llama_like(32000, 80, 8192, 28672)
+
+
+def step_bytes(spec: ModelSpec, settings: Settings) -> int:
+    return phases(spec, settings, NO_OVERHEADS, merges_here=False)["train_step"].allocated
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "micro_batch", "measured_mib"),
+    [
+        (MISTRAL_7B, "lora", 4, 25467),
+        (MISTRAL_7B, "lora", 8, 36948),
+        (MISTRAL_7B, "qlora", 4, 15615),
+        (MISTRAL_7B, "qlora", 8, 27096),
+        (LLAMA_2_70B, "qlora", 4, 64970),
+    ],
+)
+def test_adapter_peaks_agree_with_measured_ones(
+    spec: ModelSpec, kind: str, micro_batch: int, measured_mib: int
+) -> None:
+    """max_memory_allocated on one A100, 4096 tokens a row, rank 16 on attention, flash attention, HF loss.
+
+    Source: foundation-model-stack/fms-acceleration scripts/benchmarks/refs/a100_80gb.csv (Apache-2.0).
+    """
+    settings = replace(LORA, max_tokens=4096, micro_batch=micro_batch, targets=ATTENTION_ONLY)
+    settings = replace(settings, kind="qlora") if kind == "qlora" else settings
+    # transformers 4.48 keeps a shifted copy of the logits, 2 bytes each; version 5 does not.
+    head_bytes = step_bytes(spec, settings) + 2 * settings.forward_tokens * spec.vocab_rows
+    assert head_bytes / MIB == pytest.approx(measured_mib, rel=0.025)
+
+
+@pytest.mark.parametrize(("spec", "measured_mib"), [(MISTRAL_7B, 69079), (LLAMA_3_8B, 76597)])
+def test_full_tuning_agrees_with_measured_peaks(spec: ModelSpec, measured_mib: int) -> None:
+    """The same source; foreach AdamW there holds one more copy of the weights than the fused one here."""
+    settings = replace(LORA, kind="full", max_tokens=512, micro_batch=1, loss="supervised", optimizer_state="bf16")
+    assert (step_bytes(spec, settings) + 2 * spec.parameters) / MIB == pytest.approx(measured_mib, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("spec", "settings", "traced_mib"),
+    [
+        (QWEN3_8B, LORA, 20292),
+        (QWEN3_8B, replace(LORA, kind="qlora"), 10462),
+        (QWEN3_8B, replace(LORA, kind="qlora", max_tokens=8192), 22972),
+        (MOE, replace(LORA, targets=ATTENTION_ONLY), 62351),
+    ],
+)
+def test_peaks_agree_with_a_trace_of_the_real_step(spec: ModelSpec, settings: Settings, traced_mib: int) -> None:
+    """A trace of transformers 5.23 and peft 0.21 on meta tensors, whole depth."""
+    assert step_bytes(spec, settings) / MIB == pytest.approx(traced_mib, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "lora_mb", "full_mb"),
+    [
+        ("0.6B", 2.6, 2.1),
+        ("1.7B", 4.3, 3.3),
+        ("4B", 8.2, 6.4),
+        ("8B", 10.7, 8.1),
+        ("14B", 15.5, 11.8),
+        ("32B", 32.5, 25.4),
+    ],
+)
+def test_activations_kept_per_token_agree_with_a_trace(name: str, lora_mb: float, full_mb: float) -> None:
+    """Megabytes that the layers of eager Qwen3 save per token, by the meta device, transformers 5.23 and peft 0.21."""
+    spec = model_spec(f"Qwen/Qwen3-{name}")
+    for settings, expected in ((LORA, lora_mb), (replace(LORA, kind="full"), full_mb)):
+        saved_bytes = spec.num_layers * layer_activations(spec, settings).saved_bytes
+        assert saved_bytes / settings.forward_tokens / 1e6 == pytest.approx(expected, rel=0.07)
+
+
+def test_four_bit_weights_leave_fused_experts_in_16_bits() -> None:
+    assert base_weight_bytes(MOE, replace(LORA, kind="qlora")) > 54 * GIB
+    assert base_weight_bytes(QWEN3_8B, replace(LORA, kind="qlora")) < 6 * GIB
+
+
+def test_adapters_on_every_linear_module_count_as_peft_counts_them() -> None:
+    """Counts of peft 0.21 on one layer of a tiny mixture of experts, rank 4."""
+    tiny = replace(MOE, num_layers=1, hidden_size=256, num_heads=4, num_kv_heads=1, head_dim=64)
+    moe = replace(MOE.moe, num_experts=8, top_k=2, expert_intermediate=128) if MOE.moe else None
+    attention = 4 * ((256 + 256) * 2 + (256 + 64) * 2)
+    experts = 64 * 256 + 256 * 64 + 32 * 128 + 256 * 32
+    router = 4 * (256 + 8)
+    assert adapter_parameters(replace(tiny, moe=moe), replace(LORA, rank=4)) == attention + experts + router
+
+
+def test_a_misspelt_target_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="Did you mean 'q_proj'") as caught:
+        make_plan(QWEN3_8B, H200, PlanRequest("lora", 2048, 16, targets=("q_prj", "wte")))
+    assert len(caught.value.problems) == 2
+
+
+kinds = st.sampled_from(["full", "lora", "qlora"])
+settings_strategy = st.builds(
+    replace,
+    st.just(LORA),
+    kind=kinds,
+    max_tokens=st.integers(64, 8192),
+    micro_batch=st.integers(1, 8),
+    accumulation=st.integers(1, 4),
+    gradient_checkpointing=st.one_of(st.booleans(), st.integers(0, 64)),
+    loss=st.sampled_from(["full", "supervised"]),
+    attention=st.sampled_from(["sdpa", "eager", "flex_attention"]),
+    weights=st.sampled_from(["bf16", "fp32"]),
+    adapters=st.sampled_from(["bf16", "fp32"]),
+    optimizer_state=st.sampled_from(["bf16", "fp32", "8bit"]),
+    targets=st.sampled_from(["all-linear", ATTENTION_ONLY]),
+)
+specs = st.sampled_from([QWEN3_8B, MOE, model_spec("Qwen/Qwen1.5-MoE-A2.7B"), model_spec("Qwen/Qwen2.5-1.5B")])
+
+
+def all_peaks(spec: ModelSpec, settings: Settings) -> dict[str, int]:
+    return {name: terms.total for name, terms in phases(spec, settings, NO_OVERHEADS, True).items()}
+
+
+@given(specs, settings_strategy, st.integers(1, 4096))
+def test_more_tokens_never_take_less_memory(spec: ModelSpec, settings: Settings, more: int) -> None:
+    smaller, larger = (
+        all_peaks(spec, settings),
+        all_peaks(spec, replace(settings, max_tokens=settings.max_tokens + more)),
+    )
+    assert all(smaller[name] <= larger[name] for name in smaller)
+
+
+@given(specs, settings_strategy)
+def test_a_larger_micro_batch_never_takes_less_memory(spec: ModelSpec, settings: Settings) -> None:
+    smaller, larger = (
+        all_peaks(spec, settings),
+        all_peaks(spec, replace(settings, micro_batch=settings.micro_batch + 1)),
+    )
+    assert all(smaller[name] <= larger[name] for name in smaller)
+
+
+@given(specs, settings_strategy)
+def test_more_layers_never_take_less_memory(spec: ModelSpec, settings: Settings) -> None:
+    settings = replace(settings, gradient_checkpointing=bool(settings.gradient_checkpointing))
+    smaller, larger = all_peaks(spec, settings), all_peaks(replace(spec, num_layers=spec.num_layers + 1), settings)
+    assert all(smaller[name] <= larger[name] for name in smaller)
+
+
+shardings: st.SearchStrategy[Sharding] = st.sampled_from(["zero2", "zero3", "fsdp2"])
+
+
+@given(specs, settings_strategy, shardings, st.integers(1, 63))
+def test_more_ranks_never_take_more_memory_each(
+    spec: ModelSpec, settings: Settings, sharding: Sharding, num_ranks: int
+) -> None:
+    few = all_peaks(spec, replace(settings, sharding=sharding, num_ranks=num_ranks))
+    many = all_peaks(spec, replace(settings, sharding=sharding, num_ranks=num_ranks + 1))
+    assert all(many[name] <= few[name] for name in few)
+
+
+def test_checkpointing_fewer_layers_trades_memory_for_time() -> None:
+    settings = [replace(LORA, gradient_checkpointing=count) for count in (0, 12, 24, 36)]
+    peaks = [step_bytes(QWEN3_8B, choice) for choice in settings]
+    seconds = [step_seconds(QWEN3_8B, choice, H200) for choice in settings]
+    assert peaks == sorted(peaks, reverse=True)
+    assert seconds == sorted(seconds)
+    assert peaks[-1] == step_bytes(QWEN3_8B, replace(LORA, gradient_checkpointing=True))
+
+
+def test_full_tuning_of_an_8b_model_does_not_fit_24_gb_but_its_mends_do() -> None:
+    request = PlanRequest("full", 4096, 16)
+    plan = make_plan(QWEN3_8B, RTX_4090, request)
+    assert not plan.fits
+    assert plan.peak_bytes > plan.usable_bytes
+    overrides = [mend.overrides for mend in plan.mends]
+    assert ("tuning.kind=lora",) in overrides
+    assert ("tuning.kind=qlora",) in overrides
+    assert all(mend.saves_bytes > 0 for mend in plan.mends)
+    for mend in plan.mends:
+        mended = apply_overrides(request, mend.overrides)
+        assert make_plan(QWEN3_8B, RTX_4090, mended).fits, mend
+
+
+def apply_overrides(request: PlanRequest, overrides: tuple[str, ...]) -> PlanRequest:
+    """The request that the recipe would give with the overrides."""
+    fields = {
+        "tuning.kind": "kind",
+        "data.max_tokens": "max_tokens",
+        "hardware.count": "num_gpus",
+        "hardware.launch": "sharding",
+        "memory.loss": "loss",
+        "memory.gradient_checkpointing": "gradient_checkpointing",
+        "memory.attention": "attention",
+        "batch.micro_batch": "micro_batch",
+        "precision.weights": "weights",
+        "precision.optimizer_state": "optimizer_state",
+        "output.keep": "keep",
+    }
+    changes: dict[str, object] = {}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        changes[fields[key]] = int(text) if text.isdigit() else {"true": True}.get(text, text)
+    return replace(request, **changes)  # type: ignore[arg-type]
+
+
+@given(
+    kinds,
+    st.sampled_from([2048, 8192, 32768]),
+    st.sampled_from(["t4", "rtx-4090", "h100-80gb"]),
+    st.sampled_from(["Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", "Qwen/Qwen2.5-32B"]),
+    st.sampled_from([("full", False, 8), ("auto", "auto", "auto"), ("full", "auto", 2)]),
+)
+def test_every_mend_fits_when_it_is_pasted(
+    kind: str, max_tokens: int, gpu: str, model: str, pins: tuple[str, bool | str, int | str]
+) -> None:
+    loss, checkpointing, micro_batch = pins
+    request = PlanRequest(kind, max_tokens, 16)  # type: ignore[arg-type]
+    request = replace(request, loss=loss, gradient_checkpointing=checkpointing, micro_batch=micro_batch)  # type: ignore[arg-type]
+    plan = make_plan(model_spec(model), gpu_spec(gpu), request)
+    assert plan.fits == (plan.peak_bytes <= plan.usable_bytes)
+    assert not (plan.fits and plan.mends)
+    for mend in plan.mends:
+        mended = make_plan(model_spec(model), gpu_spec(gpu), apply_overrides(request, mend.overrides))
+        assert mended.fits, mend
+
+
+def test_qlora_of_an_8b_model_fits_24_gb() -> None:
+    plan = make_plan(QWEN3_8B, RTX_4090, PlanRequest("qlora", 4096, 16, rank=32))
+    assert plan.fits
+    assert not plan.mends
+    assert plan.choices.micro_batch * plan.choices.accumulation == 16
+
+
+def test_a_large_gpu_keeps_activations_instead_of_recomputing_them() -> None:
+    request = PlanRequest("lora", 2048, 16)
+    assert make_plan(QWEN3_8B, H200, request).choices.gradient_checkpointing is False
+    assert make_plan(QWEN3_8B, RTX_4090, request).choices.gradient_checkpointing is True
+
+
+def test_pinned_values_are_respected() -> None:
+    request = PlanRequest(
+        "lora", 2048, 16, micro_batch=2, gradient_checkpointing=7, loss="full", attention="sdpa", weights="fp32"
+    )
+    choices = make_plan(QWEN3_8B, H200, request).choices
+    assert (choices.micro_batch, choices.accumulation, choices.gradient_checkpointing) == (2, 8, 7)
+    assert (choices.loss, choices.attention, choices.weights) == ("full", "sdpa", "fp32")
+
+
+def test_an_earlier_plan_is_judged_again_but_not_chosen_again() -> None:
+    request = PlanRequest("lora", 2048, 16)
+    earlier = make_plan(QWEN3_8B, H200, request).choices
+    again = make_plan(QWEN3_8B, gpu_spec("rtx-3090"), pinned(request, earlier))
+    assert again.choices == earlier
+    assert not again.fits
+
+
+def test_many_gpus_share_what_one_cannot_hold() -> None:
+    plan = make_plan(QWEN3_8B, gpu_spec("a100-40gb"), PlanRequest("full", 4096, 16, num_gpus=8))
+    assert plan.fits
+    assert plan.choices.sharding in ("zero2", "fsdp2")
+
+
+def test_a_batch_that_the_gpus_cannot_share_is_an_error() -> None:
+    with pytest.raises(UsageError, match="15 or 18"):
+        make_plan(QWEN3_8B, H200, PlanRequest("lora", 2048, 16, num_gpus=3))
+    with pytest.raises(UsageError, match="1, 2, 4, 8, 16"):
+        make_plan(QWEN3_8B, H200, PlanRequest("lora", 2048, 16, micro_batch=3))
+
+
+def test_a_cpu_run_takes_fp32_and_shares_the_memory_among_its_ranks() -> None:
+    tiny = model_spec("builtin:tiny-qwen3")
+    one = make_plan(tiny, HostMemory(8 * GIB), PlanRequest("full", 256, 4))
+    two = make_plan(tiny, HostMemory(8 * GIB), PlanRequest("full", 256, 4, num_gpus=2))
+    assert (one.gpu, one.gpu_hours, one.choices.weights, one.choices.attention) == ("cpu", None, "fp32", "sdpa")
+    assert one.phases["train_step"].terms["context"] == 0
+    assert two.usable_bytes == one.usable_bytes // 2
+    assert two.choices.sharding == "ddp"
+    assert two.host_bytes == 2 * two.peak_bytes
+
+
+def test_a_gpu_without_bf16_computes_in_fp32() -> None:
+    assert make_plan(QWEN3_8B, gpu_spec("t4"), PlanRequest("qlora", 512, 16)).choices.weights == "fp32"
+
+
+@pytest.mark.parametrize(("field", "phase"), [("host_free_bytes", "host"), ("disk_free_bytes", "disk")])
+def test_host_memory_and_disk_are_judged_too(field: str, phase: str) -> None:
+    request = replace(PlanRequest("lora", 2048, 16), **{field: GIB // 4})
+    plan = make_plan(QWEN3_8B, H200, request)
+    assert not plan.fits
+    assert plan.limiting_phase == phase
+    assert "DOES NOT FIT" in render_plan(plan)
+
+
+def test_fewer_checkpoints_mend_a_full_disk() -> None:
+    needed = disk_bytes(QWEN3_8B, LORA, keep=3)
+    plan = make_plan(QWEN3_8B, H200, PlanRequest("lora", 2048, 16, disk_free_bytes=needed - 1))
+    assert plan.mends[0].overrides == ("output.keep=1",)
+
+
+@given(kinds, st.sampled_from([QWEN3_8B, MOE]), st.sampled_from([RTX_4090, HostMemory(64 * GIB)]))
+def test_totals_are_the_sums_of_their_terms_and_the_peak_is_the_worst_of_them(
+    kind: str, spec: ModelSpec, gpu: HostMemory
+) -> None:
+    plan = make_plan(spec, gpu, PlanRequest(kind, 1024, 8))  # type: ignore[arg-type]
+    assert all(phase.total == sum(phase.terms.values()) for phase in plan.phases.values())
+    assert plan.peak_bytes == max(phase.total for phase in plan.phases.values())
+    assert list(plan.phases) == ["load", "train_step", "evaluate", "save", "resume", "merge"]
+    worst = plan.phases[plan.limiting_phase].terms
+    assert plan.allocated_peak_bytes == plan.peak_bytes - worst["allocator"] - worst["context"]
+
+
+def test_a_plan_survives_json() -> None:
+    plan = make_plan(QWEN3_8B, RTX_4090, PlanRequest("full", 4096, 16, optimizer_steps=100))
+    values = json.loads(json.dumps(plan.to_json()))
+    assert RunPlan.from_json(values) == plan
+    contract = "schema fits gpu gpus usable_bytes peak_bytes allocated_peak_bytes limiting_phase phases choices"
+    contract += " optimizer_steps gpu_hours host_bytes disk_bytes mends"
+    assert set(values) == set(contract.split())
+    assert set(values["mends"][0]) == {"change", "saves_bytes", "overrides"}
+
+
+def test_a_damaged_plan_is_refused_with_every_fault() -> None:
+    values = make_plan(QWEN3_8B, RTX_4090, PlanRequest("qlora", 2048, 16)).to_json()
+    values["peak_bytes"] = "many"
+    del values["choices"]
+    with pytest.raises(ResumeError) as caught:
+        RunPlan.from_json(values)
+    assert {problem.where for problem in caught.value.problems} == {"plan.json: peak_bytes", "plan.json: choices"}
+
+
+def test_gpu_hours_grow_with_the_steps_and_are_unknown_without_them() -> None:
+    plans = [
+        make_plan(QWEN3_8B, H200, PlanRequest("lora", 2048, 16, optimizer_steps=steps)) for steps in (100, 200, None)
+    ]
+    hours = [plan.gpu_hours for plan in plans]
+    assert hours[0] is not None
+    assert hours[1] == pytest.approx(2 * hours[0])
+    assert hours[2] is None
+
+
+def test_too_few_steps_are_warned_of() -> None:
+    request = PlanRequest("lora", 2048, 16, optimizer_steps=49)
+    few = make_plan(QWEN3_8B, H200, request)
+    assert "49 optimizer steps" in plan_warnings(few)[0]
+    assert "[!]" in render_plan(few)
+    assert plan_warnings(replace(few, optimizer_steps=50)) == ()
+
+
+@pytest.mark.parametrize("name", ["gtx-1650", "rtx-4090", "h200"])
+@pytest.mark.parametrize("kind", ["full", "qlora"])
+def test_a_drawn_plan_stays_within_80_columns_and_says_the_verdict(name: str, kind: str) -> None:
+    request = PlanRequest(kind, 8192, 16, loss="full", micro_batch=8, gradient_checkpointing=False)  # type: ignore[arg-type]
+    plan = make_plan(QWEN3_8B, gpu_spec(name), request)
+    text = render_plan(plan, "Qwen3-8B · " + "a long title " * 8)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert ("DOES NOT FIT" not in text) == plan.fits
+    assert all(override in text for mend in plan.mends for override in mend.overrides)
+
+
+def test_a_plan_is_made_in_a_tenth_of_a_second() -> None:
+    request = PlanRequest("full", 1024, 64, num_gpus=2)
+    best = min(_seconds(lambda: make_plan(MOE, gpu_spec("gtx-1650"), request)) for _ in range(3))
+    assert best < 0.1
+
+
+def _seconds(run: object) -> float:
+    assert callable(run)
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started

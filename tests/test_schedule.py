@@ -1,0 +1,38 @@
+"""Which rows a step takes depends on seed and step alone, and every row is seen once an epoch."""
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwentune.data.schedule import Schedule
+
+counts = st.integers(1, 40)
+
+
+@given(counts, counts, st.integers(1, 4), st.integers(0, 9))
+def test_whole_epochs_see_every_row_equally_often(num_rows: int, per_step: int, epochs: int, seed: int) -> None:
+    schedule = Schedule(num_rows, per_step, seed, float(epochs), None)
+    seen = Counter(row for step in range(schedule.num_steps) for row in schedule.rows(step))
+    assert seen == dict.fromkeys(range(num_rows), epochs)
+
+
+@given(counts, counts, st.integers(1, 30), st.integers(0, 9))
+def test_max_steps_are_all_full_and_epochs_follow_each_other(n: int, per_step: int, steps: int, seed: int) -> None:
+    schedule = Schedule(n, per_step, seed, None, steps)
+    stream = [row for step in range(schedule.num_steps) for row in schedule.rows(step)]
+    assert len(stream) == steps * per_step
+    for epoch in range(len(stream) // n):
+        assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+@given(counts, counts, st.integers(0, 9))
+def test_a_step_is_the_same_whatever_was_asked_before(num_rows: int, per_step: int, seed: int) -> None:
+    schedule = Schedule(num_rows, per_step, seed, None, 5)
+    forward = [schedule.rows(step) for step in range(5)]
+    assert [schedule.rows(step) for step in reversed(range(5))] == forward[::-1]
+
+
+def test_another_seed_gives_another_order() -> None:
+    orders = {tuple(Schedule(30, 30, seed, 1.0, None).rows(0)) for seed in range(5)}
+    assert len(orders) == 5
