@@ -34,15 +34,17 @@ class Faults:
             self.add(f"{path} is {described(value) if key in row else 'missing'}", "A text is needed.")
         return None
 
-    def listed(self, value: Json, path: str) -> list[Json]:
-        """The list, or the one that a text of JSON holds, as table files store it; [] with a problem otherwise."""
-        if isinstance(value, str):
+    def listed(self, row: Mapping[str, Json], key: str, path: str, *, required: bool = False) -> list[Json]:
+        """The list under `key`, or the one in a text of JSON there, as table files store it; [] where there is none."""
+        value = row.get(key)
+        if isinstance(value, str) and value:
             value = self.parsed(value, path)
             if value is None:
                 return []
         if isinstance(value, list):
             return value
-        self.add(f"{path} is {described(value)}", "A list is needed.")
+        if required or value not in (None, ""):
+            self.add(f"{path} is {described(value) if key in row else 'missing'}", "A list is needed.")
         return []
 
     def parsed(self, text: str, path: str) -> Json:

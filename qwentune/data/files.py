@@ -9,8 +9,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from qwentune.data.json_rows import NumberedValue, read_json_rows
 from qwentune.data.sample import Json, Source
@@ -84,10 +85,9 @@ def _open(file: Path) -> io.BufferedReader:
     if file.suffix == ".gz":
         return io.BufferedReader(gzip.open(file))
     if file.suffix == ".zst":
-        import pyarrow  # slow to import; unlike zstandard's reader it reports data that ends too early
-
-        stream: BinaryIO = pyarrow.input_stream(str(file), compression="zstd")
-        return io.BufferedReader(stream)
+        # Slow to import; unlike zstandard's reader it reports data that ends too early.
+        arrow: Any = import_module("pyarrow")
+        return io.BufferedReader(arrow.input_stream(str(file), compression="zstd"))
     return file.open("rb")
 
 

@@ -137,7 +137,7 @@ class _Window:
                 return ""
 
     def take_value(self) -> str:
-        """The text of the next value, which is then done with; JsonFaultError with its place where none is to be had."""
+        """The text of the next value, which is then done with; JsonFaultError with its place where there is none."""
         self.next_character()
         while True:
             try:

@@ -268,7 +268,7 @@ class _Dialogue:
                 "Give a template that closes every turn with data.chat_template.",
             )
         context_ids, target_ids = self._encode(context), self._encode(target)
-        self.longest_rendering = max(self.longest_rendering, len(self._encode(rendering)))
+        self.longest_rendering = max(self.longest_rendering, len(context_ids) + len(target_ids))
         return context_ids, target_ids
 
     def prompt(self, mode: Mode) -> list[int]:

@@ -136,4 +136,4 @@ def _refuse_lone_surrogates(value: Json) -> None:
     except UnicodeEncodeError as error:
         escape = f"\\u{ord(error.object[error.start]):04x}"
         what = f"the escape {escape} is half of a character"
-        raise JsonFaultError(what, "A character above U+FFFF takes two such escapes; write it with json.dumps.") from None
+        raise JsonFaultError(what, "Write rows with json.dumps; it pairs such escapes.") from None

@@ -8,7 +8,8 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from importlib import import_module
+from typing import Any, BinaryIO, cast
 
 from qwentune.data.json_rows import LARGEST_ROW_BYTES, NumberedValue
 from qwentune.data.sample import Json
@@ -52,23 +53,20 @@ def read_parquet_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> I
     An Arrow struct holds the fields of all rows, so a tool call would have the arguments of every tool as nulls; a null
     that was meant cannot be told from those. Data with meant nulls keeps its arguments as texts of JSON.
     """
-    import pyarrow as arrow  # slow to import, and few runs read Parquet
-    import pyarrow.parquet as parquet
-
+    arrow: Any = import_module("pyarrow")  # slow to import, and few runs read Parquet
+    parquet: Any = import_module("pyarrow.parquet")
     with tempfile.TemporaryFile() as whole:
         if not stream.seekable():  # decompressed on the way, while Parquet is read from its end
             shutil.copyfileobj(stream, whole)
             stream = whole
         try:
             batches: Any = parquet.ParquetFile(stream).iter_batches(batch_size=ROWS_PER_BATCH)
-            number = 0
-            for batch in batches:
-                for row in batch.to_pylist(maps_as_pydicts="strict"):
-                    number += 1
-                    try:
-                        yield number, _json_value(row)
-                    except ValueError as error:
-                        problems.append(Problem(f"{path}:{number}", str(error), "Store texts, numbers, lists, structs."))
+            rows = (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict"))
+            for number, row in enumerate(rows, start=1):
+                try:
+                    yield number, _json_value(row)
+                except ValueError as error:
+                    problems.append(Problem(f"{path}:{number}", str(error), "Store texts, numbers, lists, structs."))
         except arrow.ArrowException as error:
             problems.append(Problem(path, f"this is no readable Parquet file: {error}", "Write the file again."))
 
@@ -76,11 +74,10 @@ def read_parquet_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> I
 def _json_value(value: Any) -> Json:
     """The value without null fields; ValueError where JSON has no such value."""
     if isinstance(value, dict):
-        fields: dict[str, Any] = value
+        fields = cast(dict[Any, Any], value)
         return {str(key): _json_value(item) for key, item in fields.items() if item is not None}
     if isinstance(value, list):
-        items: list[Any] = value
-        return [_json_value(item) for item in items]
+        return [_json_value(item) for item in cast(list[Any], value)]
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"the row holds the number {value}")
     if value is None or isinstance(value, bool | int | float | str):

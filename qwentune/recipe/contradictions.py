@@ -72,10 +72,9 @@ def _learning_rates(given: _Given) -> Iterator[Problem]:
     lowest = given.number("optimizer.min_learning_rate", 0.0)
     if place is None or not lowest:
         return
-    schedule = given.value("optimizer.schedule", "cosine")
-    if schedule in {"linear", "constant"}:
-        what = f"optimizer.min_learning_rate: the schedule {schedule} does not use it"
-        yield Problem(place.where, what, "Leave it out, or use schedule: cosine.")
+    if given.value("optimizer.schedule", "cosine") == "constant":
+        what = "optimizer.min_learning_rate: the schedule constant does not use it"
+        yield Problem(place.where, what, "Leave it out, or use schedule: cosine or linear.")
     default = FULL_LEARNING_RATE if given.value("tuning.kind", "") == "full" else LEARNING_RATE
     highest = given.number("optimizer.learning_rate", default)
     if highest is not None and lowest > highest:

@@ -22,8 +22,8 @@ MAX_BYTES = 1_000_000
 class LoadedRecipe:
     """A recipe and its history.
 
-    `origins` maps dotted keys (`data.train.0.path`) to `file:line`, `override` or `default`. `path` is as given,
-    `text` is the file as it stands.
+    `origins` maps dotted keys (`data.train.0.path`) to `file:line`, `override` or `default`. `path` is as
+    given, `text` is the file as it stands.
     """
 
     recipe: Recipe

@@ -120,7 +120,7 @@ class OptimizerOptions(Section):
         "the highest, after the warm-up",
         shown=f"{LEARNING_RATE}; {FULL_LEARNING_RATE} for tuning.kind full",
     )
-    min_learning_rate: NotNegative = _key(0.0, "where the cosine ends")
+    min_learning_rate: NotNegative = _key(0.0, "where the schedules cosine and linear end")
     schedule: Literal["cosine", "linear", "constant"] = _key("cosine", "how the learning rate falls")
     warmup_fraction: ShareBelowOne = _key(0.03, "share of the steps in which the learning rate rises from 0")
     weight_decay: NotNegative = _key(0.0, "decoupled weight decay")

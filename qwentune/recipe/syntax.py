@@ -1,8 +1,8 @@
 """YAML into a tree in which every key and value knows where it stands.
 
-Scalars follow YAML 1.2's core schema, narrowed: `2e-4` is a number, only `true` and `false` are booleans, only
-`null`, `~` and nothing are null, and dates or `12:30:45` are text. Anchors, aliases, merge keys and tags are
-refused.
+Scalars follow YAML 1.2's core schema, narrowed: `2e-4` is a number, only `true` and `false` are booleans,
+only `null`, `~` and nothing are null, and dates or `12:30:45` are text. Anchors, aliases, merge keys and tags
+are refused.
 """
 
 from __future__ import annotations

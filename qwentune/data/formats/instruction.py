@@ -1,0 +1,30 @@
+"""The `instruction` format: `{"instruction", "input"?, "output", "system"?, "history"?}`."""
+
+from __future__ import annotations
+
+from qwentune.data.faults import Faults, described
+from qwentune.data.sample import Conversation, Json, Message, Source
+from qwentune.errors import Problem
+
+KEYS = ("instruction", "input", "output", "system", "history")
+
+
+def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
+    """The dialogue: system text, earlier exchanges, the instruction with its input below, and the output."""
+    faults = Faults(source)
+    instruction = faults.text(row, "instruction", "instruction", required=True)
+    details = faults.text(row, "input", "input")
+    output = faults.text(row, "output", "output", required=True)
+    system = faults.text(row, "system", "system")
+    messages = [Message("system", system)] if system else []
+    for i, exchange in enumerate(faults.listed(row, "history", "history")):
+        match exchange:
+            case [str(question), str(answer)]:
+                messages += [Message("user", question), Message("assistant", answer)]
+            case _:
+                faults.add(f"history[{i}] is {described(exchange)}", "It is a list of a question and its answer.")
+    faults.misspelt(row, KEYS, (), "the row has ")
+    if instruction is None or output is None or faults.problems:
+        return faults.problems
+    question = f"{instruction}\n{details}" if details else instruction
+    return Conversation(source, (*messages, Message("user", question), Message("assistant", output)))

@@ -1,0 +1,62 @@
+"""The `sharegpt` format: `{"conversations": [{"from", "value"}], "system"?, "tools"?}`."""
+
+from __future__ import annotations
+
+from qwentune.data.faults import Faults, described
+from qwentune.data.normalise import check_dialogue, read_message, read_tools
+from qwentune.data.sample import Conversation, Json, Message, Source
+from qwentune.errors import Problem, nearest
+
+KEYS = ("conversations", "system", "tools")
+SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
+    """The dialogue, or everything that is wrong with the row."""
+    faults = Faults(source)
+    turns = faults.listed(row, "conversations", "conversations", required=True)
+    messages = [_read_turn(turn, f"conversations[{i}]", faults) for i, turn in enumerate(turns)]
+    check_dialogue(messages, "conversations", faults)
+    system = faults.text(row, "system", "system")
+    if system:
+        if messages and messages[0] and messages[0].role == "system":
+            faults.add("system stands both in the row and in its conversations", "Keep one of them.")
+        messages.insert(0, Message("system", system))
+    tools = read_tools(row, faults)
+    faults.misspelt(row, KEYS, (), "the row has ")
+    return faults.problems or Conversation(source, tuple(message for message in messages if message), tuple(tools))
+
+
+def _read_turn(turn: Json, path: str, faults: Faults) -> Message | None:
+    if not isinstance(turn, dict):
+        faults.add(f"{path} is {described(turn)}", "A turn is an object with from and value.")
+        return None
+    speaker, value = turn.get("from"), turn.get("value")
+    if speaker is None and "role" in turn:
+        faults.add(f"{path} has role and content", "That is the format chat: name the list messages.")
+        return None
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        hint = nearest(speaker.lower(), SPEAKERS).strip() if isinstance(speaker, str) else ""
+        faults.add(f"{path}.from is {described(speaker)}", hint or f"It is one of {', '.join(SPEAKERS)}.")
+    fields: dict[str, Json] = {key: item for key, item in turn.items() if key not in ("from", "value")}
+    message = {**fields, "role": SPEAKERS.get(speaker) if isinstance(speaker, str) else None}
+    if speaker == "function_call":
+        calls = faults.parsed(value, f"{path}.value") if isinstance(value, str) else value
+        message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    else:
+        message["content"] = faults.text(turn, "value", f"{path}.value", required=True)
+    # What is wrong so far was said in the words of this format; the same fault in those of chat would only confuse.
+    if message["role"] is None or message.get("content") is None or message.get("tool_calls") == [None]:
+        return None
+    return read_message(message, path, faults)
