@@ -52,7 +52,9 @@ def write_recipe(folder: Path, model: Path | str, **sections: Any) -> Path:
     return path
 
 
-def train(recipe: Path, *arguments: str, kill_at: int | None = None, launch: str | None = None) -> subprocess.CompletedProcess[str]:
+def train(
+    recipe: Path, *arguments: str, kill_at: int | None = None, launch: str | None = None
+) -> subprocess.CompletedProcess[str]:
     """Trains in a process of its own, killed with kill -9 after step `kill_at`; under accelerate with a launch file."""
     if kill_at is not None:
         command = [sys.executable, "-c", KILL_AT, str(kill_at)]

@@ -60,11 +60,14 @@ def test_torch_free_layers_name_no_torch(path: Path) -> None:
     assert not {name.split(".")[0] for name in imports(path)} & TORCH
 
 
-@pytest.mark.parametrize("statement", [
-    "import qwentune.cli",
-    "import qwentune.data.dataset",
-    "from qwentune.recipe import load_recipe; load_recipe('recipes/quickstart.yaml')",
-])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import qwentune.cli",
+        "import qwentune.data.dataset",
+        "from qwentune.recipe import load_recipe; load_recipe('recipes/quickstart.yaml')",
+    ],
+)
 def test_torch_is_not_loaded_before_training(statement: str) -> None:
     check = f"import sys; {statement}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -13,9 +13,7 @@ from hypothesis import given, settings
 from oracle import UNTRAINED, UntrainableError, expected_examples, masked_text, reasoning_form
 from transformers import PreTrainedTokenizerFast
 
-DEFAULT_SYSTEM = (
-    "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
-)
+DEFAULT_SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
 EMPTY_THINK = "<think>\n\n</think>\n\n"
 
 
@@ -68,9 +66,7 @@ def test_qwen3_without_reasoning_has_its_empty_block_in_the_context(qwen3: PreTr
 
 
 def test_qwen3_with_reasoning_trains_the_whole_block(qwen3: PreTrainedTokenizerFast) -> None:
-    expected = [
-        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n⟦<think>\nhm\n</think>\n\nhello<|im_end|>⟧"
-    ]
+    expected = ["<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n⟦<think>\nhm\n</think>\n\nhello<|im_end|>⟧"]
     assert masked(qwen3, user("hi"), assistant("hello", reasoning_content="hm")) == expected
     assert masked(qwen3, user("hi"), assistant("hello", thinking="hm", reasoning=None)) == expected
     assert masked(qwen3, user("hi"), assistant("<think>\nhm\n</think>\n\nhello")) == expected
@@ -81,9 +77,7 @@ def test_qwen3_drops_history_and_so_makes_one_example_per_turn(qwen3: PreTrained
     first = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert masked(qwen3, user("hi"), assistant("a", reasoning_content="r"), user("bye"), assistant("b")) == [
         first + "⟦<think>\nr\n</think>\n\na<|im_end|>⟧",
-        first
-        + "a<|im_end|>\n<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n"
-        + f"{EMPTY_THINK}⟦b<|im_end|>⟧",
+        first + "a<|im_end|>\n<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n" + f"{EMPTY_THINK}⟦b<|im_end|>⟧",
     ]
 
 
@@ -206,9 +200,7 @@ def test_reasoning_without_a_place_is_refused_dropped_or_written_inline(
     ("name", "form"),
     [("qwen2_5", None), ("qwen3_instruct_2507", None), ("qwen3", "field"), ("qwen3_8", "field")],
 )
-def test_the_form_of_reasoning_is_read_off_the_template(
-    name: str, form: str | None, qwen3_folder: Path
-) -> None:
+def test_the_form_of_reasoning_is_read_off_the_template(name: str, form: str | None, qwen3_folder: Path) -> None:
     assert reasoning_form(with_template(qwen3_folder, name), {}) == form
 
 
@@ -226,9 +218,9 @@ def test_a_template_that_knows_only_inline_reasoning_gets_it_inline(qwen3_folder
     ]
 
 
-def test_text_parts_are_joined_by_newlines(qwen2: PreTrainedTokenizerFast) -> None:
+def test_text_parts_are_joined_as_they_stand(qwen2: PreTrainedTokenizerFast) -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    joined = "one\ntwo"
+    joined = "onetwo"
     assert masked(qwen2, user(parts), assistant(parts)) == masked(qwen2, user(joined), assistant(joined))
 
 

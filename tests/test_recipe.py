@@ -112,9 +112,7 @@ def test_an_unknown_key_a_wrong_type_and_a_duplicate_key_are_all_reported() -> N
 
 
 def test_duplicate_keys_are_found_at_every_level() -> None:
-    text = (
-        MINIMAL + "optimizer: {betas: [0.9, 0.9], betas: [0.8, 0.8]}\ndata: {train: [{path: a, path: b}]}\n"
-    )
+    text = MINIMAL + "optimizer: {betas: [0.9, 0.9], betas: [0.8, 0.8]}\ndata: {train: [{path: a, path: b}]}\n"
     assert problems(text) == [
         "r.yaml:4:32  the key 'betas' stands here again; it was given first at r.yaml:4:13",
         "r.yaml:5:1  the key 'data' stands here again; it was given first at r.yaml:3:1",
@@ -145,9 +143,7 @@ def test_a_whole_number_may_have_an_exponent() -> None:
     assert load(MINIMAL, "optimizer.max_steps=1E5").recipe.optimizer.max_steps == 100_000
 
 
-@pytest.mark.parametrize(
-    "word", ["yes", "no", "on", "off", "True", "FALSE", "12:30:45", "2026-01-02", "0x10", "1_000"]
-)
+@pytest.mark.parametrize("word", ["yes", "no", "on", "off", "True", "FALSE", "12:30:45", "2026-01-02", "0x10", "1_000"])
 def test_words_stay_words(word: str) -> None:
     assert load(MINIMAL + f"revision: {word}\n").recipe.revision == word
 
@@ -241,17 +237,13 @@ def test_yaml_beyond_plain_values_is_refused(line: str, complaint: str) -> None:
 
 
 def test_an_alias_bomb_is_refused_without_being_expanded() -> None:
-    bomb = "a: &a [x]\n" + "".join(
-        f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in pairwise("abcdefghi")
-    )
+    bomb = "a: &a [x]\n" + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in pairwise("abcdefghi"))
     found = problems(MINIMAL + bomb)
     assert sum("the alias" in line for line in found) == 8 * 9
 
 
 def test_deep_nesting_is_refused() -> None:
-    assert problems(MINIMAL + "seed: " + "[" * 5000) == [
-        "r.yaml:4:27  this is nested more than 20 levels deep"
-    ]
+    assert problems(MINIMAL + "seed: " + "[" * 5000) == ["r.yaml:4:27  this is nested more than 20 levels deep"]
 
 
 def test_a_huge_file_is_refused_unread() -> None:
@@ -423,9 +415,7 @@ def reload(loaded: LoadedRecipe) -> LoadedRecipe:
 
 
 @pytest.mark.parametrize("text", [MINIMAL, FULL])
-@pytest.mark.parametrize(
-    "override", ["seed=3", "optimizer.max_steps=9", "data.template_args={a: 1, 'b c': 2.0}"]
-)
+@pytest.mark.parametrize("override", ["seed=3", "optimizer.max_steps=9", "data.template_args={a: 1, 'b c': 2.0}"])
 def test_the_resolved_recipe_loads_to_an_equal_one(text: str, override: str) -> None:
     loaded = load(text, override)
     assert reload(loaded).recipe == loaded.recipe
@@ -475,9 +465,7 @@ def test_every_key_is_described() -> None:
     listed = {key.name.partition("[]")[0] for key in keys}
     origins = {name.partition(".0")[0] for name in load(MINIMAL).origins}
     assert listed == origins
-    assert "optimizer.betas: a list of 2, each a number >= 0 and < 1 (default [0.9, 0.999])" in render_keys(
-        keys
-    )
+    assert "optimizer.betas: a list of 2, each a number >= 0 and < 1 (default [0.9, 0.999])" in render_keys(keys)
 
 
 def test_shipped_files_are_found_from_any_folder_unless_there_is_an_own_one() -> None:
@@ -497,7 +485,5 @@ def test_loading_a_recipe_imports_neither_torch_nor_transformers() -> None:
     )
     root = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert result.stdout.strip() == ""

@@ -27,9 +27,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 FAST = "lora-dropout-qwen2"
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=() if name == FAST else pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("case", [pytest.param(name, marks=() if name == FAST else pytest.mark.slow) for name in CASES])
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, case: str) -> None:
     model_type, sections = CASES[case]
     model = add_weights(write_checkpoint(tmp_path / "model", model_type))

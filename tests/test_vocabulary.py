@@ -72,9 +72,7 @@ def test_the_real_vocabulary_gives_the_published_ids(real_qwen3_folder: Path) ->
 
 
 @pytest.mark.parametrize(("family", "last"), [("qwen2.5", "<|file_sep|>"), ("qwen3", "</think>")])
-def test_control_tokens_follow_the_last_rank(
-    family: str, last: str, qwen2_folder: Path, qwen3_folder: Path
-) -> None:
+def test_control_tokens_follow_the_last_rank(family: str, last: str, qwen2_folder: Path, qwen3_folder: Path) -> None:
     tokenizer = load(qwen2_folder if family == "qwen2.5" else qwen3_folder)
     assert tokenizer.token_to_id("<|endoftext|>") == SMALL_NUM_RANKS
     assert tokenizer.token_to_id("<|im_end|>") == SMALL_NUM_RANKS + 2

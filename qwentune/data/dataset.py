@@ -139,9 +139,7 @@ class Dataset:
         return Rows(self.examples, tuple(tuple(chosen[k] for k in row) for row in packed))
 
 
-def prepare(
-    data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int
-) -> Dataset:
+def prepare(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int) -> Dataset:
     """The rendered data of a run, from the cache where the same was rendered before.
 
     Raises DataError with every problem of every file, before anything is written.

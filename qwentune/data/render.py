@@ -137,9 +137,7 @@ class Renderer:
         if trained:
             outcome.rendering_tokens = max(outcome.rendering_tokens, dialogue.longest_rendering)
 
-    def _add_turn(
-        self, dialogue: _Dialogue, i: int, context: list[int], target: list[int], outcome: Outcome
-    ) -> None:
+    def _add_turn(self, dialogue: _Dialogue, i: int, context: list[int], target: list[int], outcome: Outcome) -> None:
         weight = dialogue.messages[i].weight
         turn = dialogue.row_index(i)
         last = outcome.examples[-1] if outcome.examples else None
@@ -208,9 +206,7 @@ class _Dialogue:
         if template.reasoning_form is None or template.mode_of(options.thinking, True) == "non_thinking":
             cause = "data.thinking is off" if template.reasoning_form else "the chat template has no place for it"
             messages = [
-                with_uncarried_reasoning(
-                    message, options.unsupported_reasoning, f"messages[{i - num_inserted}]", cause
-                )
+                with_uncarried_reasoning(message, options.unsupported_reasoning, f"messages[{i - num_inserted}]", cause)
                 for i, message in enumerate(messages)
             ]
         texts = [text for message in messages for text in message_texts(message)]
@@ -250,14 +246,13 @@ class _Dialogue:
             raise RowError(
                 f"messages[{self.row_index(i)}] cannot be trained: its rendering does not continue the prompt that a "
                 f"server would build ({_difference(context, rendering, self.guard)})",
-                "Leave the turn out with \"train\": false, or choose another data.thinking.",
+                'Leave the turn out with "train": false, or choose another data.thinking.',
             )
         form = self.template.reasoning_form
         lost = first_lost(kept, self.tools, rendering, len(context), has_reasoning=form is not None)
         if lost is not None:
             raise RowError(
-                f"the chat template leaves out {lost} of the messages before and with "
-                f"messages[{self.row_index(i)}]",
+                f"the chat template leaves out {lost} of the messages before and with messages[{self.row_index(i)}]",
                 "Change the row, or give a template that carries it with data.chat_template.",
             )
         target = _through_last_control_token(rendering[len(context) :], self.tokenizer)
@@ -348,5 +343,3 @@ def _difference(context: str, rendering: str, guard: str) -> str:
     start = max(0, shared - 12)
     prompt, rendered = (text[start : shared + 28].replace(guard, "|") for text in (context, rendering))
     return f"prompt {prompt!r}, rendering {rendered!r}"
-
-

@@ -50,9 +50,7 @@ FLAG_ORDER_QWEN2_5 = {
 }
 
 
-def write_tokenizer(
-    folder: Path, family: Family, num_ranks: int | None = None, eos: str = "<|im_end|>"
-) -> None:
+def write_tokenizer(folder: Path, family: Family, num_ranks: int | None = None, eos: str = "<|im_end|>") -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` into the folder, which is made if it is missing.
 
     Args:

@@ -14,9 +14,7 @@ from qwentune.model.load import DTYPES
 from qwentune.recipe import Tuning
 
 
-def add_adapters(
-    model: PreTrainedModel, tuning: Tuning, dtype: str, trained_tokens: Sequence[int] = ()
-) -> PeftModel:
+def add_adapters(model: PreTrainedModel, tuning: Tuning, dtype: str, trained_tokens: Sequence[int] = ()) -> PeftModel:
     """The model with new adapters; `trained_tokens` are ids whose embedding and head rows are trained too.
 
     A base model never learnt the rows of its chat tokens, and adapters on the projections alone leave them so: it
@@ -66,6 +64,6 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
 
 
 def _linear(model: PreTrainedModel) -> list[str]:
-    return sorted({
-        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-    })
+    return sorted(
+        {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    )

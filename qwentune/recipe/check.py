@@ -114,11 +114,7 @@ def _shown(value: object) -> str:
         case bool():
             return "true" if value else "false"
         case str():
-            return (
-                f"the text '{value if len(value) <= 60 else value[:57] + '...'}'"
-                if value
-                else "an empty text"
-            )
+            return f"the text '{value if len(value) <= 60 else value[:57] + '...'}'" if value else "an empty text"
         case list():
             return f"a list of {len(cast('list[object]', value))}"
         case dict():

@@ -78,9 +78,7 @@ def _learning_rates(given: _Given) -> Iterator[Problem]:
     default = FULL_LEARNING_RATE if given.value("tuning.kind", "") == "full" else LEARNING_RATE
     highest = given.number("optimizer.learning_rate", default)
     if highest is not None and lowest > highest:
-        what = (
-            f"optimizer.min_learning_rate: {lowest} is more than optimizer.learning_rate, which is {highest}"
-        )
+        what = f"optimizer.min_learning_rate: {lowest} is more than optimizer.learning_rate, which is {highest}"
         yield Problem(place.where, what, "Lower it, or raise the learning rate.")
 
 

@@ -87,9 +87,7 @@ def _read(path: str) -> str:
             raise RecipeError(Problem(path, "this is a folder; a recipe is a YAML file"))
         if file.stat().st_size > MAX_BYTES:
             what = f"{file.stat().st_size:,} bytes are too many; a recipe has at most {MAX_BYTES:,}"
-            raise RecipeError(
-                Problem(path, what, "Is it the data? The recipe names data files under data.train.")
-            )
+            raise RecipeError(Problem(path, what, "Is it the data? The recipe names data files under data.train."))
         content = file.read_bytes()
     except FileNotFoundError:
         known = shipped_files("recipes")

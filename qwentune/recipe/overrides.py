@@ -19,13 +19,9 @@ def apply_override(root: Node, override: str, problems: list[Problem]) -> None:
         fix = "key=value sets a key, whether the recipe has it or not; key=null takes it back to its default."
         problems.append(Problem(place.where, what, fix))
     elif not equals or not all(parts):
-        problems.append(
-            Problem(place.where, "this is no override", "Write key=value, as in data.max_tokens=2048.")
-        )
+        problems.append(Problem(place.where, "this is no override", "Write key=value, as in data.max_tokens=2048."))
     elif not text.strip():
-        problems.append(
-            Problem(place.where, f"{key} gets no value", f"{key}=null takes it back to its default.")
-        )
+        problems.append(Problem(place.where, f"{key} gets no value", f"{key}=null takes it back to its default."))
     elif value := read_override_value(text, place, problems):
         _set(root, parts, value, problems)
 

@@ -87,9 +87,7 @@ def _flow(value: _Tree) -> str:
     if isinstance(value, str):
         if _SAFE_TEXT.fullmatch(value) and isinstance(resolve(value), str):
             return value
-        return _UNSAFE.sub(
-            lambda match: f"\\u{ord(match.group()):04x}", json.dumps(value, ensure_ascii=False)
-        )
+        return _UNSAFE.sub(lambda match: f"\\u{ord(match.group()):04x}", json.dumps(value, ensure_ascii=False))
     if isinstance(value, list):
         return f"[{', '.join(_flow(item) for item in value)}]"
     return json.dumps(value)

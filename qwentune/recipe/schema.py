@@ -95,9 +95,7 @@ class DataOptions(Section):
     )
     turns: Literal["all", "last"] = _key("all", "which assistant turns of a dialogue are trained")
     template_args: dict[str, TemplateArgument] = _key({}, "arguments for the chat template")
-    bad_rows: Literal["error", "skip"] = _key(
-        "error", "refuse the run, or leave wrong rows out with a record"
-    )
+    bad_rows: Literal["error", "skip"] = _key("error", "refuse the run, or leave wrong rows out with a record")
     unsupported_reasoning: Literal["refuse", "drop", "inline"] = _key(
         "refuse", "what happens to reasoning that the chat template cannot carry"
     )
@@ -128,9 +126,7 @@ class OptimizerOptions(Section):
         (0.9, 0.999), "decay of the averages of the gradient and of its square"
     )
     max_grad_norm: Positive = _key(1.0, "gradients are scaled down to this norm")
-    epochs: Positive | None = _key(
-        EPOCHS, "passes over the data", shown=f"{EPOCHS}; null where max_steps is given"
-    )
+    epochs: Positive | None = _key(EPOCHS, "passes over the data", shown=f"{EPOCHS}; null where max_steps is given")
     max_steps: Count | None = _key(None, "optimizer steps, instead of epochs")
 
 

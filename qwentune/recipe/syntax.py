@@ -105,9 +105,7 @@ def _read(text: str, place: Callable[[int, int], Place], problems: list[Problem]
     return None
 
 
-def _syntax_problems(
-    error: yaml.MarkedYAMLError, text: str, place: Callable[[int, int], Place]
-) -> Iterator[Problem]:
+def _syntax_problems(error: yaml.MarkedYAMLError, text: str, place: Callable[[int, int], Place]) -> Iterator[Problem]:
     mark = error.problem_mark or error.context_mark
     line, column = (mark.line, mark.column) if mark is not None else (0, 0)
     if "'\\t'" in (error.problem or ""):
@@ -144,9 +142,7 @@ class _Builder:
         for event in self._stream:
             if isinstance(event, events.DocumentStartEvent):
                 if root is not None:
-                    self._refuse(
-                        event, "a second document starts here", "A recipe is one document: remove the '---'."
-                    )
+                    self._refuse(event, "a second document starts here", "A recipe is one document: remove the '---'.")
                     return root
                 root = self._node(next(self._stream), 0)
         return root
@@ -155,9 +151,7 @@ class _Builder:
         place = self._place(event)
         if depth > MAX_DEPTH:
             what = f"this is nested more than {MAX_DEPTH} levels deep"
-            raise TooDeepError(
-                Problem(place.where, what, "No recipe needs that: close the brackets before it.")
-            )
+            raise TooDeepError(Problem(place.where, what, "No recipe needs that: close the brackets before it."))
         self._check_extras(event)
         if isinstance(event, events.MappingStartEvent):
             return self._mapping(place, depth)
@@ -196,15 +190,11 @@ class _Builder:
             return
         assert isinstance(event, events.NodeEvent)
         if event.anchor is not None:
-            self._refuse(
-                event, f"the anchor '&{event.anchor}' is not read", "Write the value out at each use."
-            )
+            self._refuse(event, f"the anchor '&{event.anchor}' is not read", "Write the value out at each use.")
         tag = getattr(event, "tag", None)
         if tag is not None:
             shown = tag.replace("tag:yaml.org,2002:", "!!")
-            self._refuse(
-                event, f"the tag '{shown}' is not read", "A recipe holds plain values: remove the tag."
-            )
+            self._refuse(event, f"the tag '{shown}' is not read", "A recipe holds plain values: remove the tag.")
 
     def _refuse(self, event: events.Event, what: str, fix: str) -> None:
         self._problems.append(Problem(self._place(event).where, what, fix))

@@ -129,17 +129,19 @@ class ExactResume:
         self._window_first_step = step
         on_gpu = torch.cuda.is_available()
         if self.recorder is not None:
-            self.recorder.logged({
-                "step": step,
-                "loss": logs["loss"],
-                "learning_rate": logs["learning_rate"],
-                "grad_norm": logs["grad_norm"],
-                "tokens": tokens,
-                "trained_tokens": trained,
-                "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-                "peak_allocated_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-                "seconds": round(seconds, 4),
-            })
+            self.recorder.logged(
+                {
+                    "step": step,
+                    "loss": logs["loss"],
+                    "learning_rate": logs["learning_rate"],
+                    "grad_norm": logs["grad_norm"],
+                    "tokens": tokens,
+                    "trained_tokens": trained,
+                    "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+                    "peak_allocated_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+                    "seconds": round(seconds, 4),
+                }
+            )
 
     # Evaluation: the mean over all trained tokens, without ever holding logits.
 
