@@ -95,7 +95,8 @@ class _Speaker:
         self.renderer = Renderer(run.tokenizer, run.template, options)
         base = weights_folder(run.model, run.revision) if run.has_adapter else run.trained
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = load_tuned(base, run.trained if run.has_adapter else None).to(device)
+        model: Any = load_tuned(base, run.trained if run.has_adapter else None)
+        self.model: Any = model.to(device)
         generation = json.loads((run.trained / "generation_config.json").read_bytes())
         self.stops: list[int] = generation["eos_token_id"]
         self.pad: int = generation["pad_token_id"]

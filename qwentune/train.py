@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwentune import console
-from qwentune.errors import EXIT_BUG, EXIT_OK, DoesNotFitError, Problem, RecipeError, UserError
+from qwentune.errors import EXIT_BUG, EXIT_OK, DoesNotFitError, Problem, RecipeError, ResumeError, UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -144,7 +144,6 @@ class _Training:
         from qwentune.model.fingerprint import weights_fingerprint
         from qwentune.model.load import silence_loading, weights_folder
         from qwentune.training.checkpoints import Checkpoints
-        from qwentune.training.progress import Recorder
         from qwentune.training.start import run_facts
 
         recipe = self.loaded.recipe
@@ -167,27 +166,43 @@ class _Training:
                 console.say(message)
             if start.complete:
                 return EXIT_OK
-            step = start.step
             try:
-                recorder = Recorder(self.folder, self.schedule.num_steps, step) if self.ranks.leads else None
-                trainer, stop = self._trainer(base, start.checkpoint, checkpoints, facts, recorder)
-                with recorder or nullcontext():
-                    trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint.folder))
-                step = trainer.state.global_step
-                if step < self.schedule.num_steps and stop.agreed:
-                    self._status("preempted", stop.exit_code, f"signal {stop.agreed}: saved at step {step}", step)
-                    console.say(f"saved step {step}; continue with: {shlex.join(self.request.command)}")
-                    return stop.exit_code
-                self._publish(trainer, base)
-                self._status("finished", EXIT_OK, "all steps are done", step)
+                stopped = None if start.trained else self._train(start, base, checkpoints, facts)
+                if stopped is not None:
+                    return stopped
+                self._publish(checkpoints, base)
             except UserError as error:
-                self._status("failed", error.exit_code, str(error.problems[0]), step)
+                self._status("failed", error.exit_code, str(error.problems[0]))
                 raise
             except Exception as error:
-                self._status("failed", EXIT_BUG, f"{type(error).__name__}: {error}", step)
+                self._status("failed", EXIT_BUG, f"{type(error).__name__}: {error}")
                 raise
         console.say(f"done: {self.folder.path}\ntry   qwentune chat {self.folder.path}")
         return EXIT_OK
+
+    def _train(self, start: Start, base: Path, checkpoints: Checkpoints, facts: dict[str, Any]) -> int | None:
+        """Trains until nothing is left to do; the exit code where a signal stopped it before that, else None."""
+        from torch import OutOfMemoryError
+
+        from qwentune.training.progress import Recorder
+
+        recorder = Recorder(self.folder, self.schedule.num_steps, start.step) if self.ranks.leads else None
+        trainer, stop = self._trainer(base, start.checkpoint, checkpoints, facts, recorder)
+        try:
+            with recorder or nullcontext():
+                trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint.folder))
+        except OutOfMemoryError as error:
+            what = f"the GPU's memory ran out, though the plan fits: {str(error).splitlines()[0]}"
+            fix = "The last checkpoint is kept. Lower batch.micro_batch or data.max_tokens, or raise memory.headroom."
+            raise DoesNotFitError(
+                Problem(f"step {trainer.state.global_step + 1}", what, fix), "Training ended."
+            ) from None
+        step = trainer.state.global_step
+        if stop.agreed and step < self.schedule.num_steps:
+            self._status("preempted", stop.exit_code, f"signal {stop.agreed}: saved at step {step}", step)
+            console.say(f"saved step {step}; continue with: {shlex.join(self.request.command)}")
+            return stop.exit_code
+        return None
 
     def _open(self, held: ExitStack, checkpoints: Checkpoints, facts: dict[str, Any]) -> Start:
         """Takes the run folder, finds where to begin and writes what is known before step 1; on rank 0 only."""
@@ -204,6 +219,7 @@ class _Training:
             resume=self.request.resume,
             allowed=self.request.allow_change,
             num_steps=self.schedule.num_steps,
+            output=self.loaded.recipe.output,
         )
         if not start.complete:
             self.folder.rewind(start.step)
@@ -246,7 +262,8 @@ class _Training:
             seed=recipe.seed,
         )
         model = self._model(base, checkpoint)
-        stop = StopOnSignal()
+        minutes = recipe.output.save_every_minutes
+        stop = StopOnSignal(None if minutes is None else minutes * 60)
         stop.install()
         trainer = SftTrainer(
             model=model,
@@ -272,6 +289,7 @@ class _Training:
             checkpoints=checkpoints,
             checkpoint_facts={"run": facts, "plan": self.plan.to_json(), "versions": _library_versions()},
             recorder=recorder,
+            output=recipe.output,
         )
         return trainer, stop
 
@@ -309,36 +327,48 @@ class _Training:
             return []
         return self.dataset.control_tokens_used(self.tokenizer)
 
-    def _publish(self, trainer: SftTrainer, base: Path) -> None:
-        """Writes the trained weights with everything that stands around them, whole or not at all."""
-        from qwentune.exporting.package import model_card, stop_token_ids, write_package
+    def _publish(self, checkpoints: Checkpoints, base: Path) -> None:
+        """Copies the weights of the last checkpoint, or of the best, out with all that stands around them."""
+        from qwentune.exporting.package import copy_weights, model_card, stop_token_ids, write_package
+        from qwentune.training.best import best_step
 
+        if not self.ranks.leads:
+            return
         recipe, report = self.loaded.recipe, self.dataset.report
+        last, skipped = checkpoints.newest()
+        if last is None:
+            raise ResumeError(skipped, "The run ended without a checkpoint.")
+        best = best_step(last) if recipe.output.best is not None else None
+        step = last.step if best is None else best
         target = self.folder.path / ("model" if recipe.tuning.kind == "full" else "adapter")
         staging = target.with_name(f".{target.name}.writing")
-        trainer.save_model(str(staging))
-        if self.ranks.leads:
-            write_package(
-                staging,
-                base,
-                chat_template=self.template,
-                stop_token_ids=stop_token_ids(report, self.tokenizer.control_ids),
-                end_of_text_id=self.tokenizer.end_of_text_id,
-            )
-            shutil.rmtree(target, ignore_errors=True)
-            staging.rename(target)
-            card = model_card(
-                name=self.folder.path.name,
-                base=recipe.model,
-                tuning=recipe.tuning.kind,
-                report=report,
-                metrics=self.folder.last_metrics() or {},
-            )
-            self.folder.write("README.md", card)
+        shutil.rmtree(staging, ignore_errors=True)
+        copy_weights(checkpoints.published(step), staging)
+        write_package(
+            staging,
+            base,
+            chat_template=self.template,
+            stop_token_ids=stop_token_ids(report, self.tokenizer.control_ids),
+            end_of_text_id=self.tokenizer.end_of_text_id,
+        )
+        shutil.rmtree(target, ignore_errors=True)
+        staging.rename(target)
+        card = model_card(
+            name=self.folder.path.name,
+            base=recipe.model,
+            tuning=recipe.tuning.kind,
+            report=report,
+            metrics=self.folder.last_metrics() or {},
+        )
+        self.folder.write("README.md", card)
+        how = "all steps are done" if last.step >= self.schedule.num_steps else "the eval loss stopped falling"
+        self._status("finished", EXIT_OK, f"{how}; published step {step}", last.step)
 
-    def _status(self, state: State, code: int | None, reason: str, step: int) -> None:
-        if self.ranks.leads:
-            self.folder.set_status(state, exit_code=code, reason=reason, step=step, command=self.request.command)
+    def _status(self, state: State, code: int | None, reason: str, step: int | None = None) -> None:
+        if not self.ranks.leads:
+            return
+        reached = (self.folder.last_metrics() or {"step": 0})["step"] if step is None else step
+        self.folder.set_status(state, exit_code=code, reason=reason, step=reached, command=self.request.command)
 
 
 def _library_versions() -> dict[str, str]:

@@ -26,7 +26,7 @@ def collate(rows: Sequence[Packed], weight_scale: float) -> Batch:
 
     def joined(name: str, shift: bool = False) -> torch.Tensor:
         parts = [getattr(row, name) + (start if shift else 0) for row, start in zip(rows, starts, strict=True)]
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        return torch.as_tensor(np.concatenate(parts).astype(np.int64))
 
     weights = np.concatenate([row.weight for row in rows]).astype(np.float64) * weight_scale
     return {
@@ -35,7 +35,7 @@ def collate(rows: Sequence[Packed], weight_scale: float) -> Batch:
         "visible_until": joined("visible_until", shift=True)[None],
         "predict_from": joined("predict_from", shift=True),
         "target": joined("target"),
-        "weight": torch.from_numpy(weights.astype(np.float32)),
+        "weight": torch.as_tensor(weights.astype(np.float32)),
     }
 
 

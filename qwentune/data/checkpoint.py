@@ -32,7 +32,7 @@ def checkpoint_folder(model: str, revision: str | None = None, *, weights: bool 
         return _builtin_folder(model)
     if Path(model).is_dir():
         return Path(model)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     spec = model_spec(model)

@@ -62,7 +62,7 @@ class Examples:
         """Example i with its source."""
         ids, weights = self.tokens(i)
         turns = self.turns[self.turn_offsets[i] : self.turn_offsets[i + 1]]
-        source = Source(self.file_names[self.files[i]], int(self.lines[i]))
+        source = Source(self.file_names[int(self.files[i])], int(self.lines[i]))
         return Rendered(source, tuple(turns.tolist()), ids.tolist(), weights.tolist())
 
     def length(self, i: int) -> int:

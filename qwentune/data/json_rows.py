@@ -20,7 +20,10 @@ CHUNK_CHARACTERS = 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _SAVE_AS_UTF_8 = "Save the file as UTF-8."
-_LENIENT = json.JSONDecoder()  # finds where a value ends, also one that is refused
+_CUT = "the file ends in the middle of this row"
+_WRITE_AGAIN = "Write the file again: an interrupted write or copy leaves half a row at its end."
+_LENIENT = json.JSONDecoder(parse_int=str)  # finds where a value ends, also one that is refused
+_LONGEST_CUT_EXPONENT = len("e+")  # a number may stand complete before these and go on behind them
 
 
 def read_json_rows(stream: io.BufferedReader, path: str, problems: list[Problem]) -> Iterator[NumberedValue]:
@@ -49,6 +52,9 @@ def _read_lines(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterato
             if text.strip():
                 yield number, parse_json(text)
         except UnicodeDecodeError as error:
+            if error.reason == "unexpected end of data" and error.end == len(line):
+                problems.append(Problem(f"{where}:{error.start + 1}", _CUT, _WRITE_AGAIN))
+                continue
             what = f"the byte 0x{line[error.start]:02x} is not UTF-8"
             problems.append(Problem(f"{where}:{error.start + 1}", what, _SAVE_AS_UTF_8))
         except JsonFaultError as fault:
@@ -75,8 +81,7 @@ def _line_problem(fault: JsonFaultError, where: str, *, is_last: bool) -> Proble
     if fault.column is not None:
         where = f"{where}:{fault.column}"
     if fault.is_cut and is_last:
-        fix = "Write the file again: an interrupted write or copy leaves half a row at its end."
-        return Problem(where, "the file ends in the middle of this row", fix)
+        return Problem(where, _CUT, _WRITE_AGAIN)
     fix = "Write each row on one line, line breaks inside a text as \\n." if fault.is_cut else fault.fix
     return Problem(where, fault.what, fix)
 
@@ -117,7 +122,6 @@ class _Window:
     position: int = 0  # what comes before it is done with
     line: int = 1  # of text[0] in the file, as is column
     column: int = 1
-    is_last: bool = False
 
     def take(self, character: str) -> bool:
         """Whether the next character that is no white space is this one, which is then done with."""
@@ -142,7 +146,7 @@ class _Window:
         while True:
             try:
                 _, end = _LENIENT.raw_decode(self.text, self.position)
-                if end < len(self.text) or not self._grow():  # a number may go on in the next chunk
+                if end + _LONGEST_CUT_EXPONENT < len(self.text) or not self._grow():
                     taken, self.position = self.text[self.position : end], end
                     return taken
             except (ValueError, RecursionError):
@@ -167,13 +171,14 @@ class _Window:
         raise AssertionError("what the lenient decoder refuses, the strict one refuses too")
 
     def _grow(self) -> bool:
-        if self.is_last:
+        """Whether there was more to read; where not, nothing has moved."""
+        num_left = len(self.text) - self.position
+        chunk = self.stream.read(max(CHUNK_CHARACTERS, num_left))  # doubled: a long row is not parsed over and over
+        if not chunk:
             return False
         self.line, self.column = self._place(self.position)
-        rest = self.text[self.position :]
-        chunk = self.stream.read(max(CHUNK_CHARACTERS, len(rest)))  # doubled: a long row is not parsed over and over
-        self.text, self.position, self.is_last = rest + chunk, 0, not chunk
-        return bool(chunk)
+        self.text, self.position = self.text[self.position :] + chunk, 0
+        return True
 
     def _place(self, position: int) -> tuple[int, int]:
         line_start = self.text.rfind("\n", 0, position) + 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from qwentune.data.faults import Faults, described
@@ -22,6 +21,8 @@ MESSAGE_KEYS = ("role", "content", *REASONING_KEYS, "tool_calls", "train", "weig
 EXTRA_KEYS = ("name", "tool_call_id", "function_call")  # close to known keys, but no mistakes
 MASK_KEYS = {"loss": "train", "loss_weight": "weight"}  # of other toolkits: swallowed, they would train the wrong turns
 CALL_KEYS = ("name", "arguments")
+ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # beside a function they would be lost
+LARGEST_WEIGHT = 1e6  # losses are 32-bit floats
 
 
 def read_message(value: Json, path: str, faults: Faults) -> Message | None:
@@ -34,15 +35,17 @@ def read_message(value: Json, path: str, faults: Faults) -> Message | None:
     role = _role(fields, path, faults)
     is_assistant = role == "assistant"
     calls = _tool_calls(fields, path, faults)
-    content = _content(value, path, faults, may_be_null=bool(calls) and is_assistant)
+    gives_calls = any(fields.get(key) for key in ("tool_calls", "function_call"))
+    content = _content(value, path, faults, may_be_null=gives_calls and role in ("assistant", ""))
     reasoning = _reasoning(fields, path, faults)
     if role and not is_assistant:
         for key in (*REASONING_KEYS, "tool_calls", "function_call", "train", "weight"):
             if fields.get(key) not in (None, "", []):
                 faults.add(f"{path} has {key}, but its role is {fields['role']!r}", "Only the assistant has it.")
     weight = _weight(fields, path, faults)
-    for key in MASK_KEYS.keys() & fields.keys():
-        faults.add(f"{path} has the unknown key {key!r}", f"Use {MASK_KEYS[key]!r}.")
+    for key, ours in MASK_KEYS.items():
+        if key in fields:
+            faults.add(f"{path} has the unknown key {key!r}", f"Use {ours!r}.")
     faults.misspelt(fields, MESSAGE_KEYS, EXTRA_KEYS, f"{path} has ")
     if len(faults.problems) > num_problems:
         return None
@@ -85,8 +88,8 @@ def read_call(value: Json, path: str, faults: Faults) -> ToolCall | None:
     if not isinstance(function, dict):
         faults.add(f"{path} is {described(function)}", "It is an object with name and arguments.")
         return None
-    unknown = sorted({*_without_nulls(function), *outer.keys() & {"parameters", "args", "input"}} - {*CALL_KEYS})
-    for key in unknown:
+    unknown = [key for key in _without_nulls(function) if key not in CALL_KEYS]
+    for key in (*unknown, *(key for key in ARGUMENT_KEYS if key in outer)):
         faults.add(f"{path} has the unknown key {key!r}", "A tool call has a name and arguments.")
     name = function.get("name")
     if not isinstance(name, str) or not name:
@@ -159,8 +162,8 @@ def _weight(fields: Mapping[str, Json], path: str, faults: Faults) -> float:
     if not isinstance(train, bool):
         faults.add(f"{path}.train is {described(train)}", "It is true or false.")
         return 0.0
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        faults.add(f"{path}.weight is {described(weight)}", "It is a number that is 0 or more.")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= LARGEST_WEIGHT:
+        faults.add(f"{path}.weight is {described(weight)}", f"It is a number from 0 to {LARGEST_WEIGHT:.0f}.")
         return 0.0
     if not train and fields.get("weight"):
         faults.add(f"{path} has train false and weight {weight}", "Remove one of them.")

@@ -29,7 +29,7 @@ class ToolCall:
 
     name: str
     arguments: dict[str, Json]
-    extra: Mapping[str, Json] = field(default_factory=dict)  # id and whatever else the row gives
+    extra: Mapping[str, Json] = field(default_factory=dict[str, "Json"])  # id and whatever else the row gives
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Message:
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     weight: float = 1.0
-    extra: Mapping[str, Json] = field(default_factory=dict)
+    extra: Mapping[str, Json] = field(default_factory=dict[str, "Json"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from typing import cast
 
@@ -12,6 +13,7 @@ from qwentune.data.sample import Json
 DEEPEST_NESTING = 200  # lists and objects inside each other; far from the interpreter's recursion limit
 
 _PYTHON_WORDS = ("True", "False", "None")
+_CUT_TOKEN = re.compile(r"-|t(ru?)?|f(a(ls?)?)?|n(ul?)?|\\?u[0-9a-fA-F]{0,3}|\.|[eE][+-]?")  # at the end of a text
 
 
 class JsonFaultError(Exception):
@@ -80,7 +82,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_float=_finite,
 
 def _syntax_fault(text: str, error: json.JSONDecodeError) -> JsonFaultError:
     at = text[error.pos :]
-    if not at.strip() or error.msg.startswith("Unterminated string"):
+    if not at.strip() or error.msg.startswith("Unterminated string") or _CUT_TOKEN.fullmatch(at):
         return JsonFaultError(
             "the value ends before it is complete",
             line=error.lineno,

@@ -17,6 +17,8 @@ from qwentune.errors import Problem
 
 ROWS_PER_BATCH = 256
 
+_NO_JSON = (ValueError, KeyError, OverflowError)  # what Arrow raises for invalid text, repeated map keys, far dates
+
 
 def read_csv_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterator[NumberedValue]:
     """Objects of text by the names of the first line, numbered by the line they begin in.
@@ -24,12 +26,18 @@ def read_csv_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> Itera
     Every value stays the text it is (`007`, `NA`); an empty cell is an absent field.
     """
     csv.field_size_limit(LARGEST_ROW_BYTES)
-    reader = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+    # Undecodable bytes become lone surrogates here, which only the row that holds them pays for.
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, strict=True)
     names: list[str] = []
     line = 1
     try:
         for cells in reader:
-            if not names:
+            if not _is_unicode(cells):
+                problems.append(Problem(f"{path}:{line}", "the row is not UTF-8", "Save the file as UTF-8."))
+                if not names:
+                    return
+            elif not names:
                 names = cells
                 if "" in names or len(set(names)) < len(names):
                     what = f"the first line must name each column once; it has {names}"
@@ -43,8 +51,6 @@ def read_csv_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> Itera
             line = reader.line_num + 1
     except csv.Error as error:
         problems.append(Problem(f"{path}:{line}", f"this is no CSV: {error}", "Write the file with a CSV library."))
-    except UnicodeDecodeError:
-        problems.append(Problem(f"{path}:{line}", "from here on the file is not UTF-8", "Save the file as UTF-8."))
 
 
 def read_parquet_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterator[NumberedValue]:
@@ -60,15 +66,40 @@ def read_parquet_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> I
             shutil.copyfileobj(stream, whole)
             stream = whole
         try:
-            batches: Any = parquet.ParquetFile(stream).iter_batches(batch_size=ROWS_PER_BATCH)
-            rows = (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict"))
+            file: Any = parquet.ParquetFile(stream)
+            names: list[str] = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                problems.append(Problem(path, f"two columns have the same name: {names}", "Name each column once."))
+                return
+            rows = (row for batch in file.iter_batches(batch_size=ROWS_PER_BATCH) for row in _batch_rows(batch))
             for number, row in enumerate(rows, start=1):
-                try:
-                    yield number, _json_value(row)
-                except ValueError as error:
-                    problems.append(Problem(f"{path}:{number}", str(error), "Store texts, numbers, lists, structs."))
+                if isinstance(row, Exception):
+                    what = f"the row cannot be read: {row.args[0] if isinstance(row, KeyError) else row}"
+                    problems.append(Problem(f"{path}:{number}", what, "Store texts, numbers, lists, structs."))
+                else:
+                    yield number, row
         except arrow.ArrowException as error:
             problems.append(Problem(path, f"this is no readable Parquet file: {error}", "Write the file again."))
+
+
+def _batch_rows(batch: Any) -> Iterator[Json | Exception]:
+    """The rows of an Arrow batch; in place of one that JSON has no form for, the reason."""
+    try:
+        yield from [_json_value(row) for row in batch.to_pylist(maps_as_pydicts="strict")]
+    except _NO_JSON as error:
+        if batch.num_rows == 1:
+            yield error
+        else:  # one row's fault is not that of the others
+            for i in range(batch.num_rows):
+                yield from _batch_rows(batch.slice(i, 1))
+
+
+def _is_unicode(cells: list[str]) -> bool:
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _json_value(value: Any) -> Json:
@@ -79,7 +110,7 @@ def _json_value(value: Any) -> Json:
     if isinstance(value, list):
         return [_json_value(item) for item in cast(list[Any], value)]
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"the row holds the number {value}")
+        raise ValueError(f"it holds the number {value}")
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise ValueError(f"the row holds a value of the type {type(value).__name__}")
+    raise ValueError(f"it holds a value of the type {type(value).__name__}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import render_jinja_template  # pyright: ignore[reportUnknownVariableType]
 
 from qwentune.data.sample import Json, Message
 
@@ -46,7 +46,7 @@ class ChatTemplate:
         if mode != "default":
             args["enable_thinking"] = mode == "thinking"
         try:
-            rendered: Any = render_jinja_template(
+            rendered = render_jinja_template(
                 conversations=[list(messages) for messages in conversations],
                 tools=[dict(tool) for tool in tools] or None,
                 chat_template=self.text,
@@ -55,7 +55,7 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
             raise TemplateRefusalError(str(error) or type(error).__name__) from None
-        return list(rendered[0] if isinstance(rendered, tuple) else rendered)
+        return list(cast(Any, rendered)[0])
 
     @cached_property
     def has_thinking_switch(self) -> bool:

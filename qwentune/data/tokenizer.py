@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Tokenizer as Backend
 
@@ -63,10 +63,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
     Raises UsageError where a file is missing or unreadable.
     """
+    document: dict[str, Any]
+    config: dict[str, Any] = {}
     try:
         document = json.loads((folder / "tokenizer.json").read_bytes())
         config_file = folder / "tokenizer_config.json"
-        config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
+        if config_file.exists():
+            config = json.loads(config_file.read_bytes())
     except (OSError, ValueError) as error:
         fix = "The folder needs tokenizer.json and tokenizer_config.json of the checkpoint."
         raise UsageError(Problem(str(folder), f"no readable tokenizer: {error}", fix)) from None
@@ -100,9 +103,9 @@ def _added_tokens(listed: list[dict[str, Any]], decoder: dict[str, dict[str, Any
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in SPECIAL_TOKENS:
-        token = config.get(name)
+        token: Any = config.get(name)
         if isinstance(token, dict):
-            token = token.get("content")
+            token = cast(dict[str, Any], token).get("content")
         if isinstance(token, str):
             found[name] = token
     return found
@@ -112,7 +115,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
+    template: str | list[dict[str, str]] | None = config.get("chat_template")
     if isinstance(template, list):  # several named templates: a server takes the one called default
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
     return template

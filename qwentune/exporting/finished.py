@@ -11,6 +11,7 @@ from qwentune.data.template import ChatTemplate
 from qwentune.data.tokenizer import Tokenizer, load_tokenizer
 from qwentune.errors import Problem, UsageError
 from qwentune.recipe import DataOptions, load_recipe
+from qwentune.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class FinishedRun:
 
 def open_run(folder: Path) -> FinishedRun:
     """The run in `folder`; UsageError where it has not finished."""
-    trained = next((folder / name for name in ("adapter", "model") if (folder / name).is_dir()), None)
+    trained = RunFolder(folder).trained
     if trained is None:
         fix = "Train it to its end first: the same command continues it."
         raise UsageError(Problem(str(folder), "holds no finished run (no adapter/ or model/)", fix))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 def load_tuned(base: Path, adapter: Path | None) -> PreTrainedModel:
     """The tuned model in the dtype of its files: adapters, where there are any, on the unquantised base."""
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
     return model.eval()

@@ -8,7 +8,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+
+
+def copy_weights(source: Path, target: Path) -> None:
+    """Copies the weights of a checkpoint, with their configuration and nothing else, into a new folder."""
+    target.mkdir(parents=True)
+    for pattern in WEIGHT_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)
 
 
 def write_package(
@@ -67,7 +76,8 @@ def model_card(*, name: str, base: str, tuning: str, report: Mapping[str, Any], 
     lines = [
         *("---", f"base_model: {base}", "library_name: transformers", "tags: [qwentune]", "---", "", f"# {name}", ""),
         f"{base}, tuned ({tuning}) on {report['train_examples']} examples",
-        f"with {report['trained_tokens']} trained tokens ({modes}) for {metrics['step']} steps; last loss {metrics['loss']:.4f}.",
+        f"with {report['trained_tokens']} trained tokens ({modes}) for {metrics['step']} steps; "
+        f"last loss {metrics['loss']:.4f}.",
         "",
         f"Turns end with {stops}; `generation_config.json` stops there.",
     ]

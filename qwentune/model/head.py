@@ -61,11 +61,12 @@ class LossHead:
     """
 
     def __init__(self, model: nn.Module, kind: str) -> None:
-        self.head = model.get_output_embeddings()  # type: ignore[operator]
+        network: Any = model
+        self.head: nn.Module = network.get_output_embeddings()
         self.chunked = kind == "supervised" and type(self.head) is nn.Linear
         self.targets: tuple[Tensor, Tensor] | None = None
         self.logits = self.head.forward
-        self.head.forward = self._forward
+        self.head.forward = self._forward  # pyright: ignore[reportAttributeAccessIssue]
 
     def _forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.targets is None:

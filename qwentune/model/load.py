@@ -59,7 +59,8 @@ def load_model(
         )
     if device is not None and device.type != "cpu":
         options["device_map"] = {"": device}
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    model, info = loaded
     lost = {name: sorted(map(str, info.get(name, ()))) for name in ("missing_keys", "mismatched_keys", "error_msgs")}
     problems = [
         Problem(str(folder), f"{name.replace('_', ' ')}: {', '.join(keys[:5])}{' …' if len(keys) > 5 else ''}")
@@ -80,9 +81,9 @@ def recompute_layers(model: PreTrainedModel, layers: bool | int) -> None:
         return
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if layers is not True:
-        switched = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-        for module in [m for m in switched if type(m).__name__.endswith("DecoderLayer")][layers:]:
-            module.gradient_checkpointing = False
+        switched: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+        for layer in [m for m in switched if type(m).__name__.endswith("DecoderLayer")][layers:]:
+            layer.gradient_checkpointing = False
 
 
 def keep_four_bit_exact(model: torch.nn.Module) -> None:
@@ -90,10 +91,10 @@ def keep_four_bit_exact(model: torch.nn.Module) -> None:
 
     A repacked layer evaluates unlike it trains, and merging it returns garbage.
     """
-    import bitsandbytes
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+        if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
 

@@ -18,6 +18,7 @@ from qwentune.errors import Problem, RunInUseError
 
 METRICS = "metrics.jsonl"  # one row per logged step
 EVALUATIONS = "evaluations.jsonl"  # one row per evaluation
+TRAINED = ("adapter", "model")  # where the trained weights are published
 State = Literal["running", "finished", "preempted", "interrupted", "failed"]
 
 
@@ -60,6 +61,11 @@ class RunFolder:
         temporary = self.path / f".{name}.new"
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, self.path / name)
+
+    @property
+    def trained(self) -> Path | None:
+        """The folder with the published weights, `adapter` or `model`; None while there is none."""
+        return next((self.path / name for name in TRAINED if (self.path / name).is_dir()), None)
 
     def stored_plan(self) -> dict[str, Any] | None:
         """The plan that this run was started with; None where there is none that can be read."""

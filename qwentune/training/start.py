@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qwentune.errors import Problem, ResumeError
+from qwentune.recipe import OutputOptions
+from qwentune.training.best import best_step, has_stopped_improving
 from qwentune.training.checkpoints import Checkpoint, Checkpoints, open_checkpoint
 from qwentune.training.run_folder import RunFolder
 
@@ -19,10 +21,14 @@ INERT_KEYS = ("output.", "hardware.", "memory.headroom", "data.train", "data.eva
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins. `checkpoint` is None for a new run; `complete` says that nothing is left to do."""
+    """Where a run begins. `checkpoint` is None for a new run.
+
+    `trained` says that no step is left to do, `complete` that the trained weights are published as well.
+    """
 
     checkpoint: Checkpoint | None
-    complete: bool
+    trained: bool = False
+    complete: bool = False
     messages: tuple[str, ...] = ()
 
     @property
@@ -39,6 +45,7 @@ def choose_start(
     resume: str,
     allowed: Sequence[str],
     num_steps: int,
+    output: OutputOptions,
 ) -> Start:
     """The newest checkpoint that verifies, or the one named by `resume`, or a new run where there is none.
 
@@ -55,12 +62,16 @@ def choose_start(
         raise ResumeError(skipped, "No usable checkpoint. --fresh moves the run aside and starts anew.")
     messages = [f"skipped {problem.where}: {problem.what}" for problem in skipped]
     if checkpoint is None:
-        return Start(None, False)
+        return Start(None)
     _refuse_drift(checkpoint, facts, allowed)
-    if checkpoint.step >= num_steps:
-        return Start(checkpoint, True, (*messages, f"already complete: {run.path} has all {num_steps} steps"))
-    messages.append(f"resuming {run.path} from step {checkpoint.step}")
-    return Start(checkpoint, False, tuple(messages))
+    step = checkpoint.step
+    trained = step >= num_steps or has_stopped_improving(step, best_step(checkpoint), output)
+    complete = trained and run.trained is not None
+    if complete:
+        messages.append(f"already complete: {run.path} was trained for {step} steps")
+    else:
+        messages.append(f"resuming {run.path} from step {step}")
+    return Start(checkpoint, trained, complete, tuple(messages))
 
 
 def move_aside(run: RunFolder) -> Path | None:

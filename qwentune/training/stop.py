@@ -1,4 +1,4 @@
-"""Stopping on a signal: all ranks agree on the step, save it, and end."""
+"""Stopping on a signal, saving by the clock: all ranks agree on the step."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ from qwentune.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ORPHAN_GRACE_SECONDS = 30.0
+SAVE = 1  # below every signal: a stop beats a save
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves and stops at the next step boundary after SIGTERM, SIGINT or SIGUSR1; a second signal stops at once.
+    """Saves and stops at the next step boundary after SIGTERM, SIGINT or SIGUSR1; a second Ctrl-C stops at once.
+
+    Saves also whenever `save_every_seconds` have passed since the last save.
 
     Ranks agree by a one-integer maximum over gloo on the CPU, started after one step and read after the next, so that
     no device waits for it. A trainer whose launcher has died stops likewise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, save_every_seconds: float | None = None) -> None:
         self.received: int = 0
         self.agreed: int = 0
+        self.save_every_seconds = save_every_seconds
+        self.last_save = time.monotonic()
         self._group: Any = None
         self._pending: tuple[Any, torch.Tensor] | None = None
 
@@ -51,19 +56,32 @@ class StopOnSignal(TrainerCallback):
             self._group = dist.new_group(backend="gloo")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Asks for a save and the end once all ranks know of a signal."""
-        if self._group is None:
-            self.agreed = self.received
-        else:
-            if self._pending is not None:
-                work, flag = self._pending
-                work.wait()
-                self.agreed = int(flag.item())
-            flag = torch.tensor([self.received], dtype=torch.int32)
-            self._pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
-        if self.agreed:
+        """Asks for a save, and for the end once all ranks know of a signal."""
+        agreed = self._agreed(self.received or (SAVE if self._save_is_due() else 0))
+        if agreed:
             control.should_save = True
+        if agreed > SAVE:
+            self.agreed = agreed
             control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Starts the clock anew."""
+        self.last_save = time.monotonic()
+
+    def _save_is_due(self) -> bool:
+        return self.save_every_seconds is not None and time.monotonic() - self.last_save >= self.save_every_seconds
+
+    def _agreed(self, wish: int) -> int:
+        if self._group is None:
+            return wish
+        agreed = 0
+        if self._pending is not None:
+            work, flag = self._pending
+            work.wait()
+            agreed = int(flag.item())
+        flag = torch.tensor([wish], dtype=torch.int32)
+        self._pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
+        return agreed
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received == number == signal.SIGINT:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,11 +19,14 @@ from qwentune.data.batch import Batch, EvalBatches, TrainBatches
 from qwentune.errors import NotFiniteError, Problem
 from qwentune.model.head import LossHead
 from qwentune.recipe import OptimizerOptions, OutputOptions
+from qwentune.training.best import has_stopped_improving
 from qwentune.training.checkpoints import Checkpoints
 from qwentune.training.progress import Recorder
 
+_Mixed = Trainer if TYPE_CHECKING else object
 
-class ExactResume:
+
+class ExactResume(_Mixed):
     """Mixin for a transformers Trainer: exact batches, lean step, atomic checkpoints, exact resume.
 
     Batches come from a pure function of the step and carry weights that are already normalised over the whole
@@ -42,9 +45,10 @@ class ExactResume:
         checkpoints: Checkpoints,
         checkpoint_facts: Mapping[str, Any],
         recorder: Recorder | None,
+        output: OutputOptions,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(eval_dataset=eval_batches, **options)
         self.remove_callback(PrinterCallback)
         self.batches = batches
         self.eval_batches = eval_batches
@@ -53,6 +57,7 @@ class ExactResume:
         self.checkpoints = checkpoints
         self.checkpoint_facts = dict(checkpoint_facts)
         self.recorder = recorder
+        self.output = output
         self._first_bad_step: Tensor | None = None
         self._window_start = time.monotonic()
 
@@ -87,21 +92,23 @@ class ExactResume:
         return loss.detach()
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.learning_rate_factor)
+        chosen: Any = optimizer or self.optimizer
+        self.lr_scheduler: Any = LambdaLR(chosen, self.learning_rate_factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def floating_point_ops(self, inputs: Batch) -> int:
         return 0  # the stock count walks all parameters at every step
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         finite = torch.isfinite(torch.as_tensor(norm, device=self.args.device))
         step = torch.where(finite, torch.inf, float(self.state.global_step + 1))
         self._first_bad_step = step if self._first_bad_step is None else torch.minimum(self._first_bad_step, step)
         if not self.is_deepspeed_enabled:  # DeepSpeed's engine leaves such a step out by itself
             # Fused optimizers read this flag on the device and then leave weights and state as they are.
-            optimizer = self.optimizer.optimizer
+            optimizer: Any = self.optimizer
+            optimizer = optimizer.optimizer
             optimizer.found_inf = torch.isfinite(self._first_bad_step).float().reshape(())
             optimizer.grad_scale = None
         return norm
@@ -146,7 +153,7 @@ class ExactResume:
     # Evaluation: the mean over all trained tokens, without ever holding logits.
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        model = self.model_wrapped
+        model: Any = self.model_wrapped
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with torch.no_grad():
@@ -164,6 +171,15 @@ class ExactResume:
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best:
+            self.control.should_save = True  # so that the best step is there to be published
+        elif has_stopped_improving(self.state.global_step, self.state.best_global_step, self.output):
+            self.control.should_save = True
+            self.control.should_training_stop = True
+        return is_best
 
     # Checkpoints: transformers writes into a staging folder, rank 0 publishes it.
 
@@ -197,18 +213,20 @@ class ExactResume:
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # The stock method adds a pickle of the arguments.
         assert output_dir is not None
-        save_weights(self.accelerator.unwrap_model(self.model), Path(output_dir), state_dict)
+        model: Any = self.model
+        unwrapped: Any = self.accelerator.unwrap_model(model)
+        save_weights(unwrapped, Path(output_dir), state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        window = {"loss": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
+        loss: Any = self._tr_loss
+        window = {"loss": loss.item(), "last_logged_step": self._globalstep_last_logged}
         Path(output_dir, f"log_window_{self.args.process_index}.json").write_text(json.dumps(window))
 
     # Resume: the weights were loaded before the trainer was built, with every key proved.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        pass
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -251,7 +269,7 @@ def training_arguments(
 
     The run is one epoch of `num_steps` steps: epochs of the data are the schedule's business.
     """
-    keeps_best = evaluates and output.best is not None
+    keeps_best = evaluates and (output.best is not None or output.early_stopping is not None)
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(staging),

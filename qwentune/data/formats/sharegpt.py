@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from qwentune.data.faults import Faults, described
 from qwentune.data.normalise import check_dialogue, read_message, read_tools
 from qwentune.data.sample import Conversation, Json, Message, Source
@@ -42,7 +44,7 @@ def _read_turn(turn: Json, path: str, faults: Faults) -> Message | None:
     if not isinstance(turn, dict):
         faults.add(f"{path} is {described(turn)}", "A turn is an object with from and value.")
         return None
-    speaker, value = turn.get("from"), turn.get("value")
+    speaker = turn.get("from")
     if speaker is None and "role" in turn:
         faults.add(f"{path} has role and content", "That is the format chat: name the list messages.")
         return None
@@ -52,11 +54,24 @@ def _read_turn(turn: Json, path: str, faults: Faults) -> Message | None:
     fields: dict[str, Json] = {key: item for key, item in turn.items() if key not in ("from", "value")}
     message = {**fields, "role": SPEAKERS.get(speaker) if isinstance(speaker, str) else None}
     if speaker == "function_call":
-        calls = faults.parsed(value, f"{path}.value") if isinstance(value, str) else value
-        message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+        calls = _read_calls(turn, f"{path}.value", faults)
+        message |= {"content": "" if calls else None, "tool_calls": calls}
     else:
         message["content"] = faults.text(turn, "value", f"{path}.value", required=True)
     # What is wrong so far was said in the words of this format; the same fault in those of chat would only confuse.
-    if message["role"] is None or message.get("content") is None or message.get("tool_calls") == [None]:
+    if message["role"] is None or message["content"] is None:
         return None
     return read_message(message, path, faults)
+
+
+def _read_calls(turn: Mapping[str, Json], path: str, faults: Faults) -> list[Json]:
+    """The tool calls of a turn, one or a list of them, as a value or as a text of JSON; [] where that is wrong."""
+    value = turn.get("value")
+    if isinstance(value, str):
+        value = faults.parsed(value, path)
+        if value is None:  # and said so
+            return []
+    if value is None or value == []:
+        faults.add(f"{path} is {described(value) if 'value' in turn else 'missing'}", "A tool call is needed.")
+        return []
+    return value if isinstance(value, list) else [value]
