@@ -47,7 +47,7 @@ def run_chat(folder: Path, message: str | None, thinking: str | None, as_json: b
 
     if thinking not in (None, "on", "off"):
         raise UsageError(Problem("--thinking", f"{thinking!r} is neither on nor off"))
-    speaker = _Speaker(open_run(folder), thinking)
+    speaker = Speaker(open_run(folder), thinking)
     if message is not None:
         answer = speaker.answer([Message("user", message)])
         if as_json:
@@ -73,7 +73,7 @@ def _print(answer: Answer) -> None:
         console.say(f"(cut after {answer.tokens} tokens)")
 
 
-class _Speaker:
+class Speaker:
     """The tuned model with the prompt it was trained after."""
 
     def __init__(self, run: FinishedRun, thinking: str | None) -> None:

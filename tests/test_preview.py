@@ -16,6 +16,11 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from qwentune.data.batch import TrainBatches
+from qwentune.data.dataset import chat_template, prepare
+from qwentune.data.schedule import Schedule
+from qwentune.data.tokenizer import load_tokenizer
+from qwentune.recipe import load_recipe
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.dialogues import random_rows
 from tests.oracle import UNTRAINED, UntrainableError, expected_examples, masked_text
@@ -186,11 +191,10 @@ def expected(file: str, rows: Iterable[dict[str, Any]], tokenizer: Any, **option
     ("family", "options"),
     [
         ("qwen2.5", {"unsupported_reasoning": "drop"}),
-        ("qwen2.5", {"unsupported_reasoning": "inline", "turns": "last"}),
         ("qwen3", {}),
         ("qwen3", {"thinking": "on", "turns": "last"}),
     ],
-    ids=["qwen2.5-drop", "qwen2.5-inline-last", "qwen3", "qwen3-thinking-last"],
+    ids=["qwen2.5-drop", "qwen3", "qwen3-thinking-last"],
 )
 def test_the_rows_of_the_data_templates_give_what_first_principles_give(
     tmp_path: Path, models: dict[str, Path], tokenizers: Tokenizers, family: str, options: dict[str, str]
@@ -307,49 +311,35 @@ def assert_an_epoch_holds_what_preview_shows(steps: list[list[dict[str, Any]]], 
     assert held == Counter(key(example["input_ids"], example["labels"]) for example in shown)
 
 
-@pytest.mark.parametrize(("micro_batch", "accumulation", "num_ranks"), [(2, 2, 1), (1, 2, 2)])
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_batches_of_an_epoch_hold_what_preview_shows(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    qwen3_folder: Path,
-    packing: bool,
-    micro_batch: int,
-    accumulation: int,
-    num_ranks: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qwen3_folder: Path, packing: bool
 ) -> None:
-    rows = random_rows(21, 40, reasoning=True)
-    file = write_rows(tmp_path, *rows)
-    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in random_rows(22, 11)))
-    sources = [{"path": file, "repeat": 1.5}, "other.jsonl", "data_templates/text.jsonl"]
+    file = write_rows(tmp_path, *random_rows(21, 40, reasoning=True))
+    sources = [{"path": file, "repeat": 1.5}, "data_templates/thinking.jsonl", "data_templates/text.jsonl"]
     write_recipe(tmp_path, qwen3_folder, *sources, packing=packing, max_tokens=2048, eval_fraction=0.1)
-    shown, _ = previewed(tmp_path)
-
-    from qwentune.data.batch import TrainBatches
-    from qwentune.data.dataset import chat_template, prepare
-    from qwentune.data.schedule import Schedule
-    from qwentune.data.tokenizer import load_tokenizer
-    from qwentune.recipe import load_recipe
-
+    shown, report = previewed(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QWENTUNE_CACHE", str(tmp_path / "cache"))
     recipe, tokenizer = load_recipe("recipe.yaml").recipe, load_tokenizer(qwen3_folder)
     dataset = prepare(recipe.data, tokenizer, chat_template(recipe.data, tokenizer), recipe.seed)
-    schedule = Schedule(len(dataset.train), micro_batch * accumulation * num_ranks, recipe.seed, 1, None)
-    assert len(dataset.train) % schedule.sequences_per_step, "the last step is to be a short one"
+    assert dataset.fingerprint == report["fingerprint"]
     assert (len(dataset.train) < len(shown)) is packing
-    ranks = [
-        TrainBatches(dataset.train, schedule, micro_batch, accumulation, rank, num_ranks) for rank in range(num_ranks)
-    ]
-    steps = [
-        [
-            {name: tensor.tolist() for name, tensor in batches[step * accumulation + turn].items()}
-            for batches in ranks
-            for turn in range(accumulation)
+    for micro_batch, accumulation, num_ranks in ((3, 2, 1), (1, 3, 2)):
+        schedule = Schedule(len(dataset.train), 6, recipe.seed, epochs=1, max_steps=None)
+        assert len(dataset.train) % 6, "the last step is to be a short one"
+        ranks = [
+            TrainBatches(dataset.train, schedule, micro_batch, accumulation, r, num_ranks) for r in range(num_ranks)
         ]
-        for step in range(schedule.num_steps)
-    ]
-    assert_an_epoch_holds_what_preview_shows(steps, shown)
+        steps = [
+            [
+                {name: tensor.tolist() for name, tensor in batches[step * accumulation + turn].items()}
+                for batches in ranks
+                for turn in range(accumulation)
+            ]
+            for step in range(schedule.num_steps)
+        ]
+        assert_an_epoch_holds_what_preview_shows(steps, shown)
 
 
 @pytest.mark.slow
@@ -439,13 +429,12 @@ def test_without_colour_the_masks_stand_in_brackets(
     assert finished.stderr == ""
 
 
-def test_limit_says_how_many_examples_are_shown(tmp_path: Path, models: dict[str, Path]) -> None:
-    write_recipe(tmp_path, models["qwen3"], "data_templates/chat.jsonl")
-    for limit in (0, 3):
-        assert preview(tmp_path, "--limit", str(limit)).stdout.count("⟦") == limit
+def test_limit_says_how_many_examples_are_shown(tmp_path: Path, qwen3_folder: Path) -> None:
+    write_recipe(tmp_path, qwen3_folder, "data_templates/chat.jsonl")
+    assert preview(tmp_path, "--limit", "3").stdout.count("⟦") == 3
 
 
-HOSTILE = "\x1b]0;owned\x07\x1b[2J\x1b[31m\x9b5m\x08\x00\x7f\r\u202e\u2066[red]:heart:[/bold]"
+HOSTILE = "\x9b5m\u202e\x7f[/bold]\x1b]0;owned\x07\x1b[2J\x1b[31m\x08\x00\r\u2066[red]:heart:"
 
 
 def test_data_can_neither_steer_the_terminal_nor_style_what_it_shows(tmp_path: Path, models: dict[str, Path]) -> None:
@@ -461,8 +450,8 @@ def test_data_can_neither_steer_the_terminal_nor_style_what_it_shows(tmp_path: P
     write_recipe(tmp_path, models["qwen3"], file, bad_rows="skip", max_dropped_fraction=0.99)
     shown = preview(tmp_path)
     assert shown.returncode == 0, shown.stderr
-    assert "⟦a\\u001b]0;owned" in shown.stdout
-    assert shown.stdout.count("[red]:heart:[/bold]") >= 2
+    assert "⟦a\\u009b5m\\u202e" in shown.stdout
+    assert shown.stdout.count("[red]:heart:") >= 2
     assert all(f"dropped rows.jsonl:{line}" in shown.stdout for line in range(2, 7))
     write_recipe(tmp_path, models["qwen3"], file)
     refused = preview(tmp_path)

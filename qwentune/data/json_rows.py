@@ -48,7 +48,7 @@ def _read_lines(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterato
             problems.append(Problem(where, what, "Put each row on a line of its own."))
             continue
         try:
-            text = line.decode()
+            text = line.decode().rstrip("\r\n")  # a value that is cut ends in this line
             if text.strip():
                 yield number, parse_json(text)
         except UnicodeDecodeError as error:

@@ -1,0 +1,202 @@
+"""A mistake is said with its place and its mend, all at once, without a traceback, before anything was written."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwentune.training.run_folder import RunFolder
+from tests.checkpoints import add_weights, write_checkpoint
+from tests.runs import ENVIRONMENT
+
+THREE_MISTAKES = """\
+model: builtin:tiny-qwen3
+tuning:
+  kind: lora
+  rnak: 8
+data:
+  train: data_templates/chat.jsonl
+  max_tokens: 256
+batch: {sequences_per_step: many}
+output:
+  dir: run
+seed: 1
+data:
+  max_tokens: 512
+"""
+GOOD_ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}'
+BAD_ROWS = f"""\
+{GOOD_ROW}
+{{"messages": [{{"role": "user", "content": "hi"}}, {{"role": "assistant", "con
+{GOOD_ROW}
+{{"messages": [{{"role": "user", "content": "hi"}}, {{"role": "assisstant", "content": "hello"}}]}}
+{{"messages": [{{"role": "user", "content": null}}, {{"role": "assistant", "content": "hello"}}]}}
+{GOOD_ROW}
+"""
+RECIPE_COMMANDS = {
+    "preview": ("qwentune.preview",),
+    "plan": ("qwentune.plan",),
+    "train": ("qwentune.cli", "train"),
+    "train in this process": ("qwentune.train",),
+}
+
+
+def run(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=folder,
+        env=ENVIRONMENT | {"QWENTUNE_CACHE": str(folder / "cache")},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+        check=False,
+    )
+
+
+def write_recipe(folder: Path, model: Path | str, **sections: object) -> Path:
+    recipe = {
+        "model": str(model),
+        "tuning": {"kind": "full"},
+        "data": {"train": "rows.jsonl", "max_tokens": 256},
+        "optimizer": {"max_steps": 1},
+        "output": {"dir": "run"},
+        **sections,
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    return folder / "recipe.yaml"
+
+
+def assert_is_refused(finished: subprocess.CompletedProcess[str], code: int) -> None:
+    """It ended with `code`, in words for its user and in nothing else."""
+    assert finished.returncode == code, finished.stderr
+    assert finished.stdout == ""
+    assert "Traceback" not in finished.stderr
+    assert "A bug in qwentune" not in finished.stderr
+
+
+# --- the recipe
+
+
+@pytest.mark.parametrize("command", RECIPE_COMMANDS)
+def test_three_mistakes_in_a_recipe_are_named_with_their_lines(tmp_path: Path, command: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(THREE_MISTAKES)
+    finished = run(tmp_path, *RECIPE_COMMANDS[command], "recipe.yaml")
+    assert_is_refused(finished, 2)
+    unknown, wrong_type, duplicate, closing = re.findall(r"^\S.*(?:\n    .*)*", finished.stderr, re.M)
+    assert unknown.startswith("recipe.yaml:4:3  ")
+    assert "'rnak'" in unknown
+    assert "'rank'" in unknown
+    assert wrong_type.startswith("recipe.yaml:8:29  ")
+    assert "many" in wrong_type
+    assert duplicate.startswith("recipe.yaml:12:1  ")
+    assert "it was given first at recipe.yaml:5:1" in duplicate
+    assert closing.startswith("3 problems.")
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize("command", RECIPE_COMMANDS)
+def test_an_unknown_model_is_answered_with_the_nearest(tmp_path: Path, command: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(GOOD_ROW + "\n")
+    write_recipe(tmp_path, "Qwen/Qwen3-8")
+    finished = run(tmp_path, *RECIPE_COMMANDS[command], "recipe.yaml")
+    assert_is_refused(finished, 2)
+    assert "'Qwen/Qwen3-8' is not a known model. Did you mean 'Qwen/Qwen3-8B'?" in finished.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "rows.jsonl"}
+
+
+# --- the data
+
+
+@pytest.mark.parametrize("command", ["preview", "train", "train in this process"])
+def test_three_mistakes_in_a_data_file_are_named_with_their_lines(
+    tmp_path: Path, qwen3_folder: Path, command: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(BAD_ROWS)
+    write_recipe(tmp_path, qwen3_folder)
+    arguments = ["--jsonl", "out.jsonl"] if command == "preview" else []
+    finished = run(tmp_path, *RECIPE_COMMANDS[command], "recipe.yaml", *arguments)
+    assert_is_refused(finished, 3)
+    said = finished.stderr[finished.stderr.index("rows.jsonl:") :]  # `train` shows its plan first
+    truncated, typo, null, closing = re.findall(r"^\S.*(?:\n    .*)*", said, re.M)
+    assert re.match(r"rows\.jsonl:2(:\d+)?  the value ends before it is complete", truncated)
+    assert typo.startswith("rows.jsonl:4  messages[1] has the unknown role 'assisstant'")
+    assert "Did you mean 'assistant'?" in typo
+    assert null.startswith("rows.jsonl:5  messages[0].content is null")
+    assert closing == "3 problems. Nothing was written."
+
+    assert {path.name for path in tmp_path.iterdir()} <= {"recipe.yaml", "rows.jsonl", "cache"}
+    assert [path for path in tmp_path.glob("cache/data/*") if path.suffix != ".lock"] == []
+
+
+def test_the_same_command_works_once_the_rows_are_mended(tmp_path: Path, qwen3_folder: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(BAD_ROWS)
+    write_recipe(tmp_path, qwen3_folder)
+    assert run(tmp_path, "qwentune.preview", "recipe.yaml", "--jsonl", "out.jsonl").returncode == 3
+    (tmp_path / "rows.jsonl").write_text(f"{GOOD_ROW}\n{GOOD_ROW}\n")
+    finished = run(tmp_path, "qwentune.preview", "recipe.yaml", "--jsonl", "out.jsonl")
+    assert finished.returncode == 0, finished.stderr
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_missing_data_file_is_answered_with_the_nearest(tmp_path: Path, qwen3_folder: Path) -> None:
+    (tmp_path / "row.jsonl").write_text(GOOD_ROW + "\n")
+    write_recipe(tmp_path, qwen3_folder)
+    finished = run(tmp_path, "qwentune.preview", "recipe.yaml")
+    assert_is_refused(finished, 3)
+    assert "rows.jsonl  there is no such file\n    Did you mean 'row.jsonl'?" in finished.stderr
+
+
+# --- the run folder
+
+
+@pytest.mark.parametrize("command", [pytest.param("train", marks=pytest.mark.slow), "train in this process"])
+def test_a_second_trainer_in_a_run_folder_is_refused(tmp_path: Path, command: str) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    (tmp_path / "rows.jsonl").write_text(f"{GOOD_ROW}\n" * 4)
+    write_recipe(tmp_path, model, batch={"sequences_per_step": 1})
+    folder = RunFolder(tmp_path / "run")
+    with folder.lock():
+        before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+        finished = run(tmp_path, *RECIPE_COMMANDS[command], "recipe.yaml")
+        assert_is_refused(finished, 7)
+        assert re.search(r"^run  is in use by process \d+ on ", finished.stderr, re.M)
+        assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+# --- the command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["preview"], "Missing argument 'recipe'"),
+        (["previw", "recipe.yaml"], "previw"),
+        (["preview", "recipe.yaml", "--limt", "3"], "--limt"),
+        (["preview", "recipe.yaml", "--limit", "-1"], "--limit"),
+        (["preview", "recipe.yml"], "recipe.yml"),
+        (["preview", "recipe.yaml", "data.max_tokens"], "this is no override"),
+        (["preview", "recipe.yaml", "data.max_token=64"], "Did you mean 'max_tokens'?"),
+        (["preview", "recipe.yaml", "--jsonl", "no/such/folder/out.jsonl"], "no/such/folder"),
+        (["preview", "recipe.yaml", "data.chat_template=no.jinja"], "no.jinja"),
+        (["plan", "recipe.yaml", "--gpu", "rtx-409"], "Did you mean 'rtx-4090'?"),
+        (["plan", "recipe.yaml", "--gpus", "0"], "--gpus"),
+        (["train", "recipe.yaml", "hardware.launch=singel"], "Did you mean 'single'?"),
+        (["chat", "run"], "holds no finished run"),
+        (["export", "run"], "holds no finished run"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage_ends_with_2_and_names_what_is_wrong(
+    tmp_path: Path, qwen3_folder: Path, arguments: list[str], said: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(f"{GOOD_ROW}\n")
+    write_recipe(tmp_path, qwen3_folder)
+    finished = run(tmp_path, "qwentune.cli", *arguments)
+    assert_is_refused(finished, 2)
+    assert said in finished.stderr
+    assert not (tmp_path / "run").exists()

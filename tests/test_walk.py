@@ -1,0 +1,179 @@
+"""The whole walk as real processes: train, stop by a signal, go on, export, merge, chat."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import add_weights, write_checkpoint
+from tests.runs import ENVIRONMENT, final_weights, loss_history, train, write_recipe
+
+ROOT = Path(__file__).parents[1]
+CHAT_ROWS = [json.loads(line) for line in (ROOT / "data_templates" / "chat.jsonl").read_text().splitlines()]
+LORA = {"kind": "lora", "rank": 4, "alpha": 32, "dropout": 0.0}
+
+# Runs in a process that has never seen qwentune: the merged folder against the adapter on its base.
+COMPARE = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, adapter, merged = sys.argv[1:]
+untuned = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+result = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+tokenizer = AutoTokenizer.from_pretrained(merged)
+text = tokenizer.apply_chat_template([{"role": "user", "content": "Hello!"}], tokenize=False)
+ids = torch.tensor([tokenizer(text)["input_ids"]])
+with torch.no_grad():
+    before = untuned(ids).logits.clone()
+    tuned = PeftModel.from_pretrained(untuned, adapter).eval()
+    print(float((tuned(ids).logits - result(ids).logits).abs().max()), float((before - result(ids).logits).abs().max()))
+"""
+
+
+def run_command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qwentune.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind"),
+    [
+        ("qwen3", "lora"),
+        pytest.param("qwen2", "qlora", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "lora", marks=pytest.mark.slow),
+    ],
+)
+def test_a_merged_folder_is_the_adapter_on_its_base(tmp_path: Path, model_type: str, kind: str) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", model_type))  # type: ignore[arg-type]
+    recipe = write_recipe(tmp_path, model, tuning={**LORA, "kind": kind}, optimizer={"max_steps": 8})
+    trained = train(recipe)
+    assert trained.returncode == 0, trained.stderr
+
+    run = tmp_path / "run"
+    exported = run_command("export", str(run), "--merge", "--verify")
+    assert exported.returncode == 0, exported.stderr
+    assert "verified" in exported.stderr
+
+    compared = subprocess.run(
+        [sys.executable, "-c", COMPARE, str(model), str(run / "adapter"), str(run / "merged")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    difference, learnt = map(float, compared.stdout.split())
+    assert difference <= 1e-5
+    assert learnt > 1e-3, "the adapter changed nothing, so equality would prove nothing"
+
+    generation = json.loads((run / "merged" / "generation_config.json").read_text())
+    tokens = json.loads((run / "merged" / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert tokens[str(generation["eos_token_id"][0])]["content"] == "<|im_end|>"
+    for name in ("chat_template.jinja", "tokenizer.json"):
+        assert (run / "merged" / name).read_bytes() == (model / name).read_bytes()
+
+    twice = run_command("export", str(run), "--merge")
+    assert (twice.returncode, "exists already" in twice.stderr) == (2, True)
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    recipe = write_recipe(tmp_path, model, output={"save_every_steps": 1000})
+    run = tmp_path / "run"
+    assert train(recipe).returncode == 0
+    undisturbed = loss_history(run), final_weights(run)
+    run.rename(tmp_path / "undisturbed")
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qwentune.train", str(recipe)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "preempted"
+    assert status["exit"] == 75
+    assert 0 < status["step"] < 40
+    assert f"saved step {status['step']}" in errors
+
+    assert train(recipe).returncode == 0
+    assert (loss_history(run), final_weights(run)) == undisturbed
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_run_killed_before_its_weights_were_published_publishes_them(tmp_path: Path) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen2"))
+    recipe = write_recipe(tmp_path, model, optimizer={"max_steps": 4})
+    run = tmp_path / "run"
+    assert train(recipe).returncode == 0
+    weights = final_weights(run)
+    (run / "model").rename(run / ".model.writing")
+
+    again = train(recipe)
+    assert again.returncode == 0, again.stderr
+    assert final_weights(run) == weights
+    assert len(loss_history(run)) == 4
+
+
+@pytest.mark.slow
+def test_the_best_step_is_published_and_a_run_that_no_longer_improves_ends(tmp_path: Path) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    recipe = write_recipe(
+        tmp_path,
+        model,
+        data={"eval_fraction": 0.2},
+        optimizer={"learning_rate": 0.05, "schedule": "constant"},  # so much that the eval loss soon rises
+        output={"eval_every_steps": 2, "save_every_steps": 100, "keep": 1, "best": "loss", "early_stopping": 3},
+    )
+    trained = train(recipe)
+    assert trained.returncode == 0, trained.stderr
+    run = tmp_path / "run"
+    rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    best = min(rows, key=lambda row: row["loss"])["step"]
+    status = json.loads((run / "status.json").read_text())
+    assert status["step"] == best + 3 * 2 < 40
+    assert status["reason"] == f"the eval loss stopped falling; published step {best}"
+    checkpoint = run / "checkpoints" / f"step-{best}" / "model.safetensors"
+    assert final_weights(run)["model.safetensors"] == checkpoint.read_bytes()
+    assert "already complete" in train(recipe).stderr
+
+
+@pytest.mark.slow
+def test_the_quickstart_says_its_rows_back(tmp_path: Path) -> None:
+    environment = {**ENVIRONMENT, "QWENTUNE_CACHE": os.environ.get("QWENTUNE_CACHE", str(tmp_path / "cache"))}
+    command = [sys.executable, "-m", "qwentune.cli", "train", "recipes/quickstart.yaml"]
+    trained = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert trained.returncode == 0, trained.stderr
+    run = tmp_path / "runs" / "quickstart"
+    losses = [row[1] for row in loss_history(run)]
+    assert losses[0] > 10 > 0.1 > losses[-1]
+
+    from qwentune.chat import Speaker
+    from qwentune.data.sample import Message
+    from qwentune.exporting.finished import open_run
+
+    speaker = Speaker(open_run(run), thinking=None)
+    for row in CHAT_ROWS:
+        question, answer = (message["content"] for message in row["messages"])
+        reply = speaker.answer([Message("user", question)])
+        assert (reply.answer, reply.stopped) == (answer, True)
+
+    question, answer = (message["content"] for message in CHAT_ROWS[0]["messages"])
+    said = run_command("chat", str(run), "--message", question, "--json", cwd=tmp_path)
+    assert json.loads(said.stdout) == {"answer": answer, "stopped": True, "tokens": reply_tokens(run, answer)}
+
+
+def reply_tokens(run: Path, answer: str) -> int:
+    """The number of tokens of an answer with the one that ends its turn."""
+    from qwentune.data.tokenizer import load_tokenizer
+
+    return len(load_tokenizer(run / "model").encode([answer])[0]) + 1
