@@ -46,7 +46,7 @@ def keys() -> None:
     """List the keys of a recipe with their defaults."""
     from qwentune.recipe import describe_keys, render_keys
 
-    print(render_keys(describe_keys()))
+    print("\n".join(render_keys(describe_keys())))
 
 
 def main() -> None:

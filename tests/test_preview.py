@@ -237,7 +237,7 @@ def test_300_generated_dialogues_give_what_first_principles_give(
 def test_rows_that_first_principles_cannot_train_are_the_rows_that_are_refused(
     tmp_path: Path, models: dict[str, Path], tokenizers: Tokenizers
 ) -> None:
-    rows = random_rows(7, 40, reasoning=True)  # Qwen2.5's template has no place for reasoning
+    rows = random_rows(7, 25, reasoning=True)  # Qwen2.5's template has no place for reasoning
     kept: list[dict[str, Any]] = []
     refused: list[int] = []
     for line, row in enumerate(rows, start=1):
@@ -400,12 +400,12 @@ def test_the_report_counts_what_the_examples_are(tmp_path: Path, models: dict[st
 def test_evaluation_takes_whole_dialogues_away_from_what_is_trained(
     tmp_path: Path, models: dict[str, Path], tokenizers: Tokenizers
 ) -> None:
-    rows = random_rows(5, 40, reasoning=True)
+    rows = random_rows(5, 20, reasoning=True)
     write_recipe(tmp_path, models["qwen3"], write_rows(tmp_path, *rows), eval_fraction=0.25)
     examples, report = previewed(tmp_path)
     trained = Counter(example["source"]["line"] for example in examples)
     of_all = Counter(example["source"]["line"] for example in expected("rows.jsonl", rows, tokenizers["qwen3"]))
-    assert len(trained) == 30
+    assert len(trained) == 15
     assert trained == {line: of_all[line] for line in trained}
     assert (report["train_examples"], report["examples"]) == (trained.total(), of_all.total())
     assert report["eval_examples"] == of_all.total() - trained.total()
@@ -437,7 +437,7 @@ def test_limit_says_how_many_examples_are_shown(tmp_path: Path, qwen3_folder: Pa
 HOSTILE = "\x9b5m\u202e\x7f[/bold]\x1b]0;owned\x07\x1b[2J\x1b[31m\x08\x00\r\u2066[red]:heart:"
 
 
-def test_data_can_neither_steer_the_terminal_nor_style_what_it_shows(tmp_path: Path, models: dict[str, Path]) -> None:
+def test_data_can_neither_steer_the_terminal_nor_style_what_it_shows(tmp_path: Path, qwen3_folder: Path) -> None:
     good = {"messages": [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": f"a{HOSTILE}z"}]}
     bad = [
         {"messages": [{"role": HOSTILE, "content": "x"}]},
@@ -447,22 +447,22 @@ def test_data_can_neither_steer_the_terminal_nor_style_what_it_shows(tmp_path: P
         {"messages": [["[/bold]"]]},
     ]
     file = write_rows(tmp_path, good, *bad)
-    write_recipe(tmp_path, models["qwen3"], file, bad_rows="skip", max_dropped_fraction=0.99)
+    write_recipe(tmp_path, qwen3_folder, file, bad_rows="skip", max_dropped_fraction=0.99)
     shown = preview(tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert "⟦a\\u009b5m\\u202e" in shown.stdout
     assert shown.stdout.count("[red]:heart:") >= 2
     assert all(f"dropped rows.jsonl:{line}" in shown.stdout for line in range(2, 7))
-    write_recipe(tmp_path, models["qwen3"], file)
+    write_recipe(tmp_path, qwen3_folder, file)
     refused = preview(tmp_path)
     assert refused.returncode == 3
     for printed in (shown.stdout, refused.stderr):
         assert [c for c in printed if not c.isprintable() and c != "\n"] == []
 
 
-def test_on_a_terminal_the_only_escapes_are_colours_of_our_own(tmp_path: Path, models: dict[str, Path]) -> None:
+def test_on_a_terminal_the_only_escapes_are_colours_of_our_own(tmp_path: Path, qwen3_folder: Path) -> None:
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"a{HOSTILE}z"}]
-    write_recipe(tmp_path, models["qwen3"], write_rows(tmp_path, {"messages": messages}))
+    write_recipe(tmp_path, qwen3_folder, write_rows(tmp_path, {"messages": messages}))
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "qwentune.preview", "recipe.yaml"],
