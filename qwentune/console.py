@@ -17,7 +17,15 @@ from qwentune.errors import EXIT_BUG, EXIT_INTERRUPTED, UserError
 def say(message: str) -> None:
     """Writes a message to stderr; only the leading process of a run speaks."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+        print(visible(message), file=sys.stderr, flush=True)
+
+
+def visible(text: str) -> str:
+    """The text with control and bidi characters written out, so that data cannot steer a terminal; emoji stay whole."""
+    return "".join(
+        character if character in "\n\t\u200d" or character.isprintable() else f"\\u{ord(character):04x}"
+        for character in text
+    )
 
 
 def run(command: Callable[[], int]) -> int:

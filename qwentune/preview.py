@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwentune import console
-from qwentune.errors import EXIT_OK
+from qwentune.errors import EXIT_OK, Problem, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +44,10 @@ def run(recipe_path: str, overrides: list[str], limit: int, jsonl: Path | None, 
     from qwentune.data.tokenizer import load_tokenizer
     from qwentune.recipe import load_recipe
 
+    if jsonl is not None and (jsonl.is_dir() or not jsonl.absolute().parent.is_dir()):
+        raise UsageError(
+            Problem("--jsonl", f"{str(jsonl)!r} cannot be written", "Name a file in a folder that exists.")
+        )
     recipe = load_recipe(recipe_path, overrides).recipe
     tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))
     dataset = prepare(recipe.data, tokenizer, chat_template(recipe.data, tokenizer), recipe.seed)
@@ -53,7 +57,7 @@ def run(recipe_path: str, overrides: list[str], limit: int, jsonl: Path | None, 
     if as_json:
         print(json.dumps(whole_report(dataset), indent=2, ensure_ascii=False))
     elif jsonl is None or sys.stdout.isatty():
-        terminal = Console(highlight=False, soft_wrap=True)
+        terminal = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         for i in dict.fromkeys(dataset.examples.train[:].tolist()[:limit]):
             show_example(terminal, dataset.examples.rendered(i), tokenizer)
         show_report(terminal, whole_report(dataset), dataset.dropped)
@@ -99,17 +103,19 @@ def show_example(terminal: Console, example: Rendered, tokenizer: Tokenizer) -> 
 
     trained = sum(weight != 0 for weight in example.weights)
     what = f"turns {', '.join(map(str, example.turns))}" if example.turns else "text"
-    terminal.rule(f"{example.source} · {what} · {len(example.input_ids)} tokens, {trained} trained", align="left")
+    terminal.print(f"── {example.source} · {what} · {len(example.input_ids)} tokens, {trained} trained")
     text = Text()
     for span, is_trained in masked_spans(example, tokenizer):
-        text.append(f"⟦{_visible(span)}⟧" if is_trained else _visible(span), "bold green" if is_trained else "dim")
+        text.append(
+            f"⟦{console.visible(span)}⟧" if is_trained else console.visible(span), "bold green" if is_trained else "dim"
+        )
     terminal.print(text)
     terminal.print()
 
 
 def show_report(terminal: Console, report: dict[str, Any], dropped: tuple[dict[str, Any], ...]) -> None:
     """Prints the numbers of the whole dataset."""
-    terminal.rule("the whole dataset", align="left")
+    terminal.print("── the whole dataset")
     share = report["trained_tokens"] / max(1, report["tokens"])
     terminal.print(
         f"{report['samples']} rows → {report['examples']} examples "
@@ -129,19 +135,12 @@ def show_report(terminal: Console, report: dict[str, Any], dropped: tuple[dict[s
         terminal.print(f"  ≤ {bucket['up_to']:>6} tokens  {bar} {bucket['examples']}")
     for drop in dropped[:20]:
         turn = "" if drop["turn"] is None else f" messages[{drop['turn']}]"
-        terminal.print(f"dropped {drop['source']['file']}:{drop['source']['line']}{turn}: {drop['reason']}")
+        line = f"dropped {drop['source']['file']}:{drop['source']['line']}{turn}: {drop['reason']}"
+        terminal.print(console.visible(line))
     if len(dropped) > 20:
         terminal.print(f"… and {len(dropped) - 20} more dropped; `--json` counts them all")
     for warning in report["warnings"]:
         terminal.print(f"warning: {warning}")
-
-
-def _visible(text: str) -> str:
-    """Control and bidi characters made visible, so that data cannot steer the terminal; emoji stay whole."""
-    return "".join(
-        character if character in "\n\t\u200d" or character.isprintable() else f"\\u{ord(character):04x}"
-        for character in text
-    )
 
 
 if __name__ == "__main__":

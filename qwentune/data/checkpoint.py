@@ -19,8 +19,17 @@ WEIGHT_FILES = [*DESCRIPTION_FILES, "*.safetensors"]
 
 
 def cache_folder() -> Path:
-    """Where qwentune keeps what can be made again: `$QWENTUNE_CACHE`, else `~/.cache/qwentune`."""
-    return Path(os.environ.get("QWENTUNE_CACHE") or Path.home() / ".cache" / "qwentune")
+    """Where qwentune keeps what can be made again: `$QWENTUNE_CACHE`, else `~/.cache/qwentune`.
+
+    Raises UsageError where it cannot be made.
+    """
+    folder = Path(os.environ.get("QWENTUNE_CACHE") or Path.home() / ".cache" / "qwentune")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"the cache folder cannot be made: {error.strerror}"
+        raise UsageError(Problem(str(folder), what, "Name another one with the variable QWENTUNE_CACHE.")) from None
+    return folder
 
 
 def checkpoint_folder(model: str, revision: str | None = None, *, weights: bool = False) -> Path:

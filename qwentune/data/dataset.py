@@ -26,7 +26,7 @@ from qwentune.data.report import Report
 from qwentune.data.sample import Source
 from qwentune.data.template import ChatTemplate
 from qwentune.data.tokenizer import Tokenizer
-from qwentune.errors import DataError, Problem
+from qwentune.errors import DataError, Problem, RecipeError
 from qwentune.recipe import DataOptions, DataSource
 
 CACHE_FORMAT = 1  # raise it whenever rendering or storing changes what stands in the cache
@@ -165,9 +165,16 @@ def prepared(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | N
 
 
 def chat_template(data: DataOptions, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The template of this run: `data.chat_template` where given, else the checkpoint's own; None where it has none."""
+    """The template of this run: `data.chat_template` where given, else the checkpoint's own; None where it has none.
+
+    Raises RecipeError where the file cannot be read.
+    """
     if data.chat_template is not None:
-        text: str | None = Path(data.chat_template).read_text(encoding="utf-8")
+        try:
+            text: str | None = Path(data.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            what = f"{data.chat_template!r} cannot be read: {error}"
+            raise RecipeError(Problem("data.chat_template", what, "Name a file with a Jinja template.")) from None
     else:
         text = tokenizer.chat_template
     return None if text is None else ChatTemplate(text, tokenizer.special_tokens, data.template_args)
@@ -210,8 +217,10 @@ def _build(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | Non
     rendered: list[Rendered] = []
     groups: list[list[list[int]]] = []  # per source and sample: the indices of its examples
     dropped: list[Dropped] = []
+    refused: list[Dropped] = []  # rows that are wrong
     for source in [*data.train, *(data.evaluation or ())]:
         samples: list[list[int]] = []
+        num_problems = len(problems)
         for sample in read_samples(source.path, source.format, problems):
             outcome = renderer.render(sample)
             report.add(outcome)
@@ -221,9 +230,12 @@ def _build(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | Non
                 samples.append(list(range(len(rendered), len(rendered) + len(outcome.examples))))
                 rendered.extend(outcome.examples)
         groups.append(samples)
+        refused += [
+            Dropped(_source_of(problem, source.path), None, problem.what) for problem in problems[num_problems:]
+        ]
     if problems and data.bad_rows == "error":
         raise DataError(problems)
-    dropped += [Dropped(_source_of(problem), None, problem.what) for problem in problems]
+    dropped += refused
     _refuse_losses(data, report, dropped, problems)
     train, evaluation = _split(data, groups, seed)
     if not train:
@@ -231,9 +243,8 @@ def _build(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | Non
     return _Built(rendered, train, evaluation, dropped, report.finish(rendered, train, evaluation, dropped))
 
 
-def _source_of(problem: Problem) -> Source:
-    file, _, line = problem.where.partition(":")
-    digits = line.split(":")[0]
+def _source_of(problem: Problem, file: str) -> Source:
+    digits = problem.where.removeprefix(f"{file}:").split(":")[0]
     return Source(file, int(digits) if digits.isdigit() else 0)
 
 

@@ -251,6 +251,7 @@ class _Dialogue:
         form = self.template.reasoning_form
         lost = first_lost(kept, self.tools, rendering, len(context), has_reasoning=form is not None)
         if lost is not None:
+            lost = lost.replace(self.guard, "|")
             raise RowError(
                 f"the chat template leaves out {lost} of the messages before and with messages[{self.row_index(i)}]",
                 "Change the row, or give a template that carries it with data.chat_template.",
