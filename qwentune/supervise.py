@@ -87,12 +87,11 @@ def supervise(arguments: list[str], launch: Path, num_processes: int) -> int:
     process is left behind.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        exit_file = Path(scratch) / "exit"
         command = [
             *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)),
             *("--num_processes", str(num_processes), "--quiet", "-m", "qwentune.train", *arguments),
         ]
-        environment = {**os.environ, "QWENTUNE_EXIT_FILE": str(exit_file)}
+        environment = {**os.environ, "QWENTUNE_EXIT_FOLDER": scratch}
         launcher = subprocess.Popen(command, env=environment, start_new_session=True)
         previous = {number: signal.signal(number, _forward_to(launcher.pid)) for number in FORWARDED}
         try:
@@ -101,9 +100,8 @@ def supervise(arguments: list[str], launch: Path, num_processes: int) -> int:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        if exit_file.exists():
-            return int(exit_file.read_text())
-        return EXIT_OK if code == 0 else _explain(code)
+        codes = {int(file.name): int(file.read_text()) for file in Path(scratch).iterdir()}
+    return _exit_code(code, codes, num_processes)
 
 
 def _forward_to(launcher: int):
@@ -140,9 +138,14 @@ def _end_orphans(session: int) -> None:
             continue
 
 
-def _explain(code: int) -> int:
-    if code == -signal.SIGKILL:
+def _exit_code(launcher_code: int, codes: dict[int, int], num_ranks: int) -> int:
+    """The run's exit code; says which ranks ended without one."""
+    silent = [str(rank) for rank in range(num_ranks) if rank not in codes]
+    if launcher_code == -signal.SIGKILL:
         console.say("The launcher was killed (signal 9): probably out of host memory.")
-    else:
-        console.say(f"The trainer ended without a word (launcher code {code}).")
-    return EXIT_BUG
+    elif silent and launcher_code != 0:
+        ranks = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(silent)}"
+        console.say(f"Lost {ranks}: killed from outside (signal 9), probably out of host memory.")
+    if silent:
+        return EXIT_OK if launcher_code == 0 else EXIT_BUG
+    return codes[0]

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from qwentune.training.stop import StopOnSignal
     from qwentune.training.trainer import SftTrainer
 
+# What gloo says on the ranks that are left; NCCL ends their processes itself.
+SIGNS_OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -67,9 +70,9 @@ def train(
     """Train in this process; `accelerate launch -m qwentune.train` makes several of them."""
     request = Request(recipe, tuple(overrides or ()), resume, fresh, tuple(allow_change or ()), force_memory)
     code = console.run(lambda: run(request))
-    exit_file = os.environ.get("QWENTUNE_EXIT_FILE")
-    if exit_file and os.environ.get("RANK", "0") == "0":  # accelerate turns every code into 1
-        Path(exit_file).write_text(str(code))
+    exit_folder = os.environ.get("QWENTUNE_EXIT_FOLDER")
+    if exit_folder:  # accelerate turns every code into 1, and tells of no rank which one it had
+        Path(exit_folder, os.environ.get("RANK", "0")).write_text(str(code))
     console.end(code)
 
 
@@ -171,6 +174,14 @@ class _Training:
                 if stopped is not None:
                     return stopped
                 self._publish(checkpoints, base)
+            except RuntimeError as error:
+                lost = self.ranks.num_ranks > 1 and any(sign in str(error) for sign in SIGNS_OF_A_LOST_RANK)
+                reason = "another rank was lost" if lost else f"RuntimeError: {error}"
+                self._status("failed", EXIT_BUG, reason)
+                if not lost:
+                    raise
+                console.say(f"{reason}; the last checkpoint is kept. The same command continues the run.")
+                return EXIT_BUG
             except UserError as error:
                 self._status("failed", error.exit_code, str(error.problems[0]))
                 raise

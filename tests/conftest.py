@@ -12,9 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-from checkpoints import ModelType, write_checkpoint
 
 from qwentune.data import vocabulary
+from tests.checkpoints import ModelType, write_checkpoint
 
 
 @pytest.fixture(scope="session")

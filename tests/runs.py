@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +55,33 @@ def write_recipe(folder: Path, model: Path | str, **sections: Any) -> Path:
 
 
 def train(
-    recipe: Path, *arguments: str, kill_at: int | None = None, launch: str | None = None
+    recipe: Path,
+    *arguments: str,
+    kill_at: int | None = None,
+    launch: str | None = None,
+    largest_file_bytes: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Trains in a process of its own, killed with kill -9 after step `kill_at`; under accelerate with a launch file."""
+    """Trains in a process of its own, killed with kill -9 after step `kill_at`; under accelerate with a launch file.
+
+    With `largest_file_bytes` a larger file cannot be written, as on a full disk.
+    """
     if kill_at is not None:
         command = [sys.executable, "-c", KILL_AT, str(kill_at)]
     elif launch is not None:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch, "-m", "qwentune.train"]
     else:
         command = [sys.executable, "-m", "qwentune.train"]
+    limit = None
+    if largest_file_bytes is not None:
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest_file_bytes, largest_file_bytes))
     return subprocess.run(
-        [*command, str(recipe), *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False
+        [*command, str(recipe), *arguments],
+        env=ENVIRONMENT,
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
 
 

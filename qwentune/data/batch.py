@@ -67,6 +67,11 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
             return collate([self.rows[rows[0]]], 0.0)
         return collate([self.rows[row] for row in mine], scale)
 
+    def sources(self, step: int) -> list[str]:
+        """Where the samples of an optimizer step stand: `file:line`, each once."""
+        members = [i for row in self.schedule.rows(step) for i in self.rows.members[row]]
+        return list(dict.fromkeys(str(self.rows.examples.rendered(i).source) for i in members))
+
 
 @dataclass(frozen=True)
 class EvalBatches(torch.utils.data.Dataset[Batch]):

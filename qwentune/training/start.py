@@ -18,6 +18,24 @@ from qwentune.training.run_folder import RunFolder
 # Keys of a recipe that do not reach the weights: how often to save and log, and where to run.
 INERT_KEYS = ("output.", "hardware.", "memory.headroom", "data.train", "data.eval", "data.chat_template")
 
+# What a change would mean for the steps that are left, by the beginning of a key.
+EFFECTS = {
+    "data": "other batches from here on, some rows again or never",
+    "seed": "another order of the rows",
+    "batch.": "other batches from here on, some rows again or never",
+    "optimizer.": "another path of the weights from here on",
+    "model": "the trained weights belong to other ones",
+    "base weights": "the trained weights belong to other ones",
+    "revision": "the trained weights may belong to other ones",
+    "tuning.": "other weights would be trained",
+    "precision.": "other rounding from here on",
+    "memory.": "other rounding from here on",
+    "plan.": "other rounding from here on",
+    "number of ranks": "other rounding and other random numbers from here on",
+    "chat template": "other prompts than those trained so far",
+    "tokenizer": "other tokens than those trained so far",
+}
+
 
 @dataclass(frozen=True)
 class Start:
@@ -113,17 +131,25 @@ def _flattened(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, An
 
 def _refuse_drift(checkpoint: Checkpoint, facts: Mapping[str, Any], allowed: Sequence[str]) -> None:
     then = checkpoint.facts["run"]
-    problems = [
-        Problem(key, f"was {_short(then.get(key))}, is {_short(facts.get(key))}")
-        for key in sorted({*then, *facts})
-        if then.get(key) != facts.get(key) and not _is_allowed(key, allowed)
+    changed = [
+        key for key in sorted({*then, *facts}) if then.get(key) != facts.get(key) and not _is_allowed(key, allowed)
     ]
-    if problems:
+    if changed:
+        rows = [(key, _short(then.get(key)), _short(facts.get(key)), _effect(key)) for key in changed]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        problems = [
+            Problem(key.ljust(widths[0]), f"then {old:<{widths[1]}}  now {new:<{widths[2]}}  {effect}")
+            for key, old, new, effect in rows
+        ]
         raise ResumeError(
             problems,
             f"{checkpoint.folder} belongs to another run. Undo the change, accept it with --allow-change KEY, or start "
             "anew with --fresh (the old folder is moved aside).",
         )
+
+
+def _effect(key: str) -> str:
+    return next((effect for prefix, effect in EFFECTS.items() if key.startswith(prefix)), "another run")
 
 
 def _is_allowed(key: str, allowed: Sequence[str]) -> bool:

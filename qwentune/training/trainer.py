@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,13 +17,15 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from qwentune.data.batch import Batch, EvalBatches, TrainBatches
-from qwentune.errors import NotFiniteError, Problem
+from qwentune.errors import DoesNotFitError, NotFiniteError, Problem
 from qwentune.model.head import LossHead
 from qwentune.recipe import OptimizerOptions, OutputOptions
 from qwentune.training.best import has_stopped_improving
 from qwentune.training.checkpoints import Checkpoints
+from qwentune.training.diagnose import first_not_finite
 from qwentune.training.progress import Recorder
 
+SIGNS_OF_A_FULL_DISK = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter")
 _Mixed = Trainer if TYPE_CHECKING else object
 
 
@@ -93,6 +96,7 @@ class ExactResume(_Mixed):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         chosen: Any = optimizer or self.optimizer
+        self._settings = [{name: group[name] for name in ("betas", "weight_decay")} for group in chosen.param_groups]
         self.lr_scheduler: Any = LambdaLR(chosen, self.learning_rate_factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -121,13 +125,7 @@ class ExactResume(_Mixed):
             return
         step = self.state.global_step
         if self._first_bad_step is not None and (bad := self._first_bad_step.item()) != float("inf"):
-            raise NotFiniteError(
-                Problem(
-                    f"step {int(bad)}",
-                    "the gradient is not finite; weights and optimizer were left as they were before it",
-                    "Lower optimizer.learning_rate, or look at the rows of that step.",
-                )
-            )
+            raise NotFiniteError(self._not_finite(int(bad)))
         now = time.monotonic()
         seconds, self._window_start = now - self._window_start, now
         rows = [row for k in range(self._window_first_step, step) for row in self.batches.schedule.rows(k)]
@@ -149,6 +147,21 @@ class ExactResume(_Mixed):
                     "seconds": round(seconds, 4),
                 }
             )
+
+    def _not_finite(self, step: int) -> Problem:
+        """What is known of a step whose gradient is not finite; weights and optimizer are those before it."""
+        culprit = None
+        if not self.is_deepspeed_enabled and self.args.world_size == 1:  # elsewhere every rank would have to take part
+            model: Any = self.accelerator.unwrap_model(cast(Any, self.model))
+            accumulation = self.batches.accumulation
+            for k in range((step - 1) * accumulation, step * accumulation):
+                batch = self._prepare_inputs(self.batches[k])
+                culprit = first_not_finite(model, lambda batch=batch: self.loss_head.loss(model, batch))
+                if culprit is not None:
+                    break
+        what = f"not finite: {culprit or 'the gradient'}; weights and optimizer were left as they were before this step"
+        sources = ", ".join(self.batches.sources(step - 1))
+        return Problem(f"step {step}", what, f"Lower optimizer.learning_rate, or look at the rows: {sources}")
 
     # Evaluation: the mean over all trained tokens, without ever holding logits.
 
@@ -191,7 +204,16 @@ class ExactResume(_Mixed):
         if step == self._published_step:
             return
         self._refuse_to_save_what_is_not_finite(model)
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # three libraries write here, each with errors of its own
+            if not any(sign in str(error) for sign in SIGNS_OF_A_FULL_DISK):
+                raise
+            free = shutil.disk_usage(self.checkpoints.folder).free
+            shutil.rmtree(self.checkpoints.staging(step), ignore_errors=True)
+            what = f"step {step} could not be saved, {free / 2**30:.2f} GiB are free: {error}"
+            fix = "Free some space; the same command continues from the last checkpoint."
+            raise DoesNotFitError(Problem(str(self.checkpoints.folder), what, fix), "The run has ended.") from None
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             spared = frozenset({self.state.best_global_step} if self.state.best_global_step else ())
@@ -224,6 +246,17 @@ class ExactResume(_Mixed):
         Path(output_dir, f"log_window_{self.args.process_index}.json").write_text(json.dumps(window))
 
     # Resume: the weights were loaded before the trainer was built, with every key proved.
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        # The states come from the checkpoint, the settings from the recipe: an allowed change of them must count.
+        scheduler, optimizer = cast(Any, self.lr_scheduler), cast(Any, self.optimizer)
+        base, step = self.args.learning_rate, scheduler.last_epoch
+        scheduler.base_lrs = [base] * len(scheduler.base_lrs)
+        for group, settings in zip(optimizer.param_groups, self._settings, strict=True):
+            group.update(settings, initial_lr=base, lr=base * self.learning_rate_factor(step))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         pass

@@ -1,0 +1,83 @@
+"""What has changed since the checkpoint is refused with a table, or truly applied where it is allowed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import add_weights, write_checkpoint
+from tests.runs import KILLED, loss_history, train, write_recipe
+
+pytestmark = pytest.mark.slow
+
+
+def stopped_run(folder: Path, **sections: object) -> Path:
+    """The recipe of a run that was killed after step 8, its last checkpoint at step 5."""
+    model = add_weights(write_checkpoint(folder / "model", "qwen3"))
+    recipe = write_recipe(folder, model, optimizer={"max_steps": 12}, output={"save_every_steps": 5}, **sections)
+    assert train(recipe, kill_at=8).returncode == KILLED
+    return recipe
+
+
+def test_every_change_is_named_with_what_was_what_is_and_what_it_means(tmp_path: Path) -> None:
+    recipe = stopped_run(tmp_path)
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows[1:]) + "\n")
+    (tmp_path / "model" / "chat_template.jinja").open("a").write("{# new #}")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    refused = train(recipe, "optimizer.learning_rate=1e-5", "seed=3")
+    assert refused.returncode == 5, refused.stderr
+    lines = [line.split() for line in refused.stderr.splitlines()]
+    table = {line[0]: line for line in lines if "then" in line and "now" in line}
+    assert {"optimizer.learning_rate", "seed", "data", "chat"} <= table.keys()
+    assert table["seed"][:5] == ["seed", "then", "17", "now", "3"]
+    assert table["optimizer.learning_rate"][1:5] == ["then", "0.001", "now", "1e-05"]
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert {path for path in before if before[path] != after[path]} <= {tmp_path / "run" / ".lock"}
+
+
+def test_an_allowed_learning_rate_is_used_from_the_next_step_on(tmp_path: Path) -> None:
+    recipe = stopped_run(tmp_path)
+    changed = ("optimizer.learning_rate=2e-3", "optimizer.weight_decay=0.1")
+    allowed = ("--allow-change", "optimizer.learning_rate", "--allow-change", "optimizer.weight_decay")
+    resumed = train(recipe, *changed, *allowed)
+    assert resumed.returncode == 0, resumed.stderr
+    rates = [row[2] for row in loss_history(tmp_path / "run")]
+    recipe_anew = write_recipe(tmp_path, tmp_path / "model", optimizer={"max_steps": 12}, output={"dir": "anew"})
+    assert rates[:5] != [2 * rate for rate in rates[:5]]
+    anew = train(recipe_anew, "optimizer.learning_rate=2e-3", f"output.dir={tmp_path / 'anew'}")
+    assert anew.returncode == 0, anew.stderr
+    assert rates[5:] == [row[2] for row in loss_history(tmp_path / "anew")][5:]
+
+
+def test_a_finished_run_goes_on_where_its_steps_are_raised(tmp_path: Path) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen2"))
+    recipe = write_recipe(tmp_path, model, optimizer={"max_steps": 6, "schedule": "constant", "warmup_fraction": 0.0})
+    assert train(recipe).returncode == 0
+    first = loss_history(tmp_path / "run")
+    assert train(recipe, "optimizer.max_steps=10").returncode == 5
+    longer = train(recipe, "optimizer.max_steps=10", "--allow-change", "optimizer.max_steps")
+    assert longer.returncode == 0, longer.stderr
+    rows = loss_history(tmp_path / "run")
+    assert rows[:6] == first
+    assert [row[0] for row in rows] == list(range(1, 11))
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 10
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_the_weights(tmp_path: Path) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    recipe = write_recipe(
+        tmp_path, model, optimizer={"learning_rate": 1e37, "schedule": "constant", "warmup_fraction": 0.0},
+        output={"save_every_steps": 1},
+    )  # fmt: skip
+    ended = train(recipe)
+    assert ended.returncode == 6, ended.stderr
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit"]) == ("failed", 6)
+    problem = ended.stderr[ended.stderr.rindex("step ") :]
+    assert "not finite: the " in problem
+    assert "rows.jsonl:" in problem
+    assert all(row[1] == row[1] for row in loss_history(tmp_path / "run")), "no NaN is ever written as a loss"

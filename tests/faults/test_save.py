@@ -1,0 +1,146 @@
+"""Killed at any file operation of a save, the run still has a whole checkpoint, and the next start cleans up."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwentune.training import checkpoints as module
+from qwentune.training.checkpoints import MANIFEST, Checkpoints
+from tests.checkpoints import add_weights, write_checkpoint
+from tests.runs import KILLED, final_weights, loss_history, train, write_recipe
+
+OPERATIONS = ("_sync", "_sha256", "_write_synced")  # each a place where the process may die, as are these of os, shutil
+SYSTEM = (("os", "rename"), ("os", "replace"), ("shutil", "rmtree"))
+
+
+def write_files(checkpoints: Checkpoints, step: int) -> Path:
+    written = checkpoints.staging(step) / f"checkpoint-{step}"
+    (written / "shards").mkdir(parents=True)
+    (written / "model.safetensors").write_text(f"weights {step}")
+    (written / "shards" / "rank0").write_text(f"state {step}")
+    return written
+
+
+def die_at(operation: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Wraps functions so that the process is killed before the call number `operation`, counted over all of them."""
+    calls = iter(range(1_000_000))
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return counted
+
+    return wrap
+
+
+def save_and_die(checkpoints: Checkpoints, step: int, operation: int) -> bool:
+    """Saves in a child that is killed before file operation `operation`; whether the save came to its end."""
+    child = os.fork()
+    if child == 0:
+        wrap = die_at(operation)
+        for name in OPERATIONS:
+            setattr(module, name, wrap(getattr(module, name)))
+        for library, name in SYSTEM:
+            place = getattr(module, library)
+            setattr(place, name, wrap(getattr(place, name)))
+        checkpoints.publish(write_files(checkpoints, step), step, {"run": {}})
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) == 0
+
+
+def crash_points(folder: Path) -> Iterator[Checkpoints]:
+    """A run folder for every file operation of a save of step 40, killed there; 10 to 30 were saved before."""
+    for operation in range(1000):
+        checkpoints = Checkpoints(folder / str(operation), keep=2)
+        checkpoints.folder.mkdir(parents=True)
+        for step in (10, 20, 30):
+            checkpoints.publish(write_files(checkpoints, step), step, {"run": {}})
+        if save_and_die(checkpoints, 40, operation):
+            return
+        yield checkpoints
+
+
+def test_a_save_killed_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_path: Path) -> None:
+    steps: list[int] = []
+    for checkpoints in crash_points(tmp_path):
+        newest, skipped = checkpoints.newest()
+        assert newest is not None
+        assert not skipped, "a half-written checkpoint is never offered"
+        steps.append(newest.step)
+
+        checkpoints.sweep()
+        names = {path.name for path in checkpoints.folder.iterdir()}
+        assert all(name.startswith("step-") for name in names)
+        assert (checkpoints.run / "latest").read_text() == f"checkpoints/step-{newest.step}\n"
+        assert f"step-{30 if newest.step == 30 else 40}" in names
+        assert (newest.folder / "model.safetensors").read_text() == f"weights {newest.step}"
+
+        checkpoints.publish(write_files(checkpoints, 40), 40, {"run": {}})  # the resumed run comes by here again
+        assert {path.name for path in checkpoints.folder.iterdir()} == {"step-30", "step-40"}
+    assert len(steps) >= 15
+    assert steps == sorted(steps), "once the new checkpoint is there it stays"
+    assert {30, 40} == set(steps)
+
+
+def test_files_that_a_power_cut_left_empty_are_not_trusted(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (10, 20):
+        checkpoints.publish(write_files(checkpoints, step), step, {"run": {}})
+    for file in checkpoints.published(20).rglob("*"):
+        if file.is_file() and file.name != MANIFEST:
+            file.write_bytes(b"")
+    newest, skipped = checkpoints.newest()
+    assert newest is not None
+    assert (newest.step, len(skipped)) == (10, 1)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_with_the_reason_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    recipe = write_recipe(tmp_path, model, optimizer={"max_steps": 12})
+    run = tmp_path / "run"
+    assert train(recipe).returncode == 0
+    undisturbed = loss_history(run), final_weights(run)
+    run.rename(tmp_path / "undisturbed")
+
+    full = train(recipe, largest_file_bytes=200_000)  # smaller than the weights
+    assert full.returncode == 4, full.stderr
+    assert "step 10 could not be saved" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert not list((run / "checkpoints").iterdir())
+
+    assert train(recipe).returncode == 0
+    assert (loss_history(run), final_weights(run)) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_with_each_reason(tmp_path: Path) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    recipe = write_recipe(tmp_path, model)
+    run = tmp_path / "run"
+    assert train(recipe, kill_at=25).returncode == KILLED
+    for folder in (run / "checkpoints").iterdir():
+        weights = folder / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    refused = train(recipe)
+    assert refused.returncode == 5
+    for step in (10, 20):
+        assert f"step-{step}/model.safetensors" in refused.stderr
+    assert "--fresh" in refused.stderr
+
+    anew = train(recipe, "--fresh", "optimizer.max_steps=2")
+    assert anew.returncode == 0, anew.stderr
+    assert len(loss_history(run)) == 2
+    assert [path.name for path in tmp_path.glob("run.*")], "the old folder was moved aside"
