@@ -15,7 +15,7 @@ from qwentune.data.tokenizer import load_tokenizer
 from tests.dialogues import random_rows
 from tests.oracle import expected_examples
 
-NUM_ROWS = 300
+NUM_ROWS = 100  # three times as many go through the command in test_preview
 
 
 def renderer_of(folder: Path, **options: object) -> Renderer:

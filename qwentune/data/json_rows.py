@@ -58,7 +58,7 @@ def _read_lines(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterato
             what = f"the byte 0x{line[error.start]:02x} is not UTF-8"
             problems.append(Problem(f"{where}:{error.start + 1}", what, _SAVE_AS_UTF_8))
         except JsonFaultError as fault:
-            if fault.is_cut and line.strip() == b"{":
+            if fault.is_cut and line.strip() == b"{" and line.endswith(b"\n"):
                 what = "an object begins here and goes on in the next line"
                 fix = "Put each row on one line (jq -c . FILE), or all rows into one JSON array."
                 problems.append(Problem(where, what, fix))

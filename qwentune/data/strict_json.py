@@ -13,7 +13,7 @@ from qwentune.data.sample import Json
 DEEPEST_NESTING = 200  # lists and objects inside each other; far from the interpreter's recursion limit
 
 _PYTHON_WORDS = ("True", "False", "None")
-_CUT_TOKEN = re.compile(r"-|t(ru?)?|f(a(ls?)?)?|n(ul?)?|\\?u[0-9a-fA-F]{0,3}|\.|[eE][+-]?")  # at the end of a text
+_CUT_TOKEN = re.compile(r"-|t(ru?)?|f(a(ls?)?)?|n(ul?)?|\\?u[0-9a-fA-F]{0,4}|\.|[eE][+-]?")  # at the end of a text
 
 
 class JsonFaultError(Exception):

@@ -257,6 +257,7 @@ class ExactResume(_Mixed):
         scheduler.base_lrs = [base] * len(scheduler.base_lrs)
         for group, settings in zip(optimizer.param_groups, self._settings, strict=True):
             group.update(settings, initial_lr=base, lr=base * self.learning_rate_factor(step))
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         pass
