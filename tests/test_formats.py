@@ -1,0 +1,234 @@
+"""Rows become samples as inference servers read them; whatever is wrong with a row is said at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwentune.data.formats import FORMATS, detect
+from qwentune.data.read import read_samples
+from qwentune.data.sample import Conversation, Message, Source, Text, ToolCall
+from qwentune.errors import DataError, Problem
+
+TEMPLATES = Path(__file__).parents[1] / "data_templates"
+SOURCE = Source("rows.jsonl", 7)
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def parsed(format: str, row: dict[str, Any]) -> Any:
+    sample = FORMATS[format](row, SOURCE)
+    assert not isinstance(sample, list), sample
+    return sample
+
+
+def faults(format: str, row: dict[str, Any]) -> list[str]:
+    problems = FORMATS[format](row, SOURCE)
+    assert isinstance(problems, list)
+    assert all(problem.where == "rows.jsonl:7" for problem in problems)
+    return [f"{problem.what} {problem.fix}" for problem in problems]
+
+
+def chat(*messages: dict[str, Any], **row: Any) -> dict[str, Any]:
+    return {"messages": list(messages), **row}
+
+
+USER: dict[str, Any] = {"role": "user", "content": "hi"}
+ANSWER: dict[str, Any] = {"role": "assistant", "content": "hello"}
+
+
+def message(**fields: Any) -> Message:
+    """The assistant's message of a chat row, parsed."""
+    return parsed("chat", chat(USER, {"role": "assistant", "content": "", **fields})).messages[1]
+
+
+@pytest.mark.parametrize("name", ["chat", "dialogue", "thinking", "tool_call", "sharegpt", "instruction", "text"])
+def test_every_template_of_a_format_that_trains_parses(name: str) -> None:
+    problems: list[Problem] = []
+    path = TEMPLATES / f"{name}.jsonl"
+    samples = list(read_samples(str(path), "auto", problems))
+    assert not problems
+    assert len(samples) == len(path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("name", ["fim", "preference", "retrieval"])
+def test_a_format_that_is_not_trained_yet_is_refused_by_name(name: str) -> None:
+    with pytest.raises(DataError, match=f"{name} cannot be trained on yet"):
+        list(read_samples(str(TEMPLATES / f"{name}.jsonl"), "auto", []))
+
+
+def test_keys_that_no_format_has_are_named_with_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"mesages": []}\n')
+    with pytest.raises(DataError, match=r"(?s)'mesages'.*Did you mean 'messages'"):
+        list(read_samples(str(tmp_path / "rows.jsonl"), "auto", []))
+
+
+def test_a_truncated_line_a_role_typo_and_a_null_content_are_three_problems_with_their_lines(tmp_path: Path) -> None:
+    rows = [
+        chat(USER, ANSWER),
+        chat(USER, {"role": "asistant", "content": "x"}),
+        chat(USER, {"role": "assistant", "content": None}),
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"messages": [{"role": "us')
+    problems: list[Problem] = []
+    assert len(list(read_samples(str(file), "auto", problems))) == 1
+    assert [problem.where.removeprefix(f"{file}:").split(":")[0] for problem in problems] == ["2", "3", "4"]
+    assert "Did you mean 'assistant'?" in problems[0].fix
+    assert "messages[1].content is null" in problems[1].what
+    assert "ends in the middle" in problems[2].what
+
+
+@pytest.mark.parametrize(("role", "read"), [("developer", "system"), ("function", "tool"), ("tool", "tool")])
+def test_roles_are_read_as_servers_read_them(role: str, read: str) -> None:
+    sample = parsed("chat", chat({"role": role, "content": "x"}, USER, ANSWER))
+    assert sample.messages[0].role == read
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_has_many_names(key: str) -> None:
+    assert message(**{key: "because"}).reasoning == "because"
+    assert message(**{key: " \n"}).reasoning is None
+
+
+def test_different_texts_of_reasoning_in_one_message_are_refused() -> None:
+    (fault,) = faults("chat", chat(USER, {**ANSWER, "reasoning": "a", "thinking": "b"}))
+    assert "messages[1] has different texts in reasoning and thinking" in fault
+
+
+@given(arguments=st.dictionaries(st.text(), json_values, max_size=4))
+def test_arguments_as_a_text_of_json_are_the_object_itself(arguments: dict[str, Any]) -> None:
+    call = {"name": "f", "arguments": arguments}
+    as_text = {**call, "arguments": json.dumps(arguments)}
+    for given_call in (call, as_text, {"type": "function", "function": call}, {"function": as_text}):
+        (read,) = message(tool_calls=[given_call]).tool_calls
+        assert (read.name, read.arguments) == ("f", arguments)
+
+
+def test_null_fields_of_a_message_go_and_nulls_inside_arguments_stay() -> None:
+    read = message(content=None, name=None, tool_calls=[{"id": None, "name": "f", "arguments": {"x": None}}])
+    assert read == Message("assistant", "", tool_calls=(ToolCall("f", {"x": None}),))
+
+
+def test_text_parts_are_one_text_and_other_parts_stay() -> None:
+    texts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    image = {"type": "image", "image": "a.png"}
+    assert message(content=texts).content == "one two"
+    assert message(content=[*texts, image]).content == [*texts, image]
+
+
+def test_a_turn_can_be_left_out_or_weighted() -> None:
+    assert message(train=False).weight == 0
+    assert message(weight=0.5).weight == 0.5
+    assert message().weight == 1
+    for wrong in ({"weight": -1}, {"weight": True}, {"train": "no"}, {"train": False, "weight": 2}):
+        assert len(faults("chat", chat(USER, {**ANSWER, **wrong}))) == 1
+
+
+def test_everything_that_is_wrong_with_a_row_is_said_at_once() -> None:
+    row = chat(
+        {"role": "user", "content": 5},
+        {"role": "assistant", "content": "x", "tool_calls": [{"arguments": {}}, {"name": "f", "arguments": "{"}]},
+        {"role": "robot", "content": "x"},
+        {**ANSWER, "loss": True},
+        tools=["not a tool"],
+    )
+    words = " | ".join(faults("chat", row))
+    for expected in (
+        "messages[0].content is the number 5",
+        "messages[1].tool_calls[0] has no name",
+        "messages[1].tool_calls[1].arguments is a text that is no JSON",
+        "messages[2] has the unknown role 'robot'",
+        "messages[3] has the unknown key 'loss'",
+        "tools[0] is the text 'not a tool'",
+    ):
+        assert expected in words
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"messages": []}, "messages is empty"),
+        (chat(USER), "messages has no assistant message"),
+        ({"messages": "nope"}, "messages is a text that is no JSON"),
+        ({}, "messages is missing"),
+        (chat({**USER, "reasoning": "x"}, ANSWER), "messages[0] has reasoning, but its role is 'user'"),
+        (chat(USER, ANSWER, tool=[]), "the row has the unknown key 'tool'"),
+    ],
+)
+def test_a_row_without_anything_to_train_or_with_a_misplaced_key_is_refused(row: dict[str, Any], fault: str) -> None:
+    assert fault in faults("chat", row)[0]
+
+
+def test_sharegpt_is_the_same_dialogue_as_chat() -> None:
+    call = {"name": "f", "arguments": {"x": 1}}
+    sample = parsed(
+        "sharegpt",
+        {
+            "system": "s",
+            "tools": json.dumps([{"name": "f"}]),
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": json.dumps(call)},
+                {"from": "observation", "value": "r"},
+                {"from": "gpt", "value": "a"},
+            ],
+        },
+    )
+    same = chat(
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "r"},
+        {"role": "assistant", "content": "a"},
+        tools=[{"name": "f"}],
+    )
+    assert sample == parsed("chat", same)
+
+
+def test_an_instruction_is_asked_with_its_input_below_it_and_after_its_history() -> None:
+    row = {"instruction": "Do", "input": "this", "output": "Done", "system": "s", "history": [["q", "a"]]}
+    said = [(m.role, m.content) for m in parsed("instruction", row).messages]
+    assert said == [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "Do\nthis"), ("assistant", "Done")]
+    assert parsed("instruction", {**row, "input": ""}).messages[3].content == "Do"
+
+
+def test_a_text_is_itself() -> None:
+    assert parsed("text", {"text": " as it is\n"}) == Text(SOURCE, " as it is\n")
+
+
+def test_a_format_is_recognised_by_most_of_the_rows() -> None:
+    assert detect([{"text": "a"}, {"messages": []}, {"messages": []}, 5]) == "chat"
+    assert detect([{"prompt": "p", "chosen": "c", "rejected": "r", "text": "t"}]) == "preference"
+    assert detect([{"something": 1}]) is None
+
+
+KEYS = ("role", "content", "messages", "tools", "tool_calls", "function", "name", "arguments", "conversations", "from")
+VALUES = ("user", "assistant", "tool", "human", "gpt", "function_call", "{}", "[1]")
+near_rows = st.recursive(
+    json_values | st.sampled_from(VALUES),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from([*KEYS, "value", "weight", "text", "instruction", "output"]), inner, max_size=5
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@given(row=st.dictionaries(st.sampled_from(["messages", "conversations", "tools", "text", "history"]), near_rows))
+def test_no_row_makes_a_format_fail(row: dict[str, Any]) -> None:
+    for parse in FORMATS.values():
+        result = parse(row, SOURCE)
+        assert isinstance(result, Conversation | Text) or all(isinstance(problem, Problem) for problem in result)
+        assert result != []
