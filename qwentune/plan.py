@@ -39,7 +39,7 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
         *([] if gpus is None else [f"hardware.count={gpus}"]),
     ]
     recipe = load_recipe(recipe_path, overrides).recipe
-    device, count = device_of(recipe.hardware, here=False)
+    device, count, sharding = device_of(recipe.hardware, here=False)
     verdict = judge(
         model_spec(recipe.model),
         tuning=recipe.tuning,
@@ -50,6 +50,7 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
         output=recipe.output,
         device=device,
         num_ranks=count,
+        sharding=sharding,
         optimizer_steps=_optimizer_steps(recipe),
     )
     if as_json:

@@ -8,16 +8,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import psutil
 import typer
 
 from qwentune import console
-from qwentune.errors import EXIT_BUG, EXIT_OK, DoesNotFitError, Problem, UsageError
-from qwentune.shipped import shipped
+from qwentune.errors import EXIT_BUG, EXIT_OK, DoesNotFitError
 
+POLL_SECONDS = 0.2
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -30,23 +29,31 @@ def train(
     force_memory: Annotated[bool, typer.Option("--force-memory", help="Train though the plan does not fit.")] = False,
 ) -> None:
     """Plan, then train under accelerate; the same command again resumes an unfinished run."""
+    from qwentune.memory.judge import changes_the_plan
+
     arguments = [recipe, *(overrides or ()), "--resume", resume]
     arguments += ["--fresh"] if fresh else []
     arguments += ["--force-memory"] if force_memory else []
     for key in allow_change or ():
         arguments += ["--allow-change", key]
-    console.end(console.run(lambda: run(recipe, overrides or [], arguments, force_memory)))
+    replan = fresh or changes_the_plan(allow_change or ())
+    console.end(console.run(lambda: run(recipe, overrides or [], arguments, force_memory, replan)))
 
 
-def run(recipe_path: str, overrides: list[str], arguments: list[str], force_memory: bool) -> int:
-    """Judges the run, chooses its launch file, and trains; the trainer's exit code."""
+def run(recipe_path: str, overrides: list[str], arguments: list[str], force_memory: bool, replan: bool) -> int:
+    """Judges the run, chooses its launch file, and trains; the trainer's exit code.
+
+    The plan of an earlier start is judged again, not made anew, unless `replan` says so.
+    """
+    from qwentune.facts.launch import launch_file
     from qwentune.facts.models import model_spec
     from qwentune.memory import render_plan
     from qwentune.memory.judge import device_of, judge, refusal
     from qwentune.recipe import load_recipe
+    from qwentune.training.run_folder import RunFolder
 
     recipe = load_recipe(recipe_path, overrides).recipe
-    device, count = device_of(recipe.hardware, here=True)
+    device, count, sharding = device_of(recipe.hardware, here=True)
     launch = recipe.hardware.launch
     plan = judge(
         model_spec(recipe.model),
@@ -58,6 +65,8 @@ def run(recipe_path: str, overrides: list[str], arguments: list[str], force_memo
         output=recipe.output,
         device=device,
         num_ranks=count,
+        sharding=sharding,
+        stored=None if replan else RunFolder(Path(recipe.output.dir)).stored_plan(),
     )
     console.say(render_plan(plan, f"{recipe.model} · {recipe.tuning.kind}"))
     if not plan.fits and not force_memory:
@@ -65,19 +74,6 @@ def run(recipe_path: str, overrides: list[str], arguments: list[str], force_memo
     if launch == "auto":
         launch = "single" if count == 1 else plan.choices.sharding
     return supervise(arguments, launch_file(launch), count)
-
-
-def launch_file(name: str) -> Path:
-    """The accelerate configuration of that name; UsageError where `launch/` has none."""
-    from qwentune.errors import nearest
-    from qwentune.shipped import shipped_files
-
-    file = shipped(f"launch/{name}.yaml")
-    if not file.exists():
-        names = [Path(known).stem for known in shipped_files("launch")]
-        what = f"there is no launch file {name!r}.{nearest(name, names)}"
-        raise UsageError(Problem("hardware.launch", what, f"There are {', '.join(names)}."))
-    return file
 
 
 def supervise(arguments: list[str], launch: Path, num_processes: int) -> int:
@@ -93,9 +89,10 @@ def supervise(arguments: list[str], launch: Path, num_processes: int) -> int:
         ]
         environment = {**os.environ, "QWENTUNE_EXIT_FOLDER": scratch}
         launcher = subprocess.Popen(command, env=environment, start_new_session=True)
-        previous = {number: signal.signal(number, _forward_to(launcher.pid)) for number in FORWARDED}
+        received: list[int] = []
+        previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in FORWARDED}
         try:
-            code = launcher.wait()
+            code = _wait(launcher, received)
             _end_orphans(launcher.pid)
         finally:
             for number, handler in previous.items():
@@ -104,12 +101,17 @@ def supervise(arguments: list[str], launch: Path, num_processes: int) -> int:
     return _exit_code(code, codes, num_processes)
 
 
-def _forward_to(launcher: int):
-    def forward(number: int, frame: FrameType | None) -> None:
-        for process in _trainers(launcher):
-            process.send_signal(number)
-
-    return forward
+def _wait(launcher: subprocess.Popen[bytes], received: list[int]) -> int:
+    """The launcher's code; meanwhile each signal received goes to the trainers, as soon as there are any."""
+    while True:
+        try:
+            return launcher.wait(timeout=POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            trainers = _trainers(launcher.pid) if received else []
+            if trainers:
+                number = received.pop(0)
+                for process in trainers:
+                    process.send_signal(number)
 
 
 def _trainers(launcher: int) -> list[psutil.Process]:
@@ -145,7 +147,9 @@ def _exit_code(launcher_code: int, codes: dict[int, int], num_ranks: int) -> int
         console.say("The launcher was killed (signal 9): probably out of host memory.")
     elif silent and launcher_code != 0:
         ranks = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(silent)}"
-        console.say(f"Lost {ranks}: killed from outside (signal 9), probably out of host memory.")
+        console.say(
+            f"Lost {ranks}: ended without a word, as when killed (signal 9), most often for want of host memory."
+        )
     if silent:
         return EXIT_OK if launcher_code == 0 else EXIT_BUG
     return codes[0]

@@ -9,17 +9,30 @@ import json
 import os
 import shlex
 import shutil
+import signal
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwentune import console
-from qwentune.errors import EXIT_BUG, EXIT_OK, DoesNotFitError, Problem, RecipeError, ResumeError, UserError
+from qwentune.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_PREEMPTED,
+    DoesNotFitError,
+    Problem,
+    RecipeError,
+    ResumeError,
+    UsageError,
+    UserError,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,7 +42,7 @@ if TYPE_CHECKING:
     from qwentune.data.schedule import Schedule
     from qwentune.data.tokenizer import Tokenizer
     from qwentune.memory.plan import RunPlan
-    from qwentune.recipe import LoadedRecipe
+    from qwentune.recipe import LoadedRecipe, Recipe
     from qwentune.training.checkpoints import Checkpoint, Checkpoints
     from qwentune.training.progress import Recorder
     from qwentune.training.ranks import Ranks
@@ -56,7 +69,8 @@ class Request:
     @property
     def command(self) -> list[str]:
         """The command that continues this run."""
-        return ["qwentune", "train", self.recipe, *self.overrides]
+        flags = [flag for key in self.allow_change for flag in ("--allow-change", key)]
+        return ["qwentune", "train", self.recipe, *self.overrides, *flags, *["--force-memory"] * self.force_memory]
 
 
 def train(
@@ -69,11 +83,27 @@ def train(
 ) -> None:
     """Train in this process; `accelerate launch -m qwentune.train` makes several of them."""
     request = Request(recipe, tuple(overrides or ()), resume, fresh, tuple(allow_change or ()), force_memory)
-    code = console.run(lambda: run(request))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, _stop_before_the_first_step)
+    try:
+        code = console.run(lambda: run(request))
+    except _StoppedEarlyError as stopped:
+        code = stopped.exit_code
     exit_folder = os.environ.get("QWENTUNE_EXIT_FOLDER")
     if exit_folder:  # accelerate turns every code into 1, and tells of no rank which one it had
         Path(exit_folder, os.environ.get("RANK", "0")).write_text(str(code))
     console.end(code)
+
+
+class _StoppedEarlyError(BaseException):
+    """A signal came before training took it over; nothing was done that would have to be saved."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
+
+
+def _stop_before_the_first_step(number: int, frame: object) -> None:
+    raise _StoppedEarlyError(number)
 
 
 def run(request: Request) -> int:
@@ -83,7 +113,7 @@ def run(request: Request) -> int:
     from qwentune.data.schedule import Schedule
     from qwentune.data.tokenizer import load_tokenizer
     from qwentune.facts.models import model_spec
-    from qwentune.memory.judge import device_of, judge, refusal
+    from qwentune.memory.judge import changes_the_plan, device_of, judge, refusal
     from qwentune.recipe import load_recipe
     from qwentune.training.ranks import Ranks
     from qwentune.training.run_folder import RunFolder
@@ -92,10 +122,11 @@ def run(request: Request) -> int:
     recipe = loaded.recipe
     if recipe.objective.kind != "sft":
         raise RecipeError(Problem(request.recipe, f"objective.kind: {recipe.objective.kind} cannot be trained yet"))
-    ranks = Ranks.of_environment()
+    ranks = Ranks.of_environment(on_cpu=recipe.hardware.gpu == "cpu")
     folder = RunFolder(Path(recipe.output.dir))
 
-    device, _ = device_of(recipe.hardware, here=True)
+    replan = request.fresh or changes_the_plan(request.allow_change)
+    device, _, _ = device_of(recipe.hardware, here=True)
     plan = judge(
         model_spec(recipe.model),
         tuning=recipe.tuning,
@@ -107,10 +138,11 @@ def run(request: Request) -> int:
         device=device,
         num_ranks=ranks.num_ranks,
         sharding=ranks.sharding,
-        stored=None if request.fresh else folder.stored_plan(),
+        stored=None if replan else folder.stored_plan(),
     )
     if not plan.fits and not request.force_memory:
         raise DoesNotFitError(refusal(plan))
+    _refuse_what_is_not_installed(recipe, plan)
 
     tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))
     template = chat_template(recipe.data, tokenizer)
@@ -125,6 +157,8 @@ def run(request: Request) -> int:
         max_steps=recipe.optimizer.max_steps,
     )
     text = None if template is None else template.text
+    ranks.join(plan.choices.weights)  # only now: no rank may wait for another that still renders
+    plan = ranks.agree(lambda: plan)  # each judged by the memory that it saw
     return _Training(request, loaded, ranks, folder, plan, tokenizer, text, dataset, schedule).run()
 
 
@@ -151,7 +185,6 @@ class _Training:
 
         recipe = self.loaded.recipe
         silence_loading()
-        self.ranks.join()
         base = weights_folder(recipe.model, recipe.revision)
         facts = run_facts(
             recipe.model_dump(mode="json", by_alias=True),
@@ -217,6 +250,7 @@ class _Training:
 
     def _open(self, held: ExitStack, checkpoints: Checkpoints, facts: dict[str, Any]) -> Start:
         """Takes the run folder, finds where to begin and writes what is known before step 1; on rank 0 only."""
+        from qwentune.memory.judge import changes_the_plan
         from qwentune.recipe import resolved_yaml
         from qwentune.training.start import choose_start, move_aside
 
@@ -228,7 +262,7 @@ class _Training:
             checkpoints,
             facts,
             resume=self.request.resume,
-            allowed=self.request.allow_change,
+            allowed=[*self.request.allow_change, *(["plan"] if changes_the_plan(self.request.allow_change) else [])],
             num_steps=self.schedule.num_steps,
             output=self.loaded.recipe.output,
         )
@@ -271,6 +305,7 @@ class _Training:
             evaluates=len(evaluation) > 0,
             deepspeed_bf16=ranks.sharding in ("zero2", "zero3") and choices.weights == "bf16",
             seed=recipe.seed,
+            on_gpu=ranks.device.type == "cuda",
         )
         model = self._model(base, checkpoint)
         minutes = recipe.output.save_every_minutes
@@ -380,6 +415,24 @@ class _Training:
             return
         reached = (self.folder.last_metrics() or {"step": 0})["step"] if step is None else step
         self.folder.set_status(state, exit_code=code, reason=reason, step=reached, command=self.request.command)
+
+
+def _refuse_what_is_not_installed(recipe: Recipe, plan: RunPlan) -> None:
+    """Raises UsageError with everything that the recipe names and this machine does not have."""
+    problems: list[Problem] = []
+    if plan.choices.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        fix = "Install flash-attn, or leave memory.attention at auto."
+        problems.append(Problem("memory.attention", "flash_attention_2 is not installed", fix))
+    for tracker in recipe.output.report_to:
+        if find_spec(tracker) is None:
+            problems.append(Problem("output.report_to", f"{tracker} is not installed", f"pip install {tracker}"))
+    start = recipe.tuning.start_from
+    if start is not None and not Path(start, "adapter_config.json").is_file():
+        problems.append(
+            Problem("tuning.start_from", f"{start!r} holds no adapter", "Name a folder with adapter_config.json.")
+        )
+    if problems:
+        raise UsageError(problems)
 
 
 def _library_versions() -> dict[str, str]:

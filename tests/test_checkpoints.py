@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from qwentune.errors import ResumeError
+from qwentune.errors import ResumeError, RunInUseError
 from qwentune.training.checkpoints import MANIFEST, Checkpoint, Checkpoints, open_checkpoint, verify
+from qwentune.training.run_folder import RunFolder
+from qwentune.training.start import move_aside
 
 
 def publish(checkpoints: Checkpoints, step: int, content: str = "weights") -> Path:
@@ -70,6 +72,36 @@ def test_a_checkpoint_under_another_step_is_refused(tmp_path: Path) -> None:
     newest, skipped = checkpoints.newest()
     assert newest is None
     assert "step 10" in skipped[0].what
+
+
+def test_later_checkpoints_are_set_aside_where_a_run_goes_on_from_an_older_one(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (20, 30, 40):
+        publish(checkpoints, step)
+    moved = checkpoints.set_aside(30)
+    assert [folder.name.startswith("aside-step-40") for folder in moved] == [True]
+    publish(checkpoints, 35, "another attempt")
+    newest, _ = checkpoints.newest()
+    assert newest is not None
+    assert newest.step == 35
+    assert moved[0].is_dir()
+
+
+def test_what_was_just_published_is_never_rotated_away(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (20, 30, 25):
+        publish(checkpoints, step)
+    assert checkpoints.published(25).is_dir()
+
+
+def test_a_run_folder_in_use_is_not_moved_aside(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    with run.lock(), pytest.raises(RunInUseError):
+        move_aside(run)
+    moved = move_aside(run)
+    assert moved is not None
+    assert moved.is_dir()
+    assert not run.path.exists()
 
 
 def test_leftovers_are_swept_and_latest_is_mended(tmp_path: Path) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional
 
 import qwentune.model.head as head
+from qwentune.memory import closed_form
+from qwentune.model.adapters import add_adapters
 from qwentune.model.head import LossHead
+from qwentune.model.load import load_model
+from qwentune.recipe import Tuning
+from tests.checkpoints import add_weights, write_checkpoint
 
 
 class Tiny(torch.nn.Module):
@@ -34,7 +41,7 @@ class Tiny(torch.nn.Module):
 def test_loss_and_gradients_are_those_of_weighted_cross_entropy(
     monkeypatch: pytest.MonkeyPatch, kind: str, frozen: bool, chunk: int
 ) -> None:
-    monkeypatch.setattr(head, "POSITIONS_PER_CHUNK", chunk)
+    monkeypatch.setattr(head, "LOSS_CHUNK_TOKENS", chunk)
     torch.manual_seed(0)
     model = Tiny()
     model.lm_head.weight.requires_grad_(not frozen)
@@ -54,6 +61,40 @@ def test_loss_and_gradients_are_those_of_weighted_cross_entropy(
     torch.testing.assert_close(loss, expected)
     for found, wanted in zip(torch.autograd.grad(loss, trained), expected_grads, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_some_of_whose_rows_are_trained_is_chunked_as_well(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tied: bool
+) -> None:
+    monkeypatch.setattr(head, "LOSS_CHUNK_TOKENS", 3)
+    base = add_weights(write_checkpoint(tmp_path, "qwen3", tied=tied))
+    batch = {
+        "input_ids": torch.arange(10)[None],
+        "position_ids": torch.arange(10)[None],
+        "predict_from": torch.arange(9),
+        "target": torch.arange(1, 10),
+        "weight": torch.full((9,), 1 / 9),
+    }
+    results = []
+    for kind in ("full", "supervised"):
+        torch.manual_seed(0)
+        model = add_adapters(load_model(base, dtype="fp32"), Tuning(kind="lora"), "fp32", [3, 7])
+        loss_head = LossHead(model, kind)
+        assert loss_head.chunked is (kind == "supervised")
+        loss = loss_head.loss(model, batch)
+        loss.backward()
+        results.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (loss, grads), (chunked_loss, chunked_grads) = results
+    torch.testing.assert_close(chunked_loss, loss)
+    assert any("trainable_tokens_delta" in name for name in grads)
+    assert chunked_grads.keys() == grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(chunked_grads[name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_plan_counts_the_logits_of_one_chunk() -> None:
+    assert head.LOSS_CHUNK_TOKENS == closed_form.LOSS_CHUNK_TOKENS
 
 
 def test_without_targets_the_head_gives_logits() -> None:

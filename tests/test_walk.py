@@ -110,6 +110,36 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
 
+@pytest.mark.slow
+def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path: Path) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    recipe = write_recipe(tmp_path, model)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qwentune.train", str(recipe)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(3)  # in the middle of importing
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "bug" not in errors
+
+
+@pytest.mark.slow
+def test_the_last_step_is_logged_and_evaluated_whatever_the_period(tmp_path: Path) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    recipe = write_recipe(
+        tmp_path,
+        model,
+        data={"eval_fraction": 0.2},
+        optimizer={"max_steps": 5},
+        output={"log_every_steps": 3, "eval_every_steps": 100},
+    )
+    assert train(recipe).returncode == 0
+    run = tmp_path / "run"
+    assert [row[0] for row in loss_history(run)] == [3, 5]
+    assert [json.loads(line)["step"] for line in (run / "evaluations.jsonl").read_text().splitlines()] == [5]
+
+
 def test_a_run_killed_before_its_weights_were_published_publishes_them(tmp_path: Path) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen2"))
     recipe = write_recipe(tmp_path, model, optimizer={"max_steps": 4})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import psutil
 from qwentune.facts.gpus import GPUS, GpuSpec, gpu_spec
 
 MIB = 2**20
-QUERY = "name,memory.total,memory.free,compute_cap"
+QUERY = "index,uuid,name,memory.total,memory.free,compute_cap"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +25,21 @@ class PresentGpus:
 
 
 def present_gpus() -> PresentGpus | None:
-    """The machine's NVIDIA GPUs; None where there is no driver or no GPU."""
+    """The machine's NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves visible; None where there is no driver or no GPU."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
     command = [program, f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines() if line.count(",") == 3]
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines() if line.count(",") == 5]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        wanted = [device.strip() for device in visible.split(",") if device.strip()]
+        rows = [row for row in rows if any(row[0] == device or row[1].startswith(device) for device in wanted)]
     if answer.returncode != 0 or not rows:
         return None
-    name, total_mib, _, capability = rows[0]
-    free_bytes = min(int(row[2]) for row in rows) * MIB
+    _, _, name, total_mib, _, capability = rows[0]
+    free_bytes = min(int(row[4]) for row in rows) * MIB
     return PresentGpus(replace(_named(name, int(total_mib) * MIB, capability), total_bytes=free_bytes), len(rows))
 
 

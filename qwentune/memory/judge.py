@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from qwentune.data.sample import Json
-from qwentune.errors import Problem
+from qwentune.errors import Problem, UsageError
 from qwentune.facts.gpus import gpu_spec
+from qwentune.facts.launch import Sharding, sharding_of
 from qwentune.facts.models import ModelSpec
 from qwentune.facts.present import free_disk_bytes, free_host_bytes, present_gpus
 from qwentune.memory.plan import RunPlan, make_plan, pinned
 from qwentune.memory.search import Auto, Device, PlanRequest
-from qwentune.memory.settings import HostMemory, Sharding
+from qwentune.memory.settings import HostMemory
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
+
+PLAN_KEYS = ("plan", "batch", "memory", "precision", "tuning")
 
 
 def judge(
@@ -34,7 +37,7 @@ def judge(
 ) -> RunPlan:
     """The plan of a run; with the plan `stored` by an earlier start its choices are judged again, not made anew.
 
-    Raises UsageError where the batch cannot be shared among the ranks.
+    Raises UsageError where the batch cannot be shared among the ranks, or for an optimizer state that AdamW never has.
     """
     request = PlanRequest(
         kind=tuning.kind,
@@ -61,15 +64,37 @@ def judge(
         request = pinned(request, RunPlan.from_json(stored).choices)
         if sharding != "auto":
             request = replace(request, sharding=sharding)
-    return make_plan(spec, device, request)
+    plan = make_plan(spec, device, request)
+    _refuse_state_of_another_dtype(plan, tuning)
+    return plan
 
 
-def device_of(hardware: Hardware, *, here: bool) -> tuple[Device, int]:
-    """The device of each rank and how many there are.
+def _refuse_state_of_another_dtype(plan: RunPlan, tuning: Tuning) -> None:
+    choices = plan.choices
+    trained = choices.weights if tuning.kind == "full" else choices.adapters
+    if choices.optimizer_state not in (trained, "8bit"):
+        what = f"{choices.optimizer_state}, but the trained parameters are {trained} and AdamW keeps its averages so"
+        fix = "Leave it at auto, take 8bit, or set precision.weights (full) or precision.adapters."
+        raise UsageError(Problem("precision.optimizer_state", what, fix))
+
+
+def changes_the_plan(allowed: Sequence[str]) -> bool:
+    """Whether a change that the user allows may make another plan than the stored one."""
+    return any(key.startswith(PLAN_KEYS) for key in allowed)
+
+
+def device_of(hardware: Hardware, *, here: bool) -> tuple[Device, int, Sharding | Auto]:
+    """The device of each rank, how many there are, and what they share where the recipe names a launch file.
 
     `here` asks for what this machine has, as a run that starts now does; else the recipe's GPU counts, and the
     machine's own only where the recipe leaves it open. A GPU that is present is judged by its free memory.
     """
+    sharding: Sharding | Auto = "auto" if hardware.launch == "auto" else sharding_of(hardware.launch)
+    device, count = _devices(hardware, here)
+    return device, 1 if sharding == "none" else count, sharding
+
+
+def _devices(hardware: Hardware, here: bool) -> tuple[Device, int]:
     present = None if hardware.gpu == "cpu" else present_gpus()
     if hardware.gpu not in ("auto", "cpu") and not here and (present is None or present.spec.name != hardware.gpu):
         return gpu_spec(hardware.gpu), 1 if hardware.count == "auto" else hardware.count

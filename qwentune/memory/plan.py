@@ -13,11 +13,12 @@ from qwentune.data.sample import Json
 from qwentune.errors import Problem, ResumeError
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
+from qwentune.facts.launch import Sharding
 from qwentune.memory.closed_form import disk_bytes
 from qwentune.memory.mends import Mend, find_mends
 from qwentune.memory.roofline import step_seconds
 from qwentune.memory.search import Device, PlanRequest, candidates, fastest, needed_host_bytes, shortages, usable_bytes
-from qwentune.memory.settings import Attention, Dtype, Loss, Settings, Sharding, StateDtype
+from qwentune.memory.settings import Attention, Dtype, Loss, Settings, StateDtype
 
 FEWEST_USEFUL_STEPS = 50
 

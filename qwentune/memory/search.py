@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 from qwentune.errors import Problem, UsageError
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
+from qwentune.facts.launch import Sharding
 from qwentune.memory.closed_form import Terms, disk_bytes, host_bytes, phases
 from qwentune.memory.roofline import step_seconds
 from qwentune.memory.settings import (
@@ -17,7 +18,6 @@ from qwentune.memory.settings import (
     HostMemory,
     Loss,
     Settings,
-    Sharding,
     StateDtype,
     Targets,
     Tuning,

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from qwentune.facts.gpus import GpuSpec
+from qwentune.facts.launch import Sharding
 
 Tuning: TypeAlias = Literal["full", "lora", "qlora"]
 Loss: TypeAlias = Literal["full", "supervised"]
 Attention: TypeAlias = Literal["sdpa", "eager", "flex_attention", "flash_attention_2"]
-Sharding: TypeAlias = Literal["none", "ddp", "zero2", "zero3", "fsdp2"]
 Dtype: TypeAlias = Literal["bf16", "fp32"]
 StateDtype: TypeAlias = Literal["bf16", "fp32", "8bit"]
 Targets: TypeAlias = Literal["all-linear"] | tuple[str, ...]

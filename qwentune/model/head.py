@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.nn import functional
 
-POSITIONS_PER_CHUNK = 1024
+LOSS_CHUNK_TOKENS = 1024  # the plan counts the logits of as many
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Weighted sum of cross-entropies; gradients are made chunk by chunk in the forward pass.
 
-    Logits live for one chunk only, in fp32: POSITIONS_PER_CHUNK x V. Source of the idea: fused linear cross-entropy,
+    Logits live for one chunk only, in fp32: LOSS_CHUNK_TOKENS x V. Source of the idea: fused linear cross-entropy,
     https://arxiv.org/abs/2410.10989
     """
 
@@ -23,8 +24,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = hidden_NH.new_zeros((), dtype=torch.float32)
         hidden_grad = torch.zeros_like(hidden_NH) if ctx.needs_input_grad[0] else None
         head_grad = torch.zeros_like(head_VH) if ctx.needs_input_grad[1] else None
-        for start in range(0, hidden_NH.shape[0], POSITIONS_PER_CHUNK):
-            span = slice(start, start + POSITIONS_PER_CHUNK)
+        for start in range(0, hidden_NH.shape[0], LOSS_CHUNK_TOKENS):
+            span = slice(start, start + LOSS_CHUNK_TOKENS)
             hidden, target, weight = hidden_NH[span], target_N[span], weight_N[span]
             logits = functional.linear(hidden, head_VH).float()
             losses = functional.cross_entropy(logits, target, reduction="none")
@@ -32,8 +33,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if hidden_grad is None and head_grad is None:
                 continue
             slope = torch.softmax(logits, dim=-1)
+            del logits
             slope[torch.arange(len(target), device=target.device), target] -= 1
-            slope = (slope * weight[:, None]).to(hidden.dtype)
+            slope = slope.mul_(weight[:, None]).to(hidden.dtype)
             if hidden_grad is not None:
                 hidden_grad[span] = slope @ head_VH
             if head_grad is not None:
@@ -63,7 +65,8 @@ class LossHead:
     def __init__(self, model: nn.Module, kind: str) -> None:
         network: Any = model
         self.head: nn.Module = network.get_output_embeddings()
-        self.chunked = kind == "supervised" and type(self.head) is nn.Linear
+        # The wrapper around a head some of whose rows are trained gives the weight with those rows laid in.
+        self.chunked = kind == "supervised" and type(self.head) in (nn.Linear, TrainableTokensWrapper)
         self.targets: tuple[Tensor, Tensor] | None = None
         self.logits = self.head.forward
         self.head.forward = self._forward  # pyright: ignore[reportAttributeAccessIssue]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class Checkpoints:
         _sync(self.folder)
         shutil.rmtree(self.staging(step), ignore_errors=True)
         self._point_latest_at(target)
-        self._rotate(spared)
+        self._rotate(spared | {step})
         return target
 
     def newest(self) -> tuple[Checkpoint | None, list[Problem]]:
@@ -87,6 +88,16 @@ class Checkpoints:
             else:
                 return checkpoint, skipped
         return None, skipped
+
+    def set_aside(self, step: int) -> list[Path]:
+        """Renames the checkpoints of later steps, so that none of them is taken for this run's newest; where to."""
+        moved: list[Path] = []
+        for later, folder in self._numbered():
+            if later > step:
+                target = folder.with_name(f"aside-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+                os.rename(folder, target)
+                moved.append(target)
+        return moved
 
     def sweep(self) -> None:
         """Removes what interrupted saves and removals left behind, and mends `latest`."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+from qwentune.facts.launch import Sharding
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-Sharding = Literal["none", "ddp", "zero2", "zero3", "fsdp2"]
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,10 @@ class Ranks:
     rank: int
     num_ranks: int
     sharding: Sharding
+    on_cpu: bool = False  # by the recipe's wish; without a GPU it is so anyway
 
     @classmethod
-    def of_environment(cls) -> Ranks:
+    def of_environment(cls, *, on_cpu: bool = False) -> Ranks:
         """This process's place, as accelerate and torchrun tell it."""
         num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
         sharding: Sharding = "none" if num_ranks == 1 else "ddp"
@@ -31,7 +33,7 @@ class Ranks:
             sharding = "zero3" if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "zero2"
         elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
             sharding = "fsdp2"
-        return cls(int(os.environ.get("RANK", "0")), num_ranks, sharding)
+        return cls(int(os.environ.get("RANK", "0")), num_ranks, sharding, on_cpu)
 
     @property
     def leads(self) -> bool:
@@ -44,21 +46,22 @@ class Ranks:
         import torch
 
         local = int(os.environ.get("LOCAL_RANK", "0"))
-        return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        on_gpu = torch.cuda.is_available() and not self.on_cpu
+        return torch.device("cuda", local) if on_gpu else torch.device("cpu")
 
-    def join(self) -> None:
-        """Makes the process group, on the CPU's gloo where there is no GPU."""
+    def join(self, weights: str) -> None:
+        """Makes the process group, on the CPU's gloo where there is no GPU; `weights` is the dtype of the plan."""
         if self.sharding in ("zero2", "zero3"):
             import deepspeed
 
             # Its shared-memory collectives for CPUs would be compiled here, for half a minute; gloo does as well.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        else:  # a user's accelerate defaults would switch autocast on behind the Trainer's back
-            os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
-        import torch
+        # A user's accelerate defaults would switch autocast on behind the Trainer's back; DeepSpeed casts by it.
+        is_deepspeed = self.sharding in ("zero2", "zero3")
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if is_deepspeed and weights == "bf16" else "no"
         from accelerate import PartialState
 
-        state = PartialState(cpu=not torch.cuda.is_available())
+        state = PartialState(cpu=self.device.type == "cpu")
         assert state.num_processes == self.num_ranks, f"{state.num_processes} processes joined, not {self.num_ranks}"
 
     def agree(self, decide: Callable[[], T]) -> T:

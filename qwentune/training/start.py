@@ -82,6 +82,8 @@ def choose_start(
     if checkpoint is None:
         return Start(None)
     _refuse_drift(checkpoint, facts, allowed)
+    if resume != "auto":
+        messages += [f"moved a later checkpoint to {folder}" for folder in checkpoints.set_aside(checkpoint.step)]
     step = checkpoint.step
     trained = step >= num_steps or has_stopped_improving(step, best_step(checkpoint), output)
     complete = trained and run.trained is not None
@@ -93,11 +95,15 @@ def choose_start(
 
 
 def move_aside(run: RunFolder) -> Path | None:
-    """Renames the run's folder so that a new run can take its place; None where there is none."""
+    """Renames the run's folder so that a new run can take its place; None where there is none.
+
+    Raises RunInUseError where another process holds it.
+    """
     if not run.path.exists():
         return None
     target = run.path.with_name(f"{run.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-    run.path.rename(target)
+    with run.lock():
+        run.path.rename(target)
     return target
 
 

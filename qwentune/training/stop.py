@@ -69,7 +69,10 @@ class StopOnSignal(TrainerCallback):
         self.last_save = time.monotonic()
 
     def _save_is_due(self) -> bool:
-        return self.save_every_seconds is not None and time.monotonic() - self.last_save >= self.save_every_seconds
+        is_due = self.save_every_seconds is not None and time.monotonic() - self.last_save >= self.save_every_seconds
+        if is_due:  # ranks agree a step later; the wish is said once
+            self.last_save = time.monotonic()
+        return is_due
 
     def _agreed(self, wish: int) -> int:
         if self._group is None:

@@ -67,11 +67,15 @@ class ExactResume(_Mixed):
     # Batches: already this rank's, already in order; nothing is left for accelerate to shard or shuffle.
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
-        return DataLoader(self.batches, batch_size=1, shuffle=False, collate_fn=_only)
+        return self._loader(self.batches)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Batch]:
         assert self.eval_batches is not None
-        return DataLoader(self.eval_batches, batch_size=1, shuffle=False, collate_fn=_only)
+        return self._loader(self.eval_batches)
+
+    def _loader(self, batches: TrainBatches | EvalBatches) -> DataLoader[Batch]:
+        pinned = self.args.device.type == "cuda"
+        return DataLoader(batches, batch_size=1, shuffle=False, collate_fn=_only, pin_memory=pinned)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Batch]:
         raise AssertionError("qwentune has no test set")
@@ -115,17 +119,27 @@ class ExactResume(_Mixed):
             optimizer = optimizer.optimizer
             optimizer.found_inf = torch.isfinite(self._first_bad_step).float().reshape(())
             optimizer.grad_scale = None
+            if not self._optimizer_reads_the_flag and bool(optimizer.found_inf):  # waits for the device, every step
+                for parameter in model.parameters():
+                    parameter.grad = None  # bitsandbytes passes over parameters without one
         return norm
 
     # Logging.
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step == self.state.max_steps and not self._has_ended:  # transformers comes by here twice
+            self._has_ended = True
+            # The last step is logged and evaluated whatever the period.
+            self.control.should_log = True
+            self.control.should_evaluate = self.args.eval_strategy != "no"
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
         if "loss" not in logs:
             return
         step = self.state.global_step
-        if self._first_bad_step is not None and (bad := self._first_bad_step.item()) != float("inf"):
-            raise NotFiniteError(self._not_finite(int(bad)))
+        self._refuse_to_go_on_after_a_bad_step()
         now = time.monotonic()
         seconds, self._window_start = now - self._window_start, now
         rows = [row for k in range(self._window_first_step, step) for row in self.batches.schedule.rows(k)]
@@ -147,6 +161,10 @@ class ExactResume(_Mixed):
                     "seconds": round(seconds, 4),
                 }
             )
+
+    def _refuse_to_go_on_after_a_bad_step(self) -> None:
+        if self._first_bad_step is not None and (bad := self._first_bad_step.item()) != float("inf"):
+            raise NotFiniteError(self._not_finite(int(bad)))
 
     def _not_finite(self, step: int) -> Problem:
         """What is known of a step whose gradient is not finite; weights and optimizer are those before it."""
@@ -203,6 +221,7 @@ class ExactResume(_Mixed):
         step = self.state.global_step
         if step == self._published_step:
             return
+        self._refuse_to_go_on_after_a_bad_step()
         self._refuse_to_save_what_is_not_finite(model)
         try:
             super()._save_checkpoint(model, trial)
@@ -270,6 +289,11 @@ class ExactResume(_Mixed):
             self._globalstep_last_logged = window["last_logged_step"]
             self._window_first_step = window["last_logged_step"]
 
+    @property
+    def _optimizer_reads_the_flag(self) -> bool:
+        return self.args.optim == "adamw_torch_fused"
+
+    _has_ended: bool = False
     _published_step: int | None = None
     _window_first_step: int = 0
 
@@ -298,14 +322,14 @@ def training_arguments(
     evaluates: bool,
     deepspeed_bf16: bool,
     seed: int,
+    on_gpu: bool,
 ) -> TrainingArguments:
     """Transformers' arguments for a run whose batches, saves, logs and learning rates are ours.
 
     The run is one epoch of `num_steps` steps: epochs of the data are the schedule's business.
     """
     keeps_best = evaluates and (output.best is not None or output.early_stopping is not None)
-    on_gpu = torch.cuda.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(staging),
         max_steps=num_steps,
         per_device_train_batch_size=micro_batch,
@@ -332,9 +356,11 @@ def training_arguments(
         bf16=deepspeed_bf16,  # never for autocast: weights and adapters have the dtype of the plan
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
-        dataloader_pin_memory=on_gpu,
         average_tokens_across_devices=False,
     )
+    # One process trains on one device: what other GPUs are visible must not make the Trainer use nn.DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _only(items: list[Batch]) -> Batch:

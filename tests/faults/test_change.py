@@ -67,11 +67,12 @@ def test_a_finished_run_goes_on_where_its_steps_are_raised(tmp_path: Path) -> No
     assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 10
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_the_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_the_weights(tmp_path: Path, log_every: int) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
     recipe = write_recipe(
         tmp_path, model, optimizer={"learning_rate": 1e37, "schedule": "constant", "warmup_fraction": 0.0},
-        output={"save_every_steps": 1},
+        output={"save_every_steps": 1, "log_every_steps": log_every},
     )  # fmt: skip
     ended = train(recipe)
     assert ended.returncode == 6, ended.stderr
@@ -80,4 +81,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_the_weights(tmp_p
     problem = ended.stderr[ended.stderr.rindex("step ") :]
     assert "not finite: the " in problem
     assert "rows.jsonl:" in problem
-    assert all(row[1] == row[1] for row in loss_history(tmp_path / "run")), "no NaN is ever written as a loss"
+    bad = int(problem.split()[1])
+    saved = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert not saved or saved[-1] < bad, "a step that was left out is no progress to save"
+    if (tmp_path / "run" / "metrics.jsonl").exists():
+        assert all(row[1] == row[1] for row in loss_history(tmp_path / "run")), "no NaN is ever written as a loss"

@@ -73,7 +73,7 @@ def test_a_killed_rank_is_named_and_the_other_is_gone_soon(tmp_path: Path, lost:
     ranks[lost].send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1, errors
-    assert f"Lost rank {lost}: killed" in errors
+    assert f"Lost rank {lost}: ended without a word" in errors
     assert not [rank for rank in ranks.values() if rank.is_running()]
 
 
