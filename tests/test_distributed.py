@@ -24,7 +24,7 @@ def losses(run: Path) -> list[float]:
         ("cpu-2", "full"),
         pytest.param("cpu-2", "lora", marks=pytest.mark.slow),
         pytest.param("cpu-zero2", "full", marks=pytest.mark.slow),
-        pytest.param("cpu-zero2", "lora", marks=pytest.mark.slow),
+        pytest.param("cpu-zero2", "lora", marks=pytest.mark.soak),
     ],
 )
 def test_two_ranks_train_like_one_process(tmp_path: Path, launch: str, kind: str) -> None:
