@@ -105,7 +105,12 @@ class Speaker:
         """The greedy answer to a dialogue."""
         import torch
 
-        prompt = self.renderer.prompt(messages, self.mode)
+        from qwentune.data.sample import RowError
+
+        try:
+            prompt = self.renderer.prompt(messages, self.mode)
+        except RowError as error:
+            raise UsageError(Problem("the dialogue", error.what, error.fix)) from None
         ids = torch.tensor([prompt], device=self.model.device)
         with torch.no_grad():
             generated = self.model.generate(

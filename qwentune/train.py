@@ -188,7 +188,7 @@ class _Training:
         base = weights_folder(recipe.model, recipe.revision)
         facts = run_facts(
             recipe.model_dump(mode="json", by_alias=True),
-            data=self.dataset.fingerprint,
+            data=self.dataset.content,
             template=self.template,
             tokenizer=self.tokenizer.fingerprint,
             base=weights_fingerprint(base),

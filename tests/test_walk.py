@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from qwentune.errors import UserError
+from qwentune.export import run_export
+from qwentune.exporting import merge as merging
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.runs import ENVIRONMENT, final_weights, loss_history, train, write_recipe
 
@@ -50,7 +54,9 @@ def run_command(*arguments: str, cwd: Path | None = None) -> subprocess.Complete
         pytest.param("qwen3_moe", "lora", marks=pytest.mark.slow),
     ],
 )
-def test_a_merged_folder_is_the_adapter_on_its_base(tmp_path: Path, model_type: str, kind: str) -> None:
+def test_a_merged_folder_is_the_adapter_on_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, kind: str
+) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", model_type))  # type: ignore[arg-type]
     recipe = write_recipe(tmp_path, model, tuning={**LORA, "kind": kind}, optimizer={"max_steps": 8})
     trained = train(recipe)
@@ -80,6 +86,14 @@ def test_a_merged_folder_is_the_adapter_on_its_base(tmp_path: Path, model_type: 
 
     twice = run_command("export", str(run), "--merge")
     assert (twice.returncode, "exists already" in twice.stderr) == (2, True)
+
+    def forget_the_adapter(base: Path, adapter: Path, target: Path) -> None:
+        shutil.copytree(base, target, dirs_exist_ok=True)
+
+    monkeypatch.setattr(merging, "merge", forget_the_adapter)
+    with pytest.raises(UserError, match="its logits differ from the run's"):
+        run_export(run, merge=True, verify=True, output=tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from qwentune.data.tokenizer import Tokenizer
 from qwentune.errors import DataError, Problem, RecipeError
 from qwentune.recipe import DataOptions, DataSource
 
-CACHE_FORMAT = 1  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 2  # raise it whenever rendering or storing changes what stands in the cache
 ARRAYS = ("input_ids", "weights", "offsets", "lines", "files", "turns", "turn_offsets", "train", "evaluation")
 
 
@@ -107,12 +107,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The rendered data of a run and what there is to say about it."""
+    """The rendered data of a run and what there is to say about it.
+
+    `fingerprint` names all that went into it; `content` is a hash of what is trained, wherever it was read.
+    """
 
     examples: Examples
     report: dict[str, Any]
     dropped: tuple[dict[str, Any], ...]
     fingerprint: str
+    content: str
     tokens_per_row: int
     packing: bool
 
@@ -305,12 +309,16 @@ def _publish(built: _Built, folder: Path) -> None:
         "train": np.asarray(built.train, dtype=np.int64),
         "evaluation": np.asarray(built.evaluation, dtype=np.int64),
     }
+    content = hashlib.sha256()
+    for name in ("input_ids", "weights", "offsets", "train"):
+        content.update(np.ascontiguousarray(arrays[name]).data)
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
     try:
         for name in ARRAYS:
             np.save(staging / f"{name}.npy", arrays[name], allow_pickle=False)
         description = {
             "file_names": list(files),
+            "content": content.hexdigest()[:32],
             "report": built.report,
             "dropped": [{**asdict(drop), "source": asdict(drop.source)} for drop in built.dropped],
         }
@@ -330,6 +338,7 @@ def _open(folder: Path, fingerprint: str, data: DataOptions) -> Dataset:
         report=description["report"],
         dropped=tuple(description["dropped"]),
         fingerprint=fingerprint,
+        content=description["content"],
         tokens_per_row=data.max_tokens,
         packing=data.packing,
     )

@@ -31,13 +31,18 @@ def merge(base: Path, adapter: Path, target: Path) -> None:
     merged.to(dtype).save_pretrained(target)
 
 
-def largest_logit_difference(first: PreTrainedModel, second: PreTrainedModel, prompts: list[list[int]]) -> float:
-    """The largest difference of two models' logits over the prompts."""
+def largest_logit_difference(
+    first: PreTrainedModel, second: PreTrainedModel, prompts: list[list[int]]
+) -> tuple[float, float]:
+    """The largest difference of two models' logits over the prompts, and the first's largest logit; NaN stays NaN."""
+    differences, sizes = [], []
     with torch.no_grad():
-        return max(
-            float((first(ids).logits.float() - second(ids).logits.float()).abs().max())
-            for ids in (torch.tensor([prompt]) for prompt in prompts)
-        )
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            logits = first(ids).logits.float()
+            differences.append((logits - second(ids).logits.float()).abs().max())
+            sizes.append(logits.abs().max())
+    return float(torch.stack(differences).max()), float(torch.stack(sizes).max())
 
 
 def _dtype(folder: Path) -> torch.dtype:

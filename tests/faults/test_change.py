@@ -24,7 +24,7 @@ def stopped_run(folder: Path, **sections: object) -> Path:
 def test_every_change_is_named_with_what_was_what_is_and_what_it_means(tmp_path: Path) -> None:
     recipe = stopped_run(tmp_path)
     rows = (tmp_path / "rows.jsonl").read_text().splitlines()
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows[1:]) + "\n")
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows[10:]) + "\n")
     (tmp_path / "model" / "chat_template.jinja").open("a").write("{# new #}")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
@@ -37,6 +37,14 @@ def test_every_change_is_named_with_what_was_what_is_and_what_it_means(tmp_path:
     assert table["optimizer.learning_rate"][1:5] == ["then", "0.001", "now", "1e-05"]
     after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert {path for path in before if before[path] != after[path]} <= {tmp_path / "run" / ".lock"}
+
+
+def test_a_renamed_data_file_is_the_same_data(tmp_path: Path) -> None:
+    recipe = stopped_run(tmp_path)
+    renamed = (tmp_path / "rows.jsonl").rename(tmp_path / "other.jsonl")
+    resumed = train(recipe, f"data.train={renamed}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "from step 5" in resumed.stderr
 
 
 def test_an_allowed_learning_rate_is_used_from_the_next_step_on(tmp_path: Path) -> None:
