@@ -12,9 +12,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+from hypothesis import settings
 
 from qwentune.data import vocabulary
 from tests.checkpoints import ModelType, write_checkpoint
+
+# The same examples every time, so that what was green stays green; --hypothesis-profile=explore looks for new ones.
+settings.register_profile("reproducible", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None, max_examples=1000)
+settings.load_profile("reproducible")
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,6 @@ jsonish = st.text("{}[]\",:\\udc8e0f1.-+ntrueNaI'\n\r\t ", max_size=60).map(str.
 # --- what is read ---
 
 
-@settings(deadline=None)
 @given(rows=st.lists(objects, min_size=1, max_size=5), compression=st.sampled_from(list(COMPRESS)), ascii=st.booleans())
 def test_json_lines_read_back_as_written(session_folder: Path, rows: list[Json], compression: str, ascii: bool) -> None:
     data = "".join(json.dumps(row, ensure_ascii=ascii) + "\n" for row in rows).encode()
@@ -72,7 +71,6 @@ def test_json_lines_read_back_as_written(session_folder: Path, rows: list[Json],
     assert read_back == (list(enumerate(rows, start=1)), [])
 
 
-@settings(deadline=None)
 @given(
     rows=st.lists(values, min_size=1, max_size=5),
     indent=st.none() | st.integers(0, 2),
@@ -218,7 +216,6 @@ def test_a_utf_16_file_is_named_as_such(tmp_path: Path, encoding: str) -> None:
     assert (problem.what, problem.fix) == ("the file is UTF-16", "Save the file as UTF-8.")
 
 
-@settings(deadline=None)
 @given(row=objects, ascii=st.booleans(), data=st.data())
 def test_a_file_cut_anywhere_in_its_last_line_is_named_as_such(
     session_folder: Path, row: Json, ascii: bool, data: st.DataObject
@@ -232,7 +229,6 @@ def test_a_file_cut_anywhere_in_its_last_line_is_named_as_such(
     assert problem.what == "the file ends in the middle of this row"
 
 
-@settings(deadline=None)
 @given(rows=st.lists(objects, min_size=1, max_size=3), data=st.data())
 def test_an_array_cut_anywhere_is_one_problem_with_its_place(
     session_folder: Path, rows: list[Json], data: st.DataObject
@@ -289,7 +285,6 @@ def test_a_line_that_is_too_long_is_reported_and_the_next_is_read(
 # --- tables ---
 
 
-@settings(deadline=None)
 @given(cells=st.lists(st.lists(texts, min_size=3, max_size=3), min_size=1, max_size=4))
 def test_csv_cells_stay_the_texts_they_are_and_empty_ones_are_absent(
     session_folder: Path, cells: list[list[str]]
@@ -485,7 +480,7 @@ def test_the_hash_of_a_missing_file_is_a_data_error(tmp_path: Path) -> None:
 # --- anything at all ---
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(ending=endings, data=st.binary(max_size=60) | jsonish, is_compressed=st.booleans(), is_marked=st.booleans())
 def test_arbitrary_bytes_never_raise_and_are_never_passed_over_in_silence(
     session_folder: Path, ending: str, data: bytes, is_compressed: bool, is_marked: bool

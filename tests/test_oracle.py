@@ -224,7 +224,7 @@ def test_text_parts_are_joined_as_they_stand(qwen2: PreTrainedTokenizerFast) -> 
     assert masked(qwen2, user(parts), assistant(parts)) == masked(qwen2, user(joined), assistant(joined))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(row=chat_rows(reasoning=True))
 def test_every_trained_span_is_an_answer_that_ends_its_turn(
     qwen3: PreTrainedTokenizerFast, row: dict[str, Any]

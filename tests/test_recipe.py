@@ -430,7 +430,7 @@ def test_each_value_of_the_resolved_recipe_carries_its_origin() -> None:
     assert sum("  # " in line for line in lines) == len(loaded.origins)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"])),
     number=st.floats(1e-300, 1e300),
@@ -450,7 +450,7 @@ def test_any_text_and_number_survives_the_resolved_recipe(text: str, number: flo
 YAML_PIECES = [*"abc:-[]{},#&*!|>'\"%@`~?\n\t 01.e", "\n  ", ": ", "data", "tuning", "seed"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.sampled_from(YAML_PIECES), max_size=60).map("".join))
 def test_no_file_ends_in_another_error_than_a_recipe_error(text: str) -> None:
     with pytest.raises(RecipeError) as raised:
