@@ -43,6 +43,9 @@ def find_mends(spec: ModelSpec, device: Device, request: PlanRequest, current: C
     def offer(*ladder: Sequence[_Change]) -> bool:
         """Try every combination of one variant per rung, mildest first; keep the first that fits."""
         for changes in _variants(ladder):
+            keys = [override.split("=")[0] for change in changes for override in change.overrides]
+            if len(set(keys)) < len(keys):  # two changes of one key
+                continue
             mended = request
             for change in changes:
                 mended = change.apply(mended)
@@ -126,29 +129,35 @@ def _costly_changes(device: Device, request: PlanRequest) -> Iterator[list[_Chan
                 lambda asked: replace(asked, optimizer_state="8bit"),
             )
         ]
+    # A state pinned to the format of today's trained parameters goes with them.
+    is_pinned = request.optimizer_state not in ("auto", "8bit")
+    released = ("precision.optimizer_state=auto",) if is_pinned else ()
+    state = "auto" if is_pinned else request.optimizer_state
     has_bf16 = not isinstance(device, GpuSpec) or device.has_bf16
     if has_bf16 and (request.weights == "fp32" or (request.weights == "auto" and not isinstance(device, GpuSpec))):
         yield [
             _Change(
                 "hold the weights in bf16",
-                ("precision.weights=bf16",),
-                lambda asked: replace(asked, weights="bf16"),
+                ("precision.weights=bf16", *released),
+                lambda asked: replace(asked, weights="bf16", optimizer_state=state),
             )
         ]
     if request.kind == "full":
         yield [
             _Change(
                 "train adapters (LoRA) instead of all weights",
-                ("tuning.kind=lora",),
-                lambda asked: replace(asked, kind="lora"),
+                ("tuning.kind=lora", *released),
+                lambda asked: replace(asked, kind="lora", optimizer_state=state),
             )
         ]
     if request.kind != "qlora":
         yield [
             _Change(
                 "train adapters on 4-bit weights (QLoRA)",
-                ("tuning.kind=qlora",),
-                lambda asked: replace(asked, kind="qlora", sharding="auto" if is_sharded else asked.sharding),
+                ("tuning.kind=qlora", *released),
+                lambda asked: replace(
+                    asked, kind="qlora", optimizer_state=state, sharding="auto" if is_sharded else asked.sharding
+                ),
             )
         ]
     shorter = [request.max_tokens >> halvings for halvings in range(1, 16)]
