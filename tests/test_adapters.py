@@ -52,7 +52,9 @@ def test_the_rows_of_untaught_tokens_are_trained_saved_and_merged(tmp_path: Path
 
         merge(base, tmp_path / "adapter", tmp_path / "merged")
         merged = load_tuned(tmp_path / "merged", None)
-        torch.testing.assert_close(merged(input_ids=ids).logits, after, atol=1e-5, rtol=0)
+        # Beside 1e-5 a share of the value: three steps at this rate put logits near 8, and kernels round otherwise
+        # from one processor to the next.
+        torch.testing.assert_close(merged(input_ids=ids).logits, after, atol=1e-5, rtol=1e-5)
     assert json.loads((tmp_path / "merged" / "config.json").read_bytes())["tie_word_embeddings"] is tied
 
 
