@@ -17,6 +17,13 @@ from qwentune.errors import Problem, UsageError
 
 CONTROL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")
 END_OF_TEXT = "<|endoftext|>"
+# In these every alternative that takes in a line feed ends with one or with white space, so a character that is no
+# white space begins a part of its own after it. A pattern that is not listed costs time, nothing else.
+PATTERNS_THAT_CUT_AFTER_NEWLINE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+)
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -26,6 +33,8 @@ class Tokenizer:
 
     `control_ids` maps every `<|…|>` token to its id; `encode` never produces one of them. `<think>`, `<tool_call>` and
     the like are no control tokens: text that spells them becomes them, as on an inference server.
+    `cuts_after_newline`: a text cut between a line feed and a character that is no white space is encoded as its two
+    halves are.
     """
 
     backend: Backend
@@ -33,6 +42,7 @@ class Tokenizer:
     special_tokens: dict[str, str]
     chat_template: str | None
     fingerprint: str
+    cuts_after_newline: bool = False
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
@@ -89,7 +99,25 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         special_tokens=_special_tokens(config),
         chat_template=_chat_template(folder, config),
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+        cuts_after_newline=_split_pattern(document) in PATTERNS_THAT_CUT_AFTER_NEWLINE,
     )
+
+
+def _split_pattern(document: dict[str, Any]) -> str | None:
+    """The pattern by which texts are cut before their bytes are merged, where nothing else cuts or normalises them."""
+    match document:
+        case {
+            "normalizer": {"type": "NFC"},
+            "pre_tokenizer": {
+                "pretokenizers": [
+                    {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
+                    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                ]
+            },
+        }:
+            return pattern
+        case _:
+            return None
 
 
 def _added_tokens(listed: list[dict[str, Any]], decoder: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

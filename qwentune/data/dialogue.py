@@ -1,0 +1,234 @@
+"""A conversation on its way through the checkpoint's own chat template, and the rule of what each turn trains.
+
+For an assistant turn, the context is what a server renders before it and the target is what the rendering with the
+turn has beyond the context, through its last control token. Texts of the row are guarded while the template runs, so
+that only the control tokens that the template itself wrote become control tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from qwentune.data.conservation import first_lost
+from qwentune.data.guard import choose_guard, guarded_message, guarded_object, message_texts, texts_of
+from qwentune.data.pieces import Encoder, Piece
+from qwentune.data.reasoning import with_reasoning_apart, with_uncarried_reasoning
+from qwentune.data.sample import Conversation, Json, Message, RowError
+from qwentune.data.template import ChatTemplate, Mode, TemplateMessage, TemplateRefusalError, template_message
+from qwentune.data.tokenizer import Tokenizer
+
+_REFUSED = "Change the row to what this template takes, or give another one with data.chat_template."
+
+
+@dataclass(frozen=True, slots=True)
+class RenderOptions:
+    """The choices of `data:` that decide what is trained and under which prompt."""
+
+    max_tokens: int
+    thinking: Literal["auto", "on", "off"] = "auto"
+    turns: Literal["all", "last"] = "all"
+    too_long: Literal["drop", "drop_old_turns", "error"] = "drop"
+    unsupported_reasoning: Literal["refuse", "drop", "inline"] = "refuse"
+    system: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One trained turn in pieces: its context is the first `history` pieces of the dialogue's and then `context`."""
+
+    index: int
+    history: int
+    context: Sequence[Piece]
+    target: Sequence[Piece]
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """The trained turns of a dialogue, and the rendering that their contexts share."""
+
+    history: Sequence[Piece]
+    turns: list[Turn]
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One conversation, guarded, with the default system text where it has none of its own."""
+
+    conversation: Conversation
+    unguarded: tuple[Message, ...]
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Json], ...]
+    num_inserted: int  # messages that the row does not have: the default system text
+    guard: str  # stands for "|" in every text of the row; "|" itself where no text holds one
+    template: ChatTemplate
+    options: RenderOptions
+    encoder: Encoder
+    unstructured_reasoning: int = field(default=0)  # turns with inline reasoning that this template takes for text
+
+    @classmethod
+    def of(
+        cls, conversation: Conversation, template: ChatTemplate, options: RenderOptions, encoder: Encoder
+    ) -> Dialogue:
+        """The conversation as this template takes it; RowError where it cannot carry the reasoning."""
+        messages, unstructured = list(conversation.messages), 0
+        if template.reasoning_form is None:
+            unstructured = sum(
+                m.role == "assistant" and isinstance(m.content, str) and "</think>" in m.content for m in messages
+            )
+        else:
+            messages = [with_reasoning_apart(m) for m in messages]
+        num_inserted = 0
+        if options.system is not None and messages[0].role != "system":
+            messages.insert(0, Message("system", options.system))
+            num_inserted = 1
+        if template.reasoning_form is None or template.mode_of(options.thinking, True) == "non_thinking":
+            cause = "data.thinking is off" if template.reasoning_form else "the chat template has no place for it"
+            messages = [
+                with_uncarried_reasoning(message, options.unsupported_reasoning, f"messages[{i - num_inserted}]", cause)
+                for i, message in enumerate(messages)
+            ]
+        texts = [text for message in messages for text in message_texts(message)]
+        guard = choose_guard([*texts, *texts_of(list(conversation.tools))])
+        return cls(
+            conversation=conversation,
+            unguarded=tuple(messages),
+            messages=tuple(guarded_message(message, guard) for message in messages),
+            tools=tuple(guarded_object(tool, guard) for tool in conversation.tools),
+            num_inserted=num_inserted,
+            guard=guard,
+            template=template,
+            options=options,
+            encoder=encoder,
+            unstructured_reasoning=unstructured,
+        )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the run."""
+        return self.encoder.tokenizer
+
+    @cached_property
+    def rows(self) -> list[TemplateMessage]:
+        """The messages as the template reads them."""
+        return [template_message(message, self.template.reasoning_form) for message in self.messages]
+
+    @cached_property
+    def candidates(self) -> list[int]:
+        """The turns that are to be trained, reachable or not."""
+        trained = [i for i, message in enumerate(self.messages) if message.role == "assistant" and message.weight > 0]
+        return trained[-1:] if self.options.turns == "last" else trained
+
+    @cached_property
+    def trained(self) -> list[int]:
+        """The turns that are trained: those with a user turn before them, which a server could produce."""
+        first = next((i for i, message in enumerate(self.messages) if message.role == "user"), len(self.messages))
+        return [i for i in self.candidates if i > first]
+
+    def row_index(self, i: int) -> int:
+        """The index of message `i` in the row as the user wrote it."""
+        return i - self.num_inserted
+
+    def reasons(self, i: int) -> bool:
+        """Whether turn `i` brings reasoning of its own."""
+        return bool((self.messages[i].reasoning or "").strip())
+
+    def mode(self, i: int) -> Mode:
+        """The prompt under which turn `i` is trained."""
+        return self.template.mode_of(self.options.thinking, self.reasons(i))
+
+    def literal_turns(self) -> Turns:
+        """Every trained turn by the rule, each rendered on its own; RowError where the rule cannot hold."""
+        return Turns((), [self.literal_turn(i) for i in self.trained])
+
+    def literal_turn(self, i: int, first: int = 0) -> Turn:
+        """Turn `i` by the rule; messages before `first` are left out, but a system text stays."""
+        kept = [k for k in range(i + 1) if k >= first or (k == 0 and self.messages[0].role == "system")]
+        context, rendering = self._render_both([self.rows[k] for k in kept], i)
+        if not rendering.startswith(context):
+            raise RowError(
+                f"messages[{self.row_index(i)}] cannot be trained: its rendering does not continue the prompt that a "
+                f"server would build ({_difference(context, rendering, self.guard)})",
+                'Leave the turn out with "train": false, or choose another data.thinking.',
+            )
+        has_reasoning = self.template.reasoning_form is not None
+        messages = [self.messages[k] for k in kept]
+        lost = first_lost(messages, self.tools, rendering, len(context), has_reasoning=has_reasoning)
+        if lost is not None:
+            lost = lost.replace(self.guard, "|")
+            raise RowError(
+                f"the chat template leaves out {lost} of the messages before and with messages[{self.row_index(i)}]",
+                "Change the row, or give a template that carries it with data.chat_template.",
+            )
+        target = through_last_control_token(rendering[len(context) :], self.tokenizer)
+        if target is None:
+            raise RowError(
+                f"messages[{self.row_index(i)}] does not end with a control token in the chat template's rendering, so "
+                "the model would never learn to stop",
+                "Give a template that closes every turn with data.chat_template.",
+            )
+        return Turn(i, 0, self.split(context), self.split(target))
+
+    def prompt(self, mode: Mode) -> list[Piece]:
+        """All messages and the generation prompt."""
+        try:
+            return self.split(self.template.render([self.rows], self.tools, mode=mode, generation_prompt=True)[0])
+        except TemplateRefusalError as error:
+            raise RowError(f"the chat template refuses the messages: {error}", _REFUSED) from None
+
+    def count_forged(self) -> int:
+        """How many control tokens the row's texts spell; proves that the guard changes nothing else."""
+        if self.guard == "|":
+            return 0
+        form = self.template.reasoning_form
+        plain = self._rendered([template_message(m, form) for m in self.unguarded], self.conversation.tools)
+        guarded = self._rendered(self.rows, self.tools)
+        if guarded.replace(self.guard, "|") != plain:
+            raise RowError(
+                "the chat template treats '|' in a text specially, so that its texts and its control tokens cannot be "
+                "told apart",
+                "Remove the '|' from the texts of this row.",
+            )
+        pattern = self.tokenizer.control_pattern
+        return len(pattern.findall(plain)) - len(pattern.findall(guarded))
+
+    def split(self, rendering: str) -> list[Piece]:
+        """The pieces of a rendering of this dialogue."""
+        return self.encoder.split(rendering, self.guard).pieces
+
+    def _rendered(self, messages: Sequence[TemplateMessage], tools: Sequence[dict[str, Json]]) -> str:
+        try:
+            return self.template.render([messages], tools)[0]
+        except TemplateRefusalError as error:
+            raise RowError(f"the chat template refuses the messages: {error}", _REFUSED) from None
+
+    def _render_both(self, rows: Sequence[TemplateMessage], i: int) -> tuple[str, str]:
+        mode = self.mode(i)
+        try:
+            context = self.template.render([rows[:-1]], self.tools, mode=mode, generation_prompt=True)[0]
+            rendering = self.template.render([rows], self.tools, mode=mode)[0]
+        except TemplateRefusalError as error:
+            what = f"the chat template refuses the messages up to messages[{self.row_index(i)}]: {error}"
+            raise RowError(what.replace(self.guard, "|"), _REFUSED) from None
+        return context, rendering
+
+
+def through_last_control_token(text: str, tokenizer: Tokenizer) -> str | None:
+    """`text` up to and with its last control token; None where something else than white space follows, or none is."""
+    end = 0
+    for match in tokenizer.control_pattern.finditer(text):
+        end = match.end()
+    return text[:end] if end and not text[end:].strip() else None
+
+
+def _difference(context: str, rendering: str, guard: str) -> str:
+    """The first place where the rendering leaves the context, with a few characters of both."""
+    shared = next(
+        (k for k, (a, b) in enumerate(zip(context, rendering, strict=False)) if a != b),
+        min(len(context), len(rendering)),
+    )
+    start = max(0, shared - 12)
+    prompt, rendered = (text[start : shared + 28].replace(guard, "|") for text in (context, rendering))
+    return f"prompt {prompt!r}, rendering {rendered!r}"
