@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,53 +22,16 @@ from qwentune.data.checkpoint import cache_folder
 from qwentune.data.files import content_sha256
 from qwentune.data.pack import Packed, lay_out, pack
 from qwentune.data.read import read_samples
-from qwentune.data.render import Dropped, Rendered, Renderer, RenderOptions
+from qwentune.data.render import Dropped, Renderer, RenderOptions
 from qwentune.data.report import Report
 from qwentune.data.sample import Source
+from qwentune.data.store import Examples, ExampleWriter
 from qwentune.data.template import ChatTemplate
 from qwentune.data.tokenizer import Tokenizer
 from qwentune.errors import DataError, Problem, RecipeError
-from qwentune.recipe import DataOptions, DataSource
+from qwentune.recipe import DataOptions
 
-CACHE_FORMAT = 2  # raise it whenever rendering or storing changes what stands in the cache
-ARRAYS = ("input_ids", "weights", "offsets", "lines", "files", "turns", "turn_offsets", "train", "evaluation")
-
-
-@dataclass(frozen=True)
-class Examples:
-    """All rendered examples of a run, memory-mapped.
-
-    `input_ids` (int32) and `weights` (float32) hold the tokens of example i at `offsets[i]:offsets[i + 1]`; `turns`
-    likewise by `turn_offsets`. `train` and `evaluation` are indices of examples in training order, an index standing
-    as often as its source is repeated.
-    """
-
-    input_ids: NDArray[np.int32]
-    weights: NDArray[np.float32]
-    offsets: NDArray[np.int64]
-    lines: NDArray[np.int64]
-    files: NDArray[np.int32]
-    turns: NDArray[np.int32]
-    turn_offsets: NDArray[np.int64]
-    train: NDArray[np.int64]
-    evaluation: NDArray[np.int64]
-    file_names: tuple[str, ...]
-
-    def tokens(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Ids and weights of example i."""
-        span = slice(self.offsets[i], self.offsets[i + 1])
-        return self.input_ids[span], self.weights[span]
-
-    def rendered(self, i: int) -> Rendered:
-        """Example i with its source."""
-        ids, weights = self.tokens(i)
-        turns = self.turns[self.turn_offsets[i] : self.turn_offsets[i + 1]]
-        source = Source(self.file_names[int(self.files[i])], int(self.lines[i]))
-        return Rendered(source, tuple(turns.tolist()), ids.tolist(), weights.tolist())
-
-    def length(self, i: int) -> int:
-        """Number of tokens of example i."""
-        return int(self.offsets[i + 1] - self.offsets[i])
+CACHE_FORMAT = 3  # raise it whenever rendering or storing changes what stands in the cache
 
 
 @dataclass(frozen=True)
@@ -86,7 +50,7 @@ class Rows:
     @cached_property
     def trained_weights(self) -> list[float]:
         """The sum of loss weights of each row."""
-        sums = np.add.reduceat(np.asarray(self.examples.weights, dtype=np.float64), self.examples.offsets[:-1])
+        sums = self.examples.trained_weights
         return [float(sum(sums[i] for i in members)) for members in self.members]
 
     @cached_property
@@ -97,7 +61,7 @@ class Rows:
     @cached_property
     def num_trained(self) -> list[int]:
         """The number of supervised tokens of each row."""
-        counts = np.add.reduceat((self.examples.weights != 0).astype(np.int64), self.examples.offsets[:-1])
+        counts = self.examples.num_trained
         return [int(sum(counts[i] for i in members)) for members in self.members]
 
     def trained_weight(self, row: int) -> float:
@@ -109,7 +73,8 @@ class Rows:
 class Dataset:
     """The rendered data of a run and what there is to say about it.
 
-    `fingerprint` names all that went into it; `content` is a hash of what is trained, wherever it was read.
+    `fingerprint` names all that went into it; `content` is a hash of what is trained, wherever it was read;
+    `control_ids_used` are the control tokens that stand in the examples, without the end of text.
     """
 
     examples: Examples
@@ -117,6 +82,7 @@ class Dataset:
     dropped: tuple[dict[str, Any], ...]
     fingerprint: str
     content: str
+    control_ids_used: tuple[int, ...]
     tokens_per_row: int
     packing: bool
 
@@ -129,11 +95,6 @@ class Dataset:
     def evaluation(self) -> Rows:
         """The evaluation rows; there may be none."""
         return self._rows(self.examples.evaluation)
-
-    def control_tokens_used(self, tokenizer: Tokenizer) -> list[int]:
-        """The ids of the control tokens that stand in the training examples, without the end of text."""
-        used = set(np.unique(self.examples.input_ids).tolist()) & set(tokenizer.control_ids.values())
-        return sorted(used - {tokenizer.end_of_text_id})
 
     def _rows(self, indices: NDArray[np.int64]) -> Rows:
         chosen = [int(i) for i in indices]
@@ -154,7 +115,7 @@ def prepare(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | No
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.exists():  # another process may have rendered it meanwhile
-                _publish(_build(data, tokenizer, template, seed), folder)
+                _publish(data, tokenizer, template, seed, folder)
     return _open(folder, fingerprint, data)
 
 
@@ -197,16 +158,24 @@ def _fingerprint(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-@dataclass(frozen=True)
-class _Built:
-    rendered: list[Rendered]
-    train: list[int]
-    evaluation: list[int]
-    dropped: list[Dropped]
-    report: dict[str, Any]
+def _publish(
+    data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int, folder: Path
+) -> None:
+    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    try:
+        with ExampleWriter(staging, tokenizer.control_ids.values()) as writer:
+            description = _build(data, tokenizer, template, seed, writer)
+        (staging / "description.json").write_text(json.dumps(description, ensure_ascii=False))
+        os.rename(staging, folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
-def _build(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int) -> _Built:
+def _build(
+    data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int, writer: ExampleWriter
+) -> dict[str, Any]:
+    """What is to be known of the examples that were written."""
     options = RenderOptions(
         max_tokens=data.max_tokens,
         thinking=data.thinking,
@@ -218,33 +187,38 @@ def _build(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | Non
     renderer = Renderer(tokenizer, template, options)
     report = Report(tokenizer, template, data.thinking)
     problems: list[Problem] = []
-    rendered: list[Rendered] = []
-    groups: list[list[list[int]]] = []  # per source and sample: the indices of its examples
+    groups: list[NDArray[np.int64]] = []  # per source: where the examples of each sample begin, and where the last end
     dropped: list[Dropped] = []
     refused: list[Dropped] = []  # rows that are wrong
     for source in [*data.train, *(data.evaluation or ())]:
-        samples: list[list[int]] = []
-        num_problems = len(problems)
-        for sample in read_samples(source.path, source.format, problems):
-            outcome = renderer.render(sample)
+        begins = array("q", [writer.num_examples])
+        faults: list[Problem] = []
+        for outcome in renderer.render_all(read_samples(source.path, source.format, faults)):
             report.add(outcome)
-            problems.extend(outcome.problems)
+            faults.extend(outcome.problems)
             dropped.extend(outcome.dropped)
             if outcome.examples:
-                samples.append(list(range(len(rendered), len(rendered) + len(outcome.examples))))
-                rendered.extend(outcome.examples)
-        groups.append(samples)
-        refused += [
-            Dropped(_source_of(problem, source.path), None, problem.what) for problem in problems[num_problems:]
-        ]
+                writer.add(outcome.examples)
+                begins.append(writer.num_examples)
+        groups.append(np.asarray(begins, dtype=np.int64))
+        # Rows are read ahead of what is rendered.
+        faults.sort(key=lambda problem: _source_of(problem, source.path).line)
+        problems += faults
+        refused += [Dropped(_source_of(problem, source.path), None, problem.what) for problem in faults]
     if problems and data.bad_rows == "error":
         raise DataError(problems)
     dropped += refused
     _refuse_losses(data, report, dropped, problems)
     train, evaluation = _split(data, groups, seed)
-    if not train:
+    if not len(train):
         raise DataError(Problem(data.train[0].path, "no row is left to train on", "See the problems above."))
-    return _Built(rendered, train, evaluation, dropped, report.finish(rendered, train, evaluation, dropped))
+    return {
+        "content": writer.finish(train, evaluation),
+        "file_names": list(writer.file_names),
+        "control_ids_used": sorted(writer.control_ids_used - {tokenizer.end_of_text_id}),
+        "report": report.finish(len(train), len(evaluation), dropped),
+        "dropped": [{**asdict(drop), "source": asdict(drop.source)} for drop in dropped],
+    }
 
 
 def _source_of(problem: Problem, file: str) -> Source:
@@ -265,80 +239,51 @@ def _refuse_losses(data: DataOptions, report: Report, dropped: Sequence[Dropped]
         raise DataError([*problems, Problem(data.train[0].path, what, fix)])
 
 
-def _split(data: DataOptions, groups: list[list[list[int]]], seed: int) -> tuple[list[int], list[int]]:
+def _split(
+    data: DataOptions, groups: Sequence[NDArray[np.int64]], seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Indices of training and evaluation examples; whole dialogues go to one side, before anything is repeated."""
-    train: list[int] = []
-    evaluation = [i for samples in groups[len(data.train) :] for sample in samples for i in sample]
-    sizes = [len(samples) for samples in groups[: len(data.train)]]
-    chosen = set(_choice(sum(sizes), data.eval_fraction, seed))
-    first = 0
-    for number, (source, samples) in enumerate(zip(data.train, groups, strict=False)):
-        kept = [sample for k, sample in enumerate(samples, first) if k not in chosen]
-        evaluation += [i for k, sample in enumerate(samples, first) if k in chosen for i in sample]
-        first += len(samples)
-        for sample in _repeated(kept, source, seed + number):
-            train += sample
-    return train, evaluation
+    sizes = [len(begins) - 1 for begins in groups[: len(data.train)]]
+    held_out = np.zeros(sum(sizes), dtype=bool)
+    held_out[_choice(sum(sizes), data.eval_fraction, seed)] = True
+    train: list[NDArray[np.int64]] = []
+    evaluation = [np.arange(begins[0], begins[-1]) for begins in groups[len(data.train) :]]
+    for number, (source, begins, out) in enumerate(
+        zip(data.train, groups, np.split(held_out, np.cumsum(sizes)), strict=False)
+    ):
+        evaluation.append(_examples_of(begins, np.flatnonzero(out)))
+        train.append(_examples_of(begins, _repeated(np.flatnonzero(~out), source.repeat, seed + number)))
+    return np.concatenate(train), np.concatenate(evaluation)
 
 
-def _choice(count: int, fraction: float, seed: int) -> list[int]:
+def _examples_of(begins: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The indices of the examples of the given samples, in their order."""
+    counts = begins[samples + 1] - begins[samples]
+    ends = np.cumsum(counts)
+    return np.repeat(begins[samples] - (ends - counts), counts) + np.arange(counts.sum())
+
+
+def _choice(count: int, fraction: float, seed: int) -> NDArray[np.int64]:
     size = 0 if fraction == 0 or count < 2 else min(count - 1, max(1, round(fraction * count)))
-    return [int(i) for i in np.random.default_rng([seed, 0xE7A1]).permutation(count)[:size]]
+    return np.random.default_rng([seed, 0xE7A1]).permutation(count)[:size]
 
 
-def _repeated(samples: list[list[int]], source: DataSource, seed: int) -> Iterator[list[int]]:
-    whole = int(source.repeat)
-    for _ in range(whole):
-        yield from samples
-    size = round((source.repeat - whole) * len(samples))
-    for k in sorted(np.random.default_rng([seed, 0x5EED]).permutation(len(samples))[:size]):
-        yield samples[int(k)]
-
-
-def _publish(built: _Built, folder: Path) -> None:
-    files = {name: k for k, name in enumerate(dict.fromkeys(example.source.file for example in built.rendered))}
-    rendered = built.rendered
-    arrays: dict[str, NDArray[Any]] = {
-        "input_ids": np.concatenate([np.asarray(example.input_ids, dtype=np.int32) for example in rendered]),
-        "weights": np.concatenate([np.asarray(example.weights, dtype=np.float32) for example in rendered]),
-        "offsets": np.cumsum([0] + [len(example.input_ids) for example in rendered], dtype=np.int64),
-        "lines": np.asarray([example.source.line for example in rendered], dtype=np.int64),
-        "files": np.asarray([files[example.source.file] for example in rendered], dtype=np.int32),
-        "turns": np.asarray([turn for example in rendered for turn in example.turns], dtype=np.int32),
-        "turn_offsets": np.cumsum([0] + [len(example.turns) for example in rendered], dtype=np.int64),
-        "train": np.asarray(built.train, dtype=np.int64),
-        "evaluation": np.asarray(built.evaluation, dtype=np.int64),
-    }
-    content = hashlib.sha256()
-    for name in ("input_ids", "weights", "offsets", "train"):
-        content.update(np.ascontiguousarray(arrays[name]).data)
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
-    try:
-        for name in ARRAYS:
-            np.save(staging / f"{name}.npy", arrays[name], allow_pickle=False)
-        description = {
-            "file_names": list(files),
-            "content": content.hexdigest()[:32],
-            "report": built.report,
-            "dropped": [{**asdict(drop), "source": asdict(drop.source)} for drop in built.dropped],
-        }
-        (staging / "description.json").write_text(json.dumps(description, ensure_ascii=False))
-        os.rename(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+def _repeated(samples: NDArray[np.int64], repeat: float, seed: int) -> NDArray[np.int64]:
+    whole = int(repeat)
+    size = round((repeat - whole) * len(samples))
+    some = np.sort(np.random.default_rng([seed, 0x5EED]).permutation(len(samples))[:size])
+    return np.concatenate([*[samples] * whole, samples[some]])
 
 
 def _open(folder: Path, fingerprint: str, data: DataOptions) -> Dataset:
     description = json.loads((folder / "description.json").read_text())
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
-    examples = Examples(**arrays, file_names=tuple(description["file_names"]))
     return Dataset(
-        examples=examples,
+        examples=Examples.open(folder, description["file_names"]),
         report=description["report"],
         dropped=tuple(description["dropped"]),
         fingerprint=fingerprint,
         content=description["content"],
+        control_ids_used=tuple(description["control_ids_used"]),
         tokens_per_row=data.max_tokens,
         packing=data.packing,
     )

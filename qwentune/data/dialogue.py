@@ -37,20 +37,16 @@ class RenderOptions:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One trained turn in pieces: its context is the first `history` pieces of the dialogue's and then `context`."""
+    """One trained turn in pieces: its context is the first `num_history` pieces of `history` and then `context`.
+
+    Turns of a dialogue share one history where they can.
+    """
 
     index: int
-    history: int
+    history: Sequence[Piece]
+    num_history: int
     context: Sequence[Piece]
     target: Sequence[Piece]
-
-
-@dataclass(frozen=True, slots=True)
-class Turns:
-    """The trained turns of a dialogue, and the rendering that their contexts share."""
-
-    history: Sequence[Piece]
-    turns: list[Turn]
 
 
 @dataclass(frozen=True)
@@ -139,9 +135,9 @@ class Dialogue:
         """The prompt under which turn `i` is trained."""
         return self.template.mode_of(self.options.thinking, self.reasons(i))
 
-    def literal_turns(self) -> Turns:
+    def literal_turns(self) -> list[Turn]:
         """Every trained turn by the rule, each rendered on its own; RowError where the rule cannot hold."""
-        return Turns((), [self.literal_turn(i) for i in self.trained])
+        return [self.literal_turn(i) for i in self.trained]
 
     def literal_turn(self, i: int, first: int = 0) -> Turn:
         """Turn `i` by the rule; messages before `first` are left out, but a system text stays."""
@@ -169,7 +165,7 @@ class Dialogue:
                 "the model would never learn to stop",
                 "Give a template that closes every turn with data.chat_template.",
             )
-        return Turn(i, 0, self.split(context), self.split(target))
+        return Turn(i, (), 0, self.split(context), self.split(target))
 
     def prompt(self, mode: Mode) -> list[Piece]:
         """All messages and the generation prompt."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qwentune.data.conservation import first_lost
-from qwentune.data.dialogue import Dialogue, RenderOptions, Turn, Turns, through_last_control_token
+from qwentune.data.dialogue import Dialogue, RenderOptions, Turn, through_last_control_token
 from qwentune.data.pieces import Encoder, Piece
 from qwentune.data.sample import Conversation, Json, Message, RowError, Source, ToolCall
 from qwentune.data.template import ChatTemplate, Mode, TemplateRefusalError
@@ -25,21 +25,26 @@ class Grammar:
 
     `user` and `assistant` open a message of that role, each beginning with a control token; `prompts` are the whole
     generation prompts by mode; `stop` is the control token that ends an answer. `rewrites` says that a message's
-    rendering may depend on later ones.
+    rendering may depend on later ones, `mode_matters` that the mode of the prompt changes what stands before it.
     """
 
     user: str
     assistant: str
     prompts: dict[Mode, str]
     stop: str
+    mode_matters: bool
     rewrites: bool
 
-    def turns(self, dialogue: Dialogue) -> Turns | None:
+    def turns(self, dialogue: Dialogue) -> list[Turn] | None:
         """The trained turns, as the rule gives them; None where the dialogue does not look as expected."""
+        together: dict[Mode | None, list[int]] = {}
+        for i in dialogue.trained:
+            together.setdefault(dialogue.mode(i) if self.mode_matters else None, []).append(i)
         try:
-            return _Reading(self, dialogue).turns()
+            turns = [turn for trained in together.values() for turn in _Reading(self, dialogue, trained).turns()]
         except _UnexpectedError:
             return None
+        return sorted(turns, key=lambda turn: turn.index)
 
 
 class _UnexpectedError(Exception):
@@ -47,13 +52,13 @@ class _UnexpectedError(Exception):
 
 
 class _Reading:
-    """One dialogue, read off its rendering through the last trained turn."""
+    """Trained turns of one dialogue, read off its rendering through the last of them."""
 
-    def __init__(self, grammar: Grammar, dialogue: Dialogue) -> None:
-        self.grammar, self.dialogue = grammar, dialogue
+    def __init__(self, grammar: Grammar, dialogue: Dialogue, trained: Sequence[int]) -> None:
+        self.grammar, self.dialogue, self.trained = grammar, dialogue, trained
         self.messages = dialogue.messages
         self.has_reasoning = dialogue.template.reasoning_form is not None
-        self.last = dialogue.trained[-1]
+        self.last = trained[-1]
         self.exchanges = [k for k in range(self.last) if self.messages[k].role == "user"]
         self.num_leading = int(self.messages[0].role == "system")
         if not self.exchanges or self.exchanges[0] != self.num_leading:
@@ -61,20 +66,19 @@ class _Reading:
         self.rendering = self._rendered(0, self.last)
         self.pieces = dialogue.encoder.split(self.rendering, dialogue.guard)
 
-    def turns(self) -> Turns:
-        turns = self._rewritten() if self.grammar.rewrites else self._as_they_stand()
-        return Turns(self.pieces.pieces, list(turns))
+    def turns(self) -> Iterator[Turn]:
+        return self._rewritten() if self.grammar.rewrites else self._as_they_stand()
 
     def _as_they_stand(self) -> Iterator[Turn]:
         """Every turn is where the whole rendering has it."""
         openings = self._openings(self.rendering, self.num_leading, self.last)
-        for i in self.dialogue.trained:
+        for i in self.trained:
             yield self._turn_in_rendering(i, openings[i])
 
     def _rewritten(self) -> Iterator[Turn]:
         """Every turn is in the rendering that ends with it; what is before its exchange, as in the whole one."""
         position, exchange_before = 0, self.num_leading
-        for i in self.dialogue.trained:
+        for i in self.trained:
             if i == self.last:
                 yield self._turn_in_rendering(i, self._openings(self.rendering, self.num_leading, i)[i])
                 continue
@@ -94,7 +98,7 @@ class _Reading:
             if target is None:
                 raise _UnexpectedError
             history = bisect_right(self.pieces.ends, position)
-            yield Turn(i, history, self.dialogue.split(exchange[:stop]), self.dialogue.split(target))
+            yield Turn(i, self.pieces.pieces, history, self.dialogue.split(exchange[:stop]), self.dialogue.split(target))
 
     def _turn_in_rendering(self, i: int, opening: int) -> Turn:
         pieces = self.pieces
@@ -112,10 +116,10 @@ class _Reading:
         first, end = bisect_right(pieces.ends, start), bisect_right(pieces.ends, stop)
         before = pieces.ends[first - 1] if first else 0
         if before == start:
-            return Turn(i, first, (), pieces.pieces[first:end])
+            return Turn(i, pieces.pieces, first, (), pieces.pieces[first:end])
         # The prompt ends within a piece: what is before and after its end is encoded apart, as on a server.
         context, target = self.rendering[before:start], self.rendering[start:stop]
-        return Turn(i, first, self.dialogue.split(context), self.dialogue.split(target))
+        return Turn(i, pieces.pieces, first, self.dialogue.split(context), self.dialogue.split(target))
 
     def _openings(self, text: str, first: int, last: int) -> dict[int, int]:
         """Where in a text that renders messages `first` to `last` each assistant message opens."""
@@ -165,26 +169,25 @@ class _Reading:
 def learn(template: ChatTemplate, options: RenderOptions, encoder: Encoder) -> Grammar | None:
     """The template's grammar; None where it writes dialogues in a way that cannot be read off, so that the rule rules.
 
-    The first of two kinds that agrees with the rule on every probe: messages stand as they are, or are rewritten.
+    Of the two kinds, messages that stand as they are and messages that are rewritten, the one that reads more probes,
+    each as the rule does.
     """
     try:
         opened, answered = _opening(template, encoder), _stop(template, options, encoder)
     except (TemplateRefusalError, RowError, ValueError):
         return None
-    for rewrites in (False, True):
-        grammar = Grammar(*opened, answered, rewrites)
-        if _agrees_on_probes(grammar, template, options, encoder):
-            return grammar
-    return None
+    kinds = [Grammar(*opened[:3], answered, opened[3], rewrites) for rewrites in (False, True)]
+    num_read = [_num_probes_read(kind, template, options, encoder) for kind in kinds]
+    return kinds[num_read.index(max(num_read))] if any(num_read) else None
 
 
-def same(turns: Turns, others: Turns) -> bool:
+def same(turns: Sequence[Turn], others: Sequence[Turn]) -> bool:
     """Whether both say the same of every turn: its context, its target, and what is a control token."""
-    return [_texts(turns, turn) for turn in turns.turns] == [_texts(others, turn) for turn in others.turns]
+    return [_texts(turn) for turn in turns] == [_texts(turn) for turn in others]
 
 
-def _texts(turns: Turns, turn: Turn) -> tuple[int, list[Piece], list[Piece]]:
-    return turn.index, _joined([*turns.history[: turn.history], *turn.context]), _joined(turn.target)
+def _texts(turn: Turn) -> tuple[int, list[Piece], list[Piece]]:
+    return turn.index, _joined([*turn.history[: turn.num_history], *turn.context]), _joined(turn.target)
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:
@@ -198,22 +201,27 @@ def _joined(pieces: Sequence[Piece]) -> list[Piece]:
     return joined
 
 
-def _opening(template: ChatTemplate, encoder: Encoder) -> tuple[str, str, dict[Mode, str]]:
-    """What opens a user's message and an answer, and the prompts by mode; ValueError where it is not found."""
+def _opening(template: ChatTemplate, encoder: Encoder) -> tuple[str, str, dict[Mode, str], bool]:
+    """What opens a user's message and an answer, the prompts by mode, and whether a mode changes what stands before.
+
+    ValueError where they are not found.
+    """
     word = "question"
     modes: tuple[Mode, ...] = ("thinking", "non_thinking") if template.has_thinking_switch else ("default",)
     prompts: dict[Mode, str] = {}
+    questions: set[str] = set()
     opened = ""
     for mode in modes:
         asked = template.render([[{"role": "user", "content": word}]], mode=mode)[0]
         prompt = template.render([[{"role": "user", "content": word}]], mode=mode, generation_prompt=True)[0]
         prompts[mode] = prompt.removeprefix(asked)
+        questions.add(asked)
         opened = asked[: asked.index(word)]
     markers = [match.start() for match in encoder.tokenizer.control_pattern.finditer(opened)]
     answers = {prompt[: prompt.index("\n") + 1] for prompt in prompts.values()}
     if not markers or len(answers) != 1 or not encoder.tokenizer.control_pattern.match(min(answers)):
         raise ValueError
-    return opened[markers[-1] :], answers.pop(), prompts
+    return opened[markers[-1] :], answers.pop(), prompts, len(questions) > 1
 
 
 def _stop(template: ChatTemplate, options: RenderOptions, encoder: Encoder) -> str:
@@ -223,7 +231,8 @@ def _stop(template: ChatTemplate, options: RenderOptions, encoder: Encoder) -> s
     return next(name for name, token_id in encoder.tokenizer.control_ids.items() if token_id == token)
 
 
-def _agrees_on_probes(grammar: Grammar, template: ChatTemplate, options: RenderOptions, encoder: Encoder) -> bool:
+def _num_probes_read(grammar: Grammar, template: ChatTemplate, options: RenderOptions, encoder: Encoder) -> int:
+    """How many probes the grammar reads, each as the rule has it; 0 where one is read otherwise."""
     num_read = 0
     for probe in _PROBES:
         try:
@@ -233,9 +242,9 @@ def _agrees_on_probes(grammar: Grammar, template: ChatTemplate, options: RenderO
             continue
         read = grammar.turns(dialogue)
         if read is not None and not same(literal, read):
-            return False
+            return 0
         num_read += read is not None
-    return num_read > 0
+    return num_read
 
 
 def _probe(*messages: Message, tools: bool = False) -> Conversation:

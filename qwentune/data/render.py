@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, takewhile
 
-from qwentune.data.dialogue import Dialogue, RenderOptions, Turns
+from qwentune.data.dialogue import Dialogue, RenderOptions, Turn
 from qwentune.data.grammar import Grammar, learn, same
 from qwentune.data.pieces import Encoder, Piece, ids_of
 from qwentune.data.sample import Conversation, Message, RowError, Sample, Source, Text
@@ -97,14 +97,14 @@ class _Planned:
     sample: Sample
     outcome: Outcome
     dialogue: Dialogue | None = None
-    turns: Turns = field(default_factory=lambda: Turns((), []))
+    turns: list[Turn] = field(default_factory=list[Turn])
 
     def pieces(self) -> Iterator[Sequence[Piece]]:
         """All pieces whose ids are needed."""
         if isinstance(self.sample, Text):
             yield (self.sample.text,)
-        yield self.turns.history[: max((turn.history for turn in self.turns.turns), default=0)]
-        for turn in self.turns.turns:
+        yield from _histories(self.turns).values()
+        for turn in self.turns:
             yield turn.context
             yield turn.target
 
@@ -168,7 +168,7 @@ class Renderer:
             planned.outcome.problems.append(Problem(str(sample.source), error.what, error.fix))
         return planned
 
-    def _turns(self, dialogue: Dialogue, number: int, outcome: Outcome) -> Turns:
+    def _turns(self, dialogue: Dialogue, number: int, outcome: Outcome) -> list[Turn]:
         read = self.grammar.turns(dialogue) if self.grammar and dialogue.trained else None
         if read is None:
             return dialogue.literal_turns()
@@ -177,7 +177,7 @@ class Renderer:
             if not same(dialogue.literal_turns(), read):
                 what = "the turns read off one rendering are not what the chat template gives turn by turn"
                 raise DataError(Problem(str(source), what, "This is a bug of qwentune: please report it with the row."))
-            outcome.checked_turns = len(read.turns)
+            outcome.checked_turns = len(read)
         return read
 
     def _finished(self, planned: Sequence[_Planned]) -> Iterator[Outcome]:
@@ -203,12 +203,13 @@ class Renderer:
             if len(piece) > 1:
                 outcome.examples.append(Rendered(sample.source, piece, (Span(1, len(piece), 1.0, -1),)))
 
-    def _add_turns(self, dialogue: Dialogue, turns: Turns, encoded: dict[str, list[int]], outcome: Outcome) -> None:
-        history = _History(turns.history, encoded, max((turn.history for turn in turns.turns), default=0))
-        examples = _Examples(dialogue, history)
-        for turn in turns.turns:
+    def _add_turns(self, dialogue: Dialogue, turns: list[Turn], encoded: dict[str, list[int]], outcome: Outcome) -> None:
+        histories = {key: _History.of(pieces, encoded) for key, pieces in _histories(turns).items()}
+        examples = _Examples(dialogue)
+        for turn in turns:
             context, target = ids_of(turn.context, encoded), ids_of(turn.target, encoded)
-            num_shared = history.ends[turn.history]
+            history = histories[id(turn.history)]
+            num_shared = history.ends[turn.num_history]
             num_tokens = num_shared + len(context) + len(target)
             outcome.rendering_tokens = max(outcome.rendering_tokens, num_tokens)
             if num_tokens > self.options.max_tokens:
@@ -219,7 +220,7 @@ class Renderer:
                     outcome.dropped.append(Dropped(dialogue.conversation.source, row_index, reason, num_tokens))
                     continue
                 num_shared, (context, target) = 0, shortened
-            examples.add(turn.index, num_shared, context, target)
+            examples.add(turn.index, history.ids, num_shared, context, target)
             outcome.modes.append(dialogue.mode(turn.index))
             outcome.turns_with_reasoning += dialogue.reasons(turn.index)
         outcome.examples = examples.rendered()
@@ -240,32 +241,44 @@ class Renderer:
         return None
 
 
-class _History:
-    """The ids of the rendering that a dialogue's contexts share; `ends[k]` counts the tokens of its first k pieces."""
+def _histories(turns: Sequence[Turn]) -> dict[int, Sequence[Piece]]:
+    """The histories of a dialogue's turns, by identity, each as far as it is used."""
+    used: dict[int, Sequence[Piece]] = {}
+    for turn in turns:
+        if turn.num_history >= len(used.get(id(turn.history), ())):
+            used[id(turn.history)] = turn.history[: turn.num_history]
+    return used
 
-    def __init__(self, pieces: Sequence[Piece], encoded: dict[str, list[int]], num_pieces: int) -> None:
-        used = pieces[:num_pieces]
-        self.ids = ids_of(used, encoded)
-        self.ends = [0, *accumulate(1 if isinstance(piece, int) else len(encoded[piece]) for piece in used)]
+
+@dataclass(frozen=True, slots=True)
+class _History:
+    """The ids of a rendering that contexts share; `ends[k]` counts the tokens of its first k pieces."""
+
+    ids: list[int]
+    ends: list[int]
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], encoded: dict[str, list[int]]) -> _History:
+        sizes = (1 if isinstance(piece, int) else len(encoded[piece]) for piece in pieces)
+        return cls(ids_of(pieces, encoded), [0, *accumulate(sizes)])
 
 
 class _Examples:
     """The examples of one dialogue, grown turn by turn."""
 
-    def __init__(self, dialogue: Dialogue, history: _History) -> None:
-        self.dialogue, self.history = dialogue, history
+    def __init__(self, dialogue: Dialogue) -> None:
+        self.dialogue = dialogue
         self.ids: list[list[int]] = []
         self.spans: list[list[Span]] = []
         self.shared: list[int] = []
-        self.num_history = 0  # tokens of the history that the last example begins with
+        self.history: tuple[list[int], int] = ([], 0)  # what the last example begins with, and how much of it
 
-    def add(self, i: int, num_history: int, context: list[int], target: list[int]) -> None:
-        """Adds turn `i`, whose context is `num_history` tokens of the history and then `context`."""
-        context = self.history.ids[:num_history] + context
-        span = Span(
-            len(context), len(context) + len(target), self.dialogue.messages[i].weight, self.dialogue.row_index(i)
-        )
-        known = min(num_history, self.num_history)  # both begin with so many tokens of the history
+    def add(self, i: int, history: list[int], num_history: int, context: list[int], target: list[int]) -> None:
+        """Adds turn `i`, whose context is `num_history` tokens of `history` and then `context`."""
+        context = history[:num_history] + context
+        start, stop = len(context), len(context) + len(target)
+        span = Span(start, stop, self.dialogue.messages[i].weight, self.dialogue.row_index(i))
+        known = min(num_history, self.history[1]) if history is self.history[0] else 0  # the same for both
         last = self.ids[-1] if self.ids else []
         if last and context[known : len(last)] == last[known:]:
             self.ids[-1] = context + target
@@ -276,7 +289,7 @@ class _Examples:
             self.shared.append(known + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
             self.ids.append(ids)
             self.spans.append([span])
-        self.num_history = num_history
+        self.history = history, num_history
 
     def rendered(self) -> list[Rendered]:
         """The examples in the order of their turns."""

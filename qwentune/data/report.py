@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qwentune.data.render import Dropped, Outcome, Rendered
+from qwentune.data.render import Dropped, Outcome
 from qwentune.data.template import ChatTemplate
 from qwentune.data.tokenizer import Tokenizer
 
@@ -25,6 +26,8 @@ class Report:
     thinking: str
     modes: Counter[str] = field(default_factory=Counter[str])
     counts: Counter[str] = field(default_factory=Counter[str])
+    lengths: array[int] = field(default_factory=lambda: array("q"))  # of the examples, in tokens
+    last_tokens: Counter[int] = field(default_factory=Counter[int])  # of trained spans
 
     def add(self, outcome: Outcome) -> None:
         """Counts one sample in."""
@@ -35,6 +38,11 @@ class Report:
         self.counts["unreachable_turns"] += outcome.unreachable_turns
         self.counts["unstructured_reasoning"] += outcome.unstructured_reasoning
         self.counts["forged_control_tokens"] += outcome.forged_control_tokens
+        self.counts["checked_turns"] += outcome.checked_turns
+        for example in outcome.examples:
+            self.lengths.append(len(example.input_ids))
+            self.counts["trained_tokens"] += sum(span.stop - span.start for span in example.spans)
+            self.last_tokens.update(example.input_ids[span.stop - 1] for span in example.spans)
         if outcome.examples:
             self.counts["rendering_tokens"] += outcome.rendering_tokens
             self.counts["texts"] += sum(not example.turns for example in outcome.examples)
@@ -44,25 +52,18 @@ class Report:
         """Trained turns of conversations, and pieces of texts."""
         return sum(self.modes.values()) + self.counts["texts"]
 
-    def finish(
-        self,
-        rendered: Sequence[Rendered],
-        train: Sequence[int],
-        evaluation: Sequence[int],
-        dropped: Sequence[Dropped],
-    ) -> dict[str, Any]:
+    def finish(self, num_train: int, num_evaluation: int, dropped: Sequence[Dropped]) -> dict[str, Any]:
         """The report as JSON: whole-dataset numbers, no text of any row."""
-        lengths = np.asarray([len(example.input_ids) for example in rendered], dtype=np.int64)
-        trained = sum(sum(weight != 0 for weight in example.weights) for example in rendered)
+        lengths = np.asarray(self.lengths, dtype=np.int64)
         tokens = int(lengths.sum())
         report: dict[str, Any] = {
             "schema": 1,
             "samples": self.counts["samples"],
-            "examples": len(rendered),
-            "train_examples": len(train),
-            "eval_examples": len(evaluation),
+            "examples": len(lengths),
+            "train_examples": num_train,
+            "eval_examples": num_evaluation,
             "tokens": tokens,
-            "trained_tokens": trained,
+            "trained_tokens": self.counts["trained_tokens"],
             "expansion_factor": round(tokens / max(1, self.counts["rendering_tokens"]), 3),
             "lengths": self._lengths(lengths),
             "trained_turns": sum(self.modes.values()),
@@ -70,7 +71,8 @@ class Report:
             "turns_with_reasoning": self.counts["turns_with_reasoning"],
             "unreachable_turns": self.counts["unreachable_turns"],
             "forged_control_tokens": self.counts["forged_control_tokens"],
-            "stop_tokens": self._stop_tokens(rendered),
+            "checked_turns": self.counts["checked_turns"],
+            "stop_tokens": self._stop_tokens(),
             "dropped": dict(Counter(_kind(drop) for drop in dropped)),
             "template": self._template(),
         }
@@ -87,16 +89,10 @@ class Report:
             "histogram": [{"up_to": edges[k + 1], "examples": int(counts[k])} for k in range(last + 1)],
         }
 
-    def _stop_tokens(self, rendered: Sequence[Rendered]) -> dict[str, int]:
-        """The tokens that end a trained span, with how often each does."""
+    def _stop_tokens(self) -> dict[str, int]:
+        """The control tokens that end a trained span, with how often each does."""
         names = {token_id: name for name, token_id in self.tokenizer.control_ids.items()}
-        ends: Counter[str] = Counter()
-        for example in rendered:
-            weights = [*example.weights, 0.0]
-            for k, token in enumerate(example.input_ids):
-                if weights[k] and not weights[k + 1] and token in names:
-                    ends[names[token]] += 1
-        return dict(ends.most_common())
+        return {names[token]: count for token, count in self.last_tokens.most_common() if token in names}
 
     def _template(self) -> dict[str, Any] | None:
         if self.template is None:

@@ -1,0 +1,205 @@
+"""The rendered examples of a run on disk: written one after the other, read as memory-mapped arrays.
+
+What an example shares with the one before it, of the same dialogue, is stored once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwentune.data.render import Rendered, Span
+from qwentune.data.sample import Source
+
+DTYPES: dict[str, type[np.generic]] = {
+    "input_ids": np.int32,
+    "offsets": np.int64,
+    "shared": np.int32,
+    "span_offsets": np.int64,
+    "starts": np.int32,
+    "stops": np.int32,
+    "weights": np.float32,
+    "turns": np.int32,
+    "files": np.int32,
+    "lines": np.int64,
+    "train": np.int64,
+    "evaluation": np.int64,
+}
+BUFFER_TOKENS = 2**20
+TRAINED = ("input_ids", "offsets", "shared", "span_offsets", "starts", "stops", "weights", "train")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """All rendered examples of a run, memory-mapped.
+
+    Example i begins with `shared[i]` tokens of example i - 1 and goes on with `input_ids[offsets[i]:offsets[i + 1]]`.
+    It trains its tokens `starts[k]` to `stops[k]`, each with `weights[k]`, for k from `span_offsets[i]` to
+    `span_offsets[i + 1]`; `turns[k]` is the message they belong to, -1 in a text. `train` and `evaluation` are indices
+    of examples in training order, an index standing as often as its source is repeated.
+    """
+
+    input_ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    shared: NDArray[np.int32]
+    span_offsets: NDArray[np.int64]
+    starts: NDArray[np.int32]
+    stops: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    turns: NDArray[np.int32]
+    files: NDArray[np.int32]
+    lines: NDArray[np.int64]
+    train: NDArray[np.int64]
+    evaluation: NDArray[np.int64]
+    file_names: tuple[str, ...]
+
+    @classmethod
+    def open(cls, folder: Path, file_names: Sequence[str]) -> Examples:
+        """The examples that an `ExampleWriter` wrote into `folder`."""
+        return cls(**{name: _mapped(folder, name) for name in DTYPES}, file_names=tuple(file_names))
+
+    def __len__(self) -> int:
+        return len(self.shared)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """The number of tokens of each example."""
+        return self.shared + np.diff(self.offsets)
+
+    @cached_property
+    def num_trained(self) -> NDArray[np.int64]:
+        """The number of supervised tokens of each example."""
+        return self._summed(self.stops - self.starts.astype(np.int64))
+
+    @cached_property
+    def trained_weights(self) -> NDArray[np.float64]:
+        """The sum of the loss weights of each example."""
+        return self._summed((self.stops - self.starts) * self.weights.astype(np.float64))
+
+    def length(self, i: int) -> int:
+        """Number of tokens of example i."""
+        return int(self.lengths[i])
+
+    def ids(self, i: int) -> NDArray[np.int32]:
+        """The tokens of example i."""
+        parts = [self.input_ids[self.offsets[i] : self.offsets[i + 1]]]
+        missing = int(self.shared[i])
+        while missing:
+            i -= 1
+            known = int(self.shared[i])
+            if known < missing:
+                start = int(self.offsets[i])
+                parts.append(self.input_ids[start : start + missing - known])
+                missing = known
+        return np.concatenate(parts[::-1]) if len(parts) > 1 else parts[0]
+
+    def tokens(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Ids and weights of example i."""
+        weights = np.zeros(self.length(i), dtype=np.float32)
+        for k in range(self.span_offsets[i], self.span_offsets[i + 1]):
+            weights[self.starts[k] : self.stops[k]] = self.weights[k]
+        return self.ids(i), weights
+
+    def source(self, i: int) -> Source:
+        """Where the sample of example i stands."""
+        return Source(self.file_names[int(self.files[i])], int(self.lines[i]))
+
+    def rendered(self, i: int) -> Rendered:
+        """Example i with its source."""
+        spans = tuple(
+            Span(int(self.starts[k]), int(self.stops[k]), float(self.weights[k]), int(self.turns[k]))
+            for k in range(self.span_offsets[i], self.span_offsets[i + 1])
+        )
+        return Rendered(self.source(i), self.ids(i).tolist(), spans, int(self.shared[i]))
+
+    def _summed(self, values: NDArray[Any]) -> NDArray[Any]:
+        sums = np.concatenate([[0], np.cumsum(values)])
+        return sums[self.span_offsets[1:]] - sums[self.span_offsets[:-1]]
+
+
+class ExampleWriter:
+    """Writes the arrays of `Examples` into a folder, example by example, and notes which control tokens they hold."""
+
+    def __init__(self, folder: Path, control_ids: Collection[int]) -> None:
+        self.folder = folder
+        self.control_ids = np.asarray(sorted(control_ids), dtype=np.int32)
+        self.control_ids_used: set[int] = set()
+        self.file_names: dict[str, int] = {}
+        self.num_examples = 0
+        self._num_tokens = self._num_spans = 0
+        self._values: dict[str, array[Any]] = {name: array(np.dtype(dtype).char) for name, dtype in DTYPES.items()}
+        self._values["offsets"].append(0)
+        self._values["span_offsets"].append(0)
+
+    def __enter__(self) -> ExampleWriter:
+        with ExitStack() as stack:
+            self._files = {name: stack.enter_context(_path(self.folder, name).open("wb")) for name in DTYPES}
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def add(self, examples: Sequence[Rendered]) -> None:
+        """Adds the examples of one sample."""
+        values = self._values
+        for example in examples:
+            values["input_ids"].extend(example.input_ids[example.shared :])
+            self._num_tokens += len(example.input_ids) - example.shared
+            self._num_spans += len(example.spans)
+            values["offsets"].append(self._num_tokens)
+            values["shared"].append(example.shared)
+            values["span_offsets"].append(self._num_spans)
+            for span in example.spans:
+                values["starts"].append(span.start)
+                values["stops"].append(span.stop)
+                values["weights"].append(span.weight)
+                values["turns"].append(span.turn)
+            values["files"].append(self.file_names.setdefault(example.source.file, len(self.file_names)))
+            values["lines"].append(example.source.line)
+        self.num_examples += len(examples)
+        if len(values["input_ids"]) > BUFFER_TOKENS:
+            self._flush()
+
+    def finish(self, train: NDArray[np.int64], evaluation: NDArray[np.int64]) -> str:
+        """Writes the order of examples; a hash of what is trained, wherever it was read."""
+        self._values["train"].frombytes(train.astype(np.int64).tobytes())
+        self._values["evaluation"].frombytes(evaluation.astype(np.int64).tobytes())
+        self._flush()
+        content = hashlib.sha256()
+        for name in TRAINED:
+            with _path(self.folder, name).open("rb") as file:
+                content.update(hashlib.file_digest(file, "sha256").digest())
+        return content.hexdigest()[:32]
+
+    def _flush(self) -> None:
+        ids = np.frombuffer(self._values["input_ids"], dtype=np.int32)
+        self.control_ids_used.update(np.intersect1d(ids[ids >= self.control_ids[0]], self.control_ids).tolist())
+        del ids  # an array with a view of it cannot shrink
+        for name, values in self._values.items():
+            values.tofile(self._files[name])
+            self._files[name].flush()
+            del values[:]
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.bin"
+
+
+def _mapped(folder: Path, name: str) -> NDArray[Any]:
+    path = _path(folder, name)
+    if not path.stat().st_size:  # there is nothing to map
+        return np.empty(0, dtype=DTYPES[name])
+    return np.memmap(path, dtype=DTYPES[name], mode="r")
