@@ -371,7 +371,7 @@ class _Training:
         stops = self.dataset.report["stop_tokens"]
         if self.dataset.report["trained_turns"] == 0 or eos in stops:
             return []
-        return self.dataset.control_tokens_used(self.tokenizer)
+        return list(self.dataset.control_ids_used)
 
     def _publish(self, checkpoints: Checkpoints, base: Path) -> None:
         """Copies the weights of the last checkpoint, or of the best, out with all that stands around them."""

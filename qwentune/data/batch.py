@@ -70,7 +70,7 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
     def sources(self, step: int) -> list[str]:
         """Where the samples of an optimizer step stand: `file:line`, each once."""
         members = [i for row in self.schedule.rows(step) for i in self.rows.members[row]]
-        return list(dict.fromkeys(str(self.rows.examples.rendered(i).source) for i in members))
+        return list(dict.fromkeys(str(self.rows.examples.source(i)) for i in members))
 
 
 @dataclass(frozen=True)

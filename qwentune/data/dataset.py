@@ -158,9 +158,7 @@ def _fingerprint(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _publish(
-    data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int, folder: Path
-) -> None:
+def _publish(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int, folder: Path) -> None:
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
     try:
         with ExampleWriter(staging, tokenizer.control_ids.values()) as writer:
@@ -247,7 +245,7 @@ def _split(
     held_out = np.zeros(sum(sizes), dtype=bool)
     held_out[_choice(sum(sizes), data.eval_fraction, seed)] = True
     train: list[NDArray[np.int64]] = []
-    evaluation = [np.arange(begins[0], begins[-1]) for begins in groups[len(data.train) :]]
+    evaluation = [np.arange(begins[0], begins[-1], dtype=np.int64) for begins in groups[len(data.train) :]]
     for number, (source, begins, out) in enumerate(
         zip(data.train, groups, np.split(held_out, np.cumsum(sizes)), strict=False)
     ):
@@ -260,7 +258,7 @@ def _examples_of(begins: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArr
     """The indices of the examples of the given samples, in their order."""
     counts = begins[samples + 1] - begins[samples]
     ends = np.cumsum(counts)
-    return np.repeat(begins[samples] - (ends - counts), counts) + np.arange(counts.sum())
+    return np.repeat(begins[samples] - (ends - counts), counts) + np.arange(counts.sum(), dtype=np.int64)
 
 
 def _choice(count: int, fraction: float, seed: int) -> NDArray[np.int64]:

@@ -98,7 +98,9 @@ class _Reading:
             if target is None:
                 raise _UnexpectedError
             history = bisect_right(self.pieces.ends, position)
-            yield Turn(i, self.pieces.pieces, history, self.dialogue.split(exchange[:stop]), self.dialogue.split(target))
+            yield Turn(
+                i, self.pieces.pieces, history, self.dialogue.split(exchange[:stop]), self.dialogue.split(target)
+            )
 
     def _turn_in_rendering(self, i: int, opening: int) -> Turn:
         pieces = self.pieces

@@ -203,7 +203,9 @@ class Renderer:
             if len(piece) > 1:
                 outcome.examples.append(Rendered(sample.source, piece, (Span(1, len(piece), 1.0, -1),)))
 
-    def _add_turns(self, dialogue: Dialogue, turns: list[Turn], encoded: dict[str, list[int]], outcome: Outcome) -> None:
+    def _add_turns(
+        self, dialogue: Dialogue, turns: list[Turn], encoded: dict[str, list[int]], outcome: Outcome
+    ) -> None:
         histories = {key: _History.of(pieces, encoded) for key, pieces in _histories(turns).items()}
         examples = _Examples(dialogue)
         for turn in turns:

@@ -74,7 +74,7 @@ class Examples:
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """The number of tokens of each example."""
-        return self.shared + np.diff(self.offsets)
+        return self.shared.astype(np.int64) + np.diff(self.offsets)
 
     @cached_property
     def num_trained(self) -> NDArray[np.int64]:
