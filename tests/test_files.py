@@ -433,6 +433,8 @@ def test_an_unknown_ending_is_reported_with_those_that_are_known(tmp_path: Path,
         ("rows.jsonl.zst", zstandard.compress(b"")),
         ("rows.parquet", parquet_bytes(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}))),
     ],
+    # Compressed bytes hold the time, and the two test processes must agree on the names of their tests.
+    ids=["empty", "blank lines", "json", "csv", "gzip", "zstd", "parquet"],
 )
 def test_a_file_without_rows_is_an_error(tmp_path: Path, name: str, data: bytes) -> None:
     assert the_only_problem(tmp_path / name, data) == Problem(name, "the file holds no rows", "Write at least one row.")
