@@ -78,7 +78,9 @@ def _optimizer_steps(recipe: Recipe) -> int | None:
     dataset = prepared(recipe.data, tokenizer, chat_template(recipe.data, tokenizer), recipe.seed)
     if dataset is None:
         return None
-    schedule = Schedule(len(dataset.train), recipe.batch.sequences_per_step, recipe.seed, recipe.optimizer.epochs, None)
+    schedule = Schedule(
+        dataset.train.per_epoch, recipe.batch.sequences_per_step, recipe.seed, recipe.optimizer.epochs, None
+    )
     return schedule.num_steps
 
 

@@ -58,15 +58,15 @@ def run(recipe_path: str, overrides: list[str], limit: int, jsonl: Path | None, 
         print(json.dumps(whole_report(dataset), indent=2, ensure_ascii=False))
     elif jsonl is None or sys.stdout.isatty():
         terminal = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-        for i in dict.fromkeys(dataset.examples.train[:].tolist()[:limit]):
+        for i in dict.fromkeys(dataset.first_epoch[:limit].tolist()):
             show_example(terminal, dataset.examples.rendered(i), tokenizer)
         show_report(terminal, whole_report(dataset), dataset.dropped)
     return EXIT_OK
 
 
 def example_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """One JSON object per training example, in training order before shuffling and packing."""
-    for i in dataset.examples.train.tolist():
+    """One JSON object per training example of the first epoch, in order before shuffling and packing."""
+    for i in dataset.first_epoch.tolist():
         example = dataset.examples.rendered(i)
         trained = [weight != 0 for weight in example.weights]
         plain = all(weight == 1 for weight in example.weights if weight)
@@ -82,9 +82,10 @@ def example_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
 def whole_report(dataset: Dataset) -> dict[str, Any]:
     """The data report with what packing makes of it."""
     rows = dataset.train
-    tokens = sum(rows.num_tokens)
-    filled = tokens / max(1, len(rows) * dataset.tokens_per_row) if dataset.packing else None
-    packing = {"rows": len(rows), "tokens": tokens, "filled": None if filled is None else round(filled, 4)}
+    num_rows = rows.per_epoch[0]
+    tokens = sum(rows.num_tokens[:num_rows])
+    filled = tokens / max(1, num_rows * dataset.tokens_per_row) if dataset.packing else None
+    packing = {"rows": num_rows, "tokens": tokens, "filled": None if filled is None else round(filled, 4)}
     return {**dataset.report, "fingerprint": dataset.fingerprint, "packing": packing}
 
 
@@ -103,6 +104,8 @@ def show_example(terminal: Console, example: Rendered, tokenizer: Tokenizer) -> 
 
     trained = sum(weight != 0 for weight in example.weights)
     what = f"turns {', '.join(map(str, example.turns))}" if example.turns else "text"
+    if not example.turns and tokenizer.control_ids.get("<|fim_middle|>") in example.input_ids:
+        what = "fill in the middle"
     terminal.print(f"── {example.source} · {what} · {len(example.input_ids)} tokens, {trained} trained")
     text = Text()
     for span, is_trained in masked_spans(example, tokenizer):
@@ -128,6 +131,8 @@ def show_report(terminal: Console, report: dict[str, Any], dropped: tuple[dict[s
     modes = ", ".join(f"{count} {mode.replace('_', '-')}" for mode, count in report["modes"].items())
     stops = ", ".join(f"{name} × {count}" for name, count in report["stop_tokens"].items())
     terminal.print(f"turns trained: {modes or 'none'} · trained ends: {stops or 'none'}")
+    if report["fim"]:
+        terminal.print("code: " + ", ".join(f"{count} {order}" for order, count in report["fim"].items()))
     histogram = report["lengths"]["histogram"]
     most = max((bucket["examples"] for bucket in histogram), default=1)
     for bucket in histogram:

@@ -150,7 +150,7 @@ def run(request: Request) -> int:
     for warning in dataset.report["warnings"]:
         console.say(f"warning: {warning}")
     schedule = Schedule(
-        num_rows=len(dataset.train),
+        rows_per_epoch=dataset.train.per_epoch,
         sequences_per_step=recipe.batch.sequences_per_step,
         seed=recipe.seed,
         epochs=recipe.optimizer.epochs,

@@ -51,7 +51,9 @@ def message(**fields: Any) -> Message:
     return parsed("chat", chat(USER, {"role": "assistant", "content": "", **fields})).messages[1]
 
 
-@pytest.mark.parametrize("name", ["chat", "dialogue", "thinking", "tool_call", "sharegpt", "instruction", "text"])
+@pytest.mark.parametrize(
+    "name", ["chat", "dialogue", "thinking", "tool_call", "sharegpt", "instruction", "fim", "text"]
+)
 def test_every_template_of_a_format_that_trains_parses(name: str) -> None:
     problems: list[Problem] = []
     path = TEMPLATES / f"{name}.jsonl"
@@ -60,7 +62,7 @@ def test_every_template_of_a_format_that_trains_parses(name: str) -> None:
     assert len(samples) == len(path.read_text().splitlines())
 
 
-@pytest.mark.parametrize("name", ["fim", "preference", "retrieval"])
+@pytest.mark.parametrize("name", ["preference", "retrieval"])
 def test_a_format_that_is_not_trained_yet_is_refused_by_name(name: str) -> None:
     with pytest.raises(DataError, match=f"{name} cannot be trained on yet"):
         list(read_samples(str(TEMPLATES / f"{name}.jsonl"), "auto", []))

@@ -326,7 +326,7 @@ def test_the_batches_of_an_epoch_hold_what_preview_shows(
     assert dataset.fingerprint == report["fingerprint"]
     assert (len(dataset.train) < len(shown)) is packing
     for micro_batch, accumulation, num_ranks in ((3, 2, 1), (1, 3, 2)):
-        schedule = Schedule(len(dataset.train), 6, recipe.seed, epochs=1, max_steps=None)
+        schedule = Schedule(dataset.train.per_epoch, 6, recipe.seed, epochs=1, max_steps=None)
         assert len(dataset.train) % 6, "the last step is to be a short one"
         ranks = [
             TrainBatches(dataset.train, schedule, micro_batch, accumulation, r, num_ranks) for r in range(num_ranks)

@@ -11,16 +11,31 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from qwentune.data.render import Renderer, RenderOptions
+from qwentune.data.sample import Code, Source
+from qwentune.data.tokenizer import load_tokenizer
 from tests.runs import ENVIRONMENT, loss_history, write_recipe
 from tests.test_walk import CHAT_ROWS, ROOT, run_command
 
 pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif("QWENTUNE_TEST_MODEL" not in os.environ, reason="QWENTUNE_TEST_MODEL names no folder"),
+]
+
+FUNCTIONS = [  # prefix, middle, suffix
+    ("def is_even(n: int) -> bool:\n    return ", "n % 2 == 0", "\n\n\nprint(is_even(4))  # True\n"),
+    ("def add(a, b):\n    ", "return a + b", "\n\n\nassert add(2, 3) == 5\n"),
+    ("numbers = [3, 1, 2]\n", "numbers.sort()", "\nassert numbers == [1, 2, 3]\n"),
+    ("for (let i = 0; i < 3; i++) {\n  ", "console.log(i);", "\n}\n"),
+    ("def factorial(n):\n    if n == 0:\n        return ", "1", "\n    return n * factorial(n - 1)\n"),
+    ("import math\n\n\ndef area(radius):\n    return ", "math.pi * radius ** 2", "\n\n\nprint(area(1.0))\n"),
 ]
 
 ANSWER = """
@@ -72,3 +87,36 @@ def test_a_lora_run_starts_low_falls_and_answers_as_taught_merged_and_unmerged(t
     replies = [speaker.answer([Message("user", question)]) for question in questions]
     assert [(reply.answer, reply.stopped) for reply in replies] == [(answer, True) for answer in answers]
     print(json.dumps({"first loss": losses[0], "last loss": losses[-1], "export": exported.stderr}))
+
+
+def test_code_is_cheapest_in_the_order_and_with_the_end_that_qwen_trained() -> None:
+    """Per token of the middle and its end, over one cut of each of six functions."""
+    folder = Path(os.environ["QWENTUNE_TEST_MODEL"])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = load_tokenizer(folder)
+    control = tokenizer.control_ids
+    renderer = Renderer(tokenizer, None, RenderOptions(4096))
+    losses: dict[str, list[float]] = defaultdict(list)
+    for number, row in enumerate(FUNCTIONS):
+        sample = Code(Source("functions", number), (), cut=row)
+        (example,) = renderer.render(sample).examples
+        start = example.spans[0].start
+        context, target = example.input_ids[:start], example.input_ids[start:]
+        prefix, middle, suffix = (tokenizer.encode([part])[0] for part in row)
+        before = [control["<|fim_prefix|>"], *prefix]
+        after = [control["<|fim_suffix|>"], *suffix]
+        forms = {
+            "ours": (context, target),
+            "suffix first": ([*after, *before, control["<|fim_middle|>"]], target),
+            "prefix and middle swapped": ([*after, control["<|fim_middle|>"], *prefix], target),
+            "ends with im_end": (context, [*middle, control["<|im_end|>"]]),
+            "ends with fim_pad": (context, [*middle, control["<|fim_pad|>"]]),
+            "no suffix": ([*before, control["<|fim_middle|>"]], target),
+        }
+        for name, (given, wanted) in forms.items():
+            with torch.inference_mode():
+                logits = model(torch.tensor([given + wanted])).logits[0, len(given) - 1 : -1]
+            losses[name].append(torch.nn.functional.cross_entropy(logits, torch.tensor(wanted)).item())
+    means = {name: sum(values) / len(values) for name, values in losses.items()}
+    print(json.dumps({name: round(mean, 3) for name, mean in means.items()}))
+    assert means["ours"] < 0.8 * min(mean for name, mean in means.items() if name != "ours")

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,19 @@ from qwentune.data.tokenizer import Tokenizer
 from qwentune.errors import DataError, Problem, RecipeError
 from qwentune.recipe import DataOptions
 
-CACHE_FORMAT = 3  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 4  # raise it whenever rendering or storing changes what stands in the cache
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that a model is given: packed ones, or one example each."""
+    """The rows that a model is given: packed ones, or one example each.
+
+    They stand in blocks of `per_epoch` rows, one for each version of the examples.
+    """
 
     examples: Examples
     members: tuple[tuple[int, ...], ...]
+    per_epoch: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.members)
@@ -88,20 +93,32 @@ class Dataset:
 
     @cached_property
     def train(self) -> Rows:
-        """The training rows."""
-        return self._rows(self.examples.train)
+        """The training rows, version after version."""
+        versions = self.examples.versions[self.examples.train]
+        blocks = [
+            self._rows(self.examples.train[(versions == version) | (versions < 0)])
+            for version in range(max(1, int(versions.max(initial=0)) + 1))
+        ]
+        members = [block for block in blocks if block]
+        return Rows(self.examples, tuple(chain.from_iterable(members)), tuple(map(len, members)))
+
+    @cached_property
+    def first_epoch(self) -> NDArray[np.int64]:
+        """The examples of the first epoch, in order."""
+        return self.examples.train[self.examples.versions[self.examples.train] <= 0]
 
     @cached_property
     def evaluation(self) -> Rows:
         """The evaluation rows; there may be none."""
-        return self._rows(self.examples.evaluation)
+        rows = self._rows(self.examples.evaluation)
+        return Rows(self.examples, rows, (len(rows),))
 
-    def _rows(self, indices: NDArray[np.int64]) -> Rows:
+    def _rows(self, indices: NDArray[np.int64]) -> tuple[tuple[int, ...], ...]:
         chosen = [int(i) for i in indices]
         if not self.packing:
-            return Rows(self.examples, tuple((i,) for i in chosen))
+            return tuple((i,) for i in chosen)
         packed = pack([self.examples.length(i) for i in chosen], self.tokens_per_row)
-        return Rows(self.examples, tuple(tuple(chosen[k] for k in row) for row in packed))
+        return tuple(tuple(chosen[k] for k in row) for row in packed)
 
 
 def prepare(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int) -> Dataset:
@@ -181,6 +198,8 @@ def _build(
         too_long=data.too_long,
         unsupported_reasoning=data.unsupported_reasoning,
         system=data.system,
+        fim=data.fim,
+        seed=seed,
     )
     renderer = Renderer(tokenizer, template, options)
     report = Report(tokenizer, template, data.thinking)
@@ -188,15 +207,17 @@ def _build(
     groups: list[NDArray[np.int64]] = []  # per source: where the examples of each sample begin, and where the last end
     dropped: list[Dropped] = []
     refused: list[Dropped] = []  # rows that are wrong
-    for source in [*data.train, *(data.evaluation or ())]:
+    versions = array("h")  # of the examples
+    for number, source in enumerate([*data.train, *(data.evaluation or ())]):
         begins = array("q", [writer.num_examples])
         faults: list[Problem] = []
-        for outcome in renderer.render_all(read_samples(source.path, source.format, faults)):
+        for outcome in renderer.render_all(read_samples(source.path, source.format, faults), number):
             report.add(outcome)
             faults.extend(outcome.problems)
             dropped.extend(outcome.dropped)
             if outcome.examples:
                 writer.add(outcome.examples)
+                versions.extend(example.version for example in outcome.examples)
                 begins.append(writer.num_examples)
         groups.append(np.asarray(begins, dtype=np.int64))
         # Rows are read ahead of what is rendered.
@@ -208,13 +229,15 @@ def _build(
     dropped += refused
     _refuse_losses(data, report, dropped, problems)
     train, evaluation = _split(data, groups, seed)
+    once = np.asarray(versions) <= 0
+    evaluation = evaluation[once[evaluation]]
     if not len(train):
         raise DataError(Problem(data.train[0].path, "no row is left to train on", "See the problems above."))
     return {
         "content": writer.finish(train, evaluation),
         "file_names": list(writer.file_names),
         "control_ids_used": sorted(writer.control_ids_used - {tokenizer.end_of_text_id}),
-        "report": report.finish(len(train), len(evaluation), dropped),
+        "report": report.finish(int(once[train].sum()), len(evaluation), dropped),
         "dropped": [{**asdict(drop), "source": asdict(drop.source)} for drop in dropped],
     }
 

@@ -19,6 +19,7 @@ from qwentune.data.reasoning import with_reasoning_apart, with_uncarried_reasoni
 from qwentune.data.sample import Conversation, Json, Message, RowError
 from qwentune.data.template import ChatTemplate, Mode, TemplateMessage, TemplateRefusalError, template_message
 from qwentune.data.tokenizer import Tokenizer
+from qwentune.recipe import Fim
 
 _REFUSED = "Change the row to what this template takes, or give another one with data.chat_template."
 
@@ -33,6 +34,8 @@ class RenderOptions:
     too_long: Literal["drop", "drop_old_turns", "error"] = "drop"
     unsupported_reasoning: Literal["refuse", "drop", "inline"] = "refuse"
     system: str | None = None
+    fim: Fim = field(default_factory=Fim)
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,10 @@ from functools import cached_property
 from itertools import accumulate, takewhile
 
 from qwentune.data.dialogue import Dialogue, RenderOptions, Turn
+from qwentune.data.fim import FillInTheMiddle, Form, Order
 from qwentune.data.grammar import Grammar, learn, same
 from qwentune.data.pieces import Encoder, Piece, ids_of
-from qwentune.data.sample import Conversation, Message, RowError, Sample, Source, Text
+from qwentune.data.sample import Code, Conversation, Message, RowError, Sample, Source, Text
 from qwentune.data.template import ChatTemplate, Mode
 from qwentune.data.tokenizer import Tokenizer
 from qwentune.errors import DataError, Problem
@@ -42,13 +43,15 @@ class Span:
 class Rendered:
     """One training example: the tokens of its spans are trained, each predicted from what stands before it.
 
-    `shared` tokens at its beginning are those of the example before it, of the same sample.
+    `shared` tokens at its beginning are those of the example before it, of the same sample. An example of version -1
+    is trained in every epoch, of the others each epoch takes one version.
     """
 
     source: Source
     input_ids: list[int]
     spans: tuple[Span, ...]
     shared: int = 0
+    version: int = -1
 
     @property
     def turns(self) -> tuple[int, ...]:
@@ -87,6 +90,7 @@ class Outcome:
     unstructured_reasoning: int = 0  # inline reasoning under a template without a notion of it
     forged_control_tokens: int = 0  # control tokens spelled by texts of the row, encoded as plain text
     rendering_tokens: int = 0  # of one rendering of the dialogue: what a naive trainer would process
+    orders: list[Order] = field(default_factory=list[Order])  # of code, one per example of the first epoch
     checked_turns: int = 0  # turns read off one rendering that the rule confirmed
 
 
@@ -98,6 +102,7 @@ class _Planned:
     outcome: Outcome
     dialogue: Dialogue | None = None
     turns: list[Turn] = field(default_factory=list[Turn])
+    forms: list[Form] = field(default_factory=list[Form])
 
     def pieces(self) -> Iterator[Sequence[Piece]]:
         """All pieces whose ids are needed."""
@@ -107,6 +112,9 @@ class _Planned:
         for turn in self.turns:
             yield turn.context
             yield turn.target
+        for form in self.forms:
+            yield form.context
+            yield form.target
 
 
 @dataclass(frozen=True)
@@ -127,16 +135,21 @@ class Renderer:
         """What lets a dialogue's turns be read off one rendering; None: each is rendered on its own."""
         return None if self.template is None else learn(self.template, self.options, self.encoder)
 
+    @cached_property
+    def fill_in_the_middle(self) -> FillInTheMiddle:
+        """Cuts code."""
+        return FillInTheMiddle(self.tokenizer, self.options.fim, self.options.max_tokens, self.options.seed)
+
     def render(self, sample: Sample) -> Outcome:
         """The examples of a sample and what is to be reported of it; never raises for a fault of the row."""
         return next(self.render_all([sample]))
 
-    def render_all(self, samples: Iterable[Sample]) -> Iterator[Outcome]:
-        """The outcome of each sample in its order; texts are encoded many at a time."""
+    def render_all(self, samples: Iterable[Sample], source_number: int = 0) -> Iterator[Outcome]:
+        """The outcome of each sample of a source in its order; texts are encoded many at a time."""
         planned: list[_Planned] = []
         size = 0
         for number, sample in enumerate(samples):
-            planned.append(self._plan(sample, number))
+            planned.append(self._plan(sample, number, source_number))
             size += sum(len(piece) for some in planned[-1].pieces() for piece in some if isinstance(piece, str))
             if len(planned) == CHUNK_SAMPLES or size > CHUNK_CHARACTERS:
                 yield from self._finished(planned)
@@ -150,11 +163,14 @@ class Renderer:
         pieces = Dialogue.of(conversation, self.template, self.options, self.encoder).prompt(mode)
         return ids_of(pieces, self.encoder.encode([pieces]))
 
-    def _plan(self, sample: Sample, number: int) -> _Planned:
+    def _plan(self, sample: Sample, number: int, source_number: int) -> _Planned:
         planned = _Planned(sample, Outcome())
         if isinstance(sample, Text):
             return planned
         try:
+            if isinstance(sample, Code):
+                planned.forms = list(self.fill_in_the_middle.forms(sample, source_number))
+                return planned
             if self.template is None:
                 fix = "Give one with data.chat_template, or train on rows of the format text."
                 raise RowError("the checkpoint has no chat template to render messages with", fix)
@@ -185,7 +201,10 @@ class Renderer:
         for one in planned:
             try:
                 if isinstance(one.sample, Text):
-                    self._add_text(one.sample, encoded[one.sample.text], one.outcome)
+                    ids = [*encoded[one.sample.text], self.tokenizer.end_of_text_id]
+                    self._add_text(one.sample.source, ids, one.outcome)
+                elif isinstance(one.sample, Code):
+                    self._add_code(one.sample, one.forms, encoded, one.outcome)
                 elif one.dialogue is not None:
                     self._add_turns(one.dialogue, one.turns, encoded, one.outcome)
             except RowError as error:
@@ -193,15 +212,38 @@ class Renderer:
                 one.outcome.problems.append(Problem(str(one.sample.source), error.what, error.fix))
             yield one.outcome
 
-    def _add_text(self, sample: Text, ids: list[int], outcome: Outcome) -> None:
+    def _add_text(self, source: Source, ids: list[int], outcome: Outcome, version: int = -1) -> None:
         # A document longer than a row continues in the next: nothing is lost but the first token's context.
-        ids = [*ids, self.tokenizer.end_of_text_id]
-        outcome.rendering_tokens = len(ids)
+        outcome.rendering_tokens += len(ids) if version <= 0 else 0
         size = self.options.max_tokens
         for start in range(0, len(ids), size):
             piece = ids[start : start + size]
             if len(piece) > 1:
-                outcome.examples.append(Rendered(sample.source, piece, (Span(1, len(piece), 1.0, -1),)))
+                span = Span(1, len(piece), 1.0, -1)
+                outcome.examples.append(Rendered(source, piece, (span,), version=version))
+
+    def _add_code(self, sample: Code, forms: list[Form], encoded: dict[str, list[int]], outcome: Outcome) -> None:
+        forged = self.tokenizer.control_pattern
+        for form in forms:
+            context, target = ids_of(form.context, encoded), ids_of(form.target, encoded)
+            num_tokens = len(context) + len(target)
+            if form.version <= 0:
+                outcome.orders.append(form.order)
+                texts = (piece for piece in (*form.context, *form.target) if isinstance(piece, str))
+                outcome.forged_control_tokens += sum(len(forged.findall(text)) for text in texts)
+            if form.order == "plain":
+                self._add_text(sample.source, target, outcome, form.version)
+            elif num_tokens <= self.options.max_tokens:
+                outcome.rendering_tokens += num_tokens if form.version <= 0 else 0
+                start = len(context) if self.options.fim.loss == "middle" else 1
+                span = Span(start, num_tokens, 1.0, -1)
+                outcome.examples.append(Rendered(sample.source, context + target, (span,), version=form.version))
+            elif self.options.too_long == "error":
+                what = f"the row needs {num_tokens} tokens, more than data.max_tokens={self.options.max_tokens}"
+                raise RowError(what, "Raise data.max_tokens, or set data.too_long to drop.")
+            else:
+                reason = f"{num_tokens} tokens, more than data.max_tokens={self.options.max_tokens}"
+                outcome.dropped.append(Dropped(sample.source, None, reason, num_tokens))
 
     def _add_turns(
         self, dialogue: Dialogue, turns: list[Turn], encoded: dict[str, list[int]], outcome: Outcome

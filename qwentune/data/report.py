@@ -26,6 +26,7 @@ class Report:
     thinking: str
     modes: Counter[str] = field(default_factory=Counter[str])
     counts: Counter[str] = field(default_factory=Counter[str])
+    orders: Counter[str] = field(default_factory=Counter[str])  # in which code was written
     lengths: array[int] = field(default_factory=lambda: array("q"))  # of the examples, in tokens
     last_tokens: Counter[int] = field(default_factory=Counter[int])  # of trained spans
 
@@ -39,13 +40,15 @@ class Report:
         self.counts["unstructured_reasoning"] += outcome.unstructured_reasoning
         self.counts["forged_control_tokens"] += outcome.forged_control_tokens
         self.counts["checked_turns"] += outcome.checked_turns
-        for example in outcome.examples:
+        self.orders.update(outcome.orders)
+        first = [example for example in outcome.examples if example.version <= 0]
+        for example in first:
             self.lengths.append(len(example.input_ids))
             self.counts["trained_tokens"] += sum(span.stop - span.start for span in example.spans)
             self.last_tokens.update(example.input_ids[span.stop - 1] for span in example.spans)
         if outcome.examples:
             self.counts["rendering_tokens"] += outcome.rendering_tokens
-            self.counts["texts"] += sum(not example.turns for example in outcome.examples)
+            self.counts["texts"] += sum(not example.turns for example in first)
 
     @property
     def num_trained_turns(self) -> int:
@@ -53,7 +56,7 @@ class Report:
         return sum(self.modes.values()) + self.counts["texts"]
 
     def finish(self, num_train: int, num_evaluation: int, dropped: Sequence[Dropped]) -> dict[str, Any]:
-        """The report as JSON: whole-dataset numbers, no text of any row."""
+        """The report as JSON: numbers of the whole dataset as the first epoch sees it, no text of any row."""
         lengths = np.asarray(self.lengths, dtype=np.int64)
         tokens = int(lengths.sum())
         report: dict[str, Any] = {
@@ -68,6 +71,7 @@ class Report:
             "lengths": self._lengths(lengths),
             "trained_turns": sum(self.modes.values()),
             "modes": dict(sorted(self.modes.items())),
+            "fim": dict(sorted(self.orders.items())),
             "turns_with_reasoning": self.counts["turns_with_reasoning"],
             "unreachable_turns": self.counts["unreachable_turns"],
             "forged_control_tokens": self.counts["forged_control_tokens"],

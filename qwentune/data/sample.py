@@ -66,7 +66,28 @@ class Text:
     text: str
 
 
-Sample: TypeAlias = Conversation | Text
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of code; `path` is empty where the row gives none."""
+
+    path: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Code to fill in: the last of `files` is cut, or the row gives `cut` (prefix, middle, suffix) itself.
+
+    Paths are read only where `repo` names a repository.
+    """
+
+    source: Source
+    files: tuple[File, ...]
+    repo: str = ""
+    cut: tuple[str, str, str] | None = None
+
+
+Sample: TypeAlias = Conversation | Text | Code
 
 
 class RowError(Exception):

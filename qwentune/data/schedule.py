@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 class Schedule:
     """Epoch after epoch of shuffled rows, cut into steps of `sequences_per_step`.
 
-    The stream does not pause between epochs; only the very last step may be short. Of `epochs` and `max_steps` one is
-    given.
+    `rows_per_epoch` are the sizes of blocks of rows that follow each other: epoch k takes block k, and after the last
+    the first again. The stream does not pause between epochs; only the very last step may be short. Of `epochs` and
+    `max_steps` one is given.
     """
 
-    num_rows: int
+    rows_per_epoch: tuple[int, ...]
     sequences_per_step: int
     seed: int
     epochs: float | None
@@ -30,18 +31,33 @@ class Schedule:
         if self.max_steps is not None:
             return self.max_steps
         assert self.epochs is not None
-        return max(1, math.ceil(round(self.epochs * self.num_rows) / self.sequences_per_step))
+        return math.ceil(self._num_slots(self.epochs) / self.sequences_per_step)
 
     def rows(self, step: int) -> list[int]:
         """The rows of optimizer step `step`, counted from 0; fewer than `sequences_per_step` in a short last one."""
         start = step * self.sequences_per_step
         stop = start + self.sequences_per_step
         if self.epochs is not None:
-            stop = min(stop, max(1, round(self.epochs * self.num_rows)))
-        return [int(self._order(slot // self.num_rows)[slot % self.num_rows]) for slot in range(start, stop)]
+            stop = min(stop, self._num_slots(self.epochs))
+        return [self._row(slot) for slot in range(start, stop)]
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        return _shuffled(self.num_rows, self.seed, epoch)
+    def _num_slots(self, epochs: float) -> int:
+        rounds, rest = divmod(epochs, len(self.rows_per_epoch))
+        slots = rounds * sum(self.rows_per_epoch)
+        for size in self.rows_per_epoch:
+            slots += min(rest, 1.0) * size
+            rest = max(0.0, rest - 1.0)
+        return max(1, round(slots))
+
+    def _row(self, slot: int) -> int:
+        rounds, place = divmod(slot, sum(self.rows_per_epoch))
+        start = 0
+        for block, size in enumerate(self.rows_per_epoch):
+            if place < start + size:
+                epoch = rounds * len(self.rows_per_epoch) + block
+                return start + int(_shuffled(size, self.seed, epoch)[place - start])
+            start += size
+        raise AssertionError("a place lies in one of the blocks")
 
 
 @lru_cache(maxsize=4)

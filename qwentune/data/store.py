@@ -32,11 +32,12 @@ DTYPES: dict[str, type[np.generic]] = {
     "turns": np.int32,
     "files": np.int32,
     "lines": np.int64,
+    "versions": np.int16,
     "train": np.int64,
     "evaluation": np.int64,
 }
 BUFFER_TOKENS = 2**20
-TRAINED = ("input_ids", "offsets", "shared", "span_offsets", "starts", "stops", "weights", "train")
+TRAINED = ("input_ids", "offsets", "shared", "span_offsets", "starts", "stops", "weights", "versions", "train")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Examples:
 
     Example i begins with `shared[i]` tokens of example i - 1 and goes on with `input_ids[offsets[i]:offsets[i + 1]]`.
     It trains its tokens `starts[k]` to `stops[k]`, each with `weights[k]`, for k from `span_offsets[i]` to
-    `span_offsets[i + 1]`; `turns[k]` is the message they belong to, -1 in a text. `train` and `evaluation` are indices
+    `span_offsets[i + 1]`; `turns[k]` is the message they belong to, -1 in a text. Every epoch trains the examples of
+    version -1 and those of one other version. `train` and `evaluation` are indices
     of examples in training order, an index standing as often as its source is repeated.
     """
 
@@ -59,6 +61,7 @@ class Examples:
     turns: NDArray[np.int32]
     files: NDArray[np.int32]
     lines: NDArray[np.int64]
+    versions: NDArray[np.int16]
     train: NDArray[np.int64]
     evaluation: NDArray[np.int64]
     file_names: tuple[str, ...]
@@ -120,7 +123,7 @@ class Examples:
             Span(int(self.starts[k]), int(self.stops[k]), float(self.weights[k]), int(self.turns[k]))
             for k in range(self.span_offsets[i], self.span_offsets[i + 1])
         )
-        return Rendered(self.source(i), self.ids(i).tolist(), spans, int(self.shared[i]))
+        return Rendered(self.source(i), self.ids(i).tolist(), spans, int(self.shared[i]), int(self.versions[i]))
 
     def _summed(self, values: NDArray[Any]) -> NDArray[Any]:
         sums = np.concatenate([[0], np.cumsum(values)])
@@ -169,6 +172,7 @@ class ExampleWriter:
                 values["turns"].append(span.turn)
             values["files"].append(self.file_names.setdefault(example.source.file, len(self.file_names)))
             values["lines"].append(example.source.line)
+            values["versions"].append(example.version)
         self.num_examples += len(examples)
         if len(values["input_ids"]) > BUFFER_TOKENS:
             self._flush()

@@ -80,6 +80,8 @@ Sources = Annotated[list[DataSource], MinLen(1)]
 class Fim(Section):
     rate: Share = _key(0.5, "share of the texts cut into prefix, middle and suffix; the rest stay plain text")
     spm_rate: Share = _key(0.5, "share of the cut texts written suffix first")
+    cuts: Count = _key(3, "different cuts of each text; each epoch takes the next, then the first again")
+    loss: Literal["middle", "all"] = _key("middle", "what of a cut text is trained")
 
 
 class DataOptions(Section):

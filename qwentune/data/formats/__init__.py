@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from qwentune.data.formats import chat, instruction, sharegpt, text
+from qwentune.data.formats import chat, fim, instruction, sharegpt, text
 from qwentune.data.sample import Json, Sample, Source
 from qwentune.errors import Problem
 
@@ -15,6 +15,7 @@ FORMATS: dict[str, Parse] = {
     "chat": chat.parse,
     "sharegpt": sharegpt.parse,
     "instruction": instruction.parse,
+    "fim": fim.parse,
     "text": text.parse,
 }
 
