@@ -176,8 +176,7 @@ def context_and_target(
     used = json.dumps([messages, tools], ensure_ascii=False)
     guard = next(character for character in map(chr, range(0xE000, 0xF900)) if character not in used)
     messages, tools = replaced(messages, "|", guard), replaced(tools, "|", guard)
-    markers = [token for token in tokenizer.get_added_vocab() if token.startswith("<|")]
-    marker = re.compile("(" + "|".join(map(re.escape, markers)) + ")")
+    added, marker = markers_of(tokenizer)
 
     def rendered(part: list[Row], **kwargs: Any) -> str:
         return str(tokenizer.apply_chat_template(part, tools=tools, tokenize=False, **kwargs, **args))
@@ -196,7 +195,7 @@ def context_and_target(
         ids: list[int] = []
         for piece in pieces:
             if marker.fullmatch(piece):
-                ids.append(tokenizer.get_added_vocab()[piece])
+                ids.append(added[piece])
             else:
                 ids += encode_text(piece.replace(guard, "|"))
         return ids
@@ -213,6 +212,14 @@ def replaced(value: Any, old: str, new: str) -> Any:
     if isinstance(value, dict):
         return {replaced(key, old, new): replaced(item, old, new) for key, item in value.items()}
     return value
+
+
+@functools.lru_cache(maxsize=8)
+def markers_of(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, int], re.Pattern[str]]:
+    """The added tokens with their ids, and a pattern that splits a rendering at those that are markers."""
+    added = tokenizer.get_added_vocab()
+    markers = [token for token in added if token.startswith("<|")]
+    return added, re.compile("(" + "|".join(map(re.escape, markers)) + ")")
 
 
 @functools.lru_cache(maxsize=8)

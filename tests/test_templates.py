@@ -1,0 +1,181 @@
+"""Every chat template against the oracle: those that TRL ships of Qwen, and five that are like none of them.
+
+No template is known to qwentune, so these stand for all that there are. A dialogue is either trained just as the
+oracle says, or refused for a reason that the oracle sees as well: a refusal of the template, a turn that does not
+extend its prompt or does not end, or a text that the rendering lost.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+from hypothesis import HealthCheck, given, settings
+from transformers import PreTrainedTokenizerFast
+
+from qwentune.data.formats.chat import parse
+from qwentune.data.grammar import Grammar, same
+from qwentune.data.render import Renderer, RenderOptions
+from qwentune.data.sample import Conversation, RowError, Source
+from qwentune.data.template import ChatTemplate
+from qwentune.data.tokenizer import load_tokenizer
+from qwentune.errors import DataError
+from tests.dialogues import chat_rows, random_rows
+from tests.oracle import Row, UntrainableError, expected_examples, normalised, reasoning_form
+from tests.test_render import as_previewed
+
+WRITTEN = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
+SPEC = find_spec("trl")
+assert SPEC is not None
+assert SPEC.submodule_search_locations is not None
+PUBLISHED = sorted(
+    path
+    for path in Path(SPEC.submodule_search_locations[0], "chat_templates").glob("qwen*.jinja")
+    if "_training" not in path.name
+)
+TEMPLATES = pytest.mark.parametrize("path", [*PUBLISHED, *WRITTEN], ids=lambda path: path.stem)
+NEVER_TRAINED = {"unclosed"}
+
+
+class Both:
+    """A template in the hands of qwentune and of the oracle."""
+
+    def __init__(self, folder: Path, path: Path) -> None:
+        tokenizer = load_tokenizer(folder)
+        self.text = path.read_text(encoding="utf-8")
+        template = ChatTemplate(self.text, tokenizer.special_tokens, {})
+        self.renderer = Renderer(tokenizer, template, RenderOptions(max_tokens=1 << 20))
+        self.judge = PreTrainedTokenizerFast.from_pretrained(folder)
+        self.judge.chat_template = self.text
+        self.form = reasoning_form(self.judge, {})
+
+    def agree(self, row: Row) -> bool:
+        """Whether the row is trained; asserts that both say the same of it."""
+        outcome = self.renderer.render(parsed(row))
+        try:
+            expected = expected_examples(row, self.judge)
+        except (UntrainableError, jinja2.TemplateError) as error:
+            refusal = error
+        else:
+            refusal = None
+        if refusal is not None:
+            assert outcome.problems, refusal
+            assert not outcome.examples
+            return False
+        if outcome.problems:
+            assert self.loses_something(row), outcome.problems
+            return False
+        found = [as_previewed(example) for example in outcome.examples]
+        assert found == expected
+        return True
+
+    def loses_something(self, row: Row) -> bool:
+        """Whether a text, a call, an argument or a tool of the row is missing in its rendering."""
+        messages = [normalised(message, self.form, "refuse")[0] for message in row["messages"]]
+        # The rule sees a dialogue as far as each trained turn.
+        stop = 1 + max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        rendering = str(self.judge.apply_chat_template(messages[:stop], tools=row.get("tools"), tokenize=False))
+        wanted = [tool["function"]["name"] for tool in row.get("tools", ())]
+        for message in messages[:stop]:
+            answer = message["content"]
+            wanted.append((answer.split("</think>")[-1] if self.form == "inline" else answer).strip())
+            for call in message.get("tool_calls", ()):
+                wanted += [call["function"]["name"], *call["function"]["arguments"]]
+                wanted += [value for value in call["function"]["arguments"].values() if isinstance(value, str)]
+        return any(text not in rendering and as_json(text) not in rendering for text in wanted)
+
+
+def as_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def parsed(row: Row) -> Conversation:
+    sample = parse(row, Source("rows.jsonl", 1))
+    assert isinstance(sample, Conversation), sample
+    return sample
+
+
+@cache
+def both(folder: Path, path: Path) -> Both:
+    return Both(folder, path)
+
+
+def agrees(of: Both, path: Path, num_examples: int) -> None:
+    trained: list[bool] = []
+
+    @settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(row=chat_rows(reasoning=of.form is not None))
+    def check(row: Row) -> None:
+        trained.append(of.agree(row))
+
+    check()
+    share = sum(trained) / len(trained)
+    print(f"{path.stem}: {share:.0%} of the dialogues are trained")
+    assert (share > 0.1) is (path.stem not in NEVER_TRAINED)
+
+
+@TEMPLATES
+def test_a_dialogue_is_trained_as_the_oracle_says_or_refused_for_a_reason_it_sees(
+    path: Path, real_qwen3_folder: Path
+) -> None:
+    agrees(both(real_qwen3_folder, path), path, 100)
+
+
+@pytest.mark.parametrize(
+    "num_examples", [pytest.param(400, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.soak)]
+)
+@TEMPLATES
+def test_many_dialogues_are_trained_as_the_oracle_says(path: Path, real_qwen3_folder: Path, num_examples: int) -> None:
+    agrees(both(real_qwen3_folder, path), path, num_examples)
+
+
+@TEMPLATES
+def test_what_is_read_off_one_rendering_is_what_the_rule_gives(path: Path, real_qwen3_folder: Path) -> None:
+    renderer = both(real_qwen3_folder, path).renderer
+    num_read = num_trained = 0
+    for row in random_rows(31, 150, reasoning=both(real_qwen3_folder, path).form is not None, lists=False):
+        dialogue = dialogue_of(renderer, row)
+        if dialogue is None:
+            continue
+        try:
+            literal = dialogue.literal_turns()
+        except RowError:
+            assert renderer.grammar is None or renderer.grammar.turns(dialogue) is None  # it is left to the rule
+            continue
+        num_trained += 1
+        read = renderer.grammar and dialogue.trained and renderer.grammar.turns(dialogue)
+        if read:
+            num_read += 1
+            assert same(literal, read)
+    print(f"{path.stem}: {num_read} of {num_trained} dialogues are read off one rendering")
+    if path in PUBLISHED:
+        assert num_read > 0.5 * num_trained
+
+
+def dialogue_of(renderer: Renderer, row: Row) -> Any:
+    from qwentune.data.dialogue import Dialogue
+
+    assert renderer.template is not None
+    try:
+        return Dialogue.of(parsed(row), renderer.template, renderer.options, renderer.encoder)
+    except RowError:
+        return None
+
+
+def test_a_grammar_that_errs_stops_the_run(real_qwen3_folder: Path) -> None:
+    path = next(path for path in PUBLISHED if path.stem == "qwen3")
+    honest = Both(real_qwen3_folder, path).renderer
+    assert isinstance(honest.grammar, Grammar)
+    assert honest.grammar.rewrites
+    renderer = Renderer(honest.tokenizer, honest.template, honest.options)
+    renderer.__dict__["grammar"] = replace(honest.grammar, rewrites=False)
+    question = {"role": "user", "content": "why?"}
+    answer = {"role": "assistant", "content": "so", "reasoning_content": "because"}
+    with pytest.raises(DataError, match=r"rows\.jsonl:1.*not what the chat template gives"):
+        renderer.render(parsed({"messages": [question, answer, question, answer]}))
