@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwentune import console
-from qwentune.errors import EXIT_OK, Problem, UsageError
+from qwentune.errors import EXIT_OK, DataError, Problem, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,48 +20,85 @@ if TYPE_CHECKING:
     from qwentune.data.dataset import Dataset
     from qwentune.data.render import Rendered
     from qwentune.data.tokenizer import Tokenizer
+    from qwentune.recipe import Recipe
 
 BAR_WIDTH = 40
+NUM_SHOWN, NUM_IN_HTML = 5, 200  # examples
 
 
 def preview(
     recipe: Annotated[str, typer.Argument(help="A recipe file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as often as needed.")] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Examples to show.")] = 5,
+    limit: Annotated[int | None, typer.Option(min=0, help="Examples to show: 5, or 200 in HTML.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page for a browser to this file.")] = None,
     jsonl: Annotated[Path | None, typer.Option(help="Write every training example to this file, one a line.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report of the whole dataset as JSON.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="End with exit code 3 where there is any warning.")] = False,
 ) -> None:
     """Show what is trained: masked text, lengths, what was dropped and why."""
-    console.end(console.run(lambda: run(recipe, overrides or [], limit, jsonl, as_json)))
+    console.end(console.run(lambda: run(recipe, overrides or [], limit, jsonl, html, as_json, strict)))
 
 
-def run(recipe_path: str, overrides: list[str], limit: int, jsonl: Path | None, as_json: bool) -> int:
+def run(
+    recipe_path: str,
+    overrides: list[str],
+    limit: int | None,
+    jsonl: Path | None,
+    html: Path | None,
+    as_json: bool,
+    strict: bool,
+) -> int:
     """Renders the data and prints it; the exit code."""
     from rich.console import Console
 
     from qwentune.data.checkpoint import checkpoint_folder
     from qwentune.data.dataset import chat_template, prepare
     from qwentune.data.tokenizer import load_tokenizer
+    from qwentune.html_report import html_report
     from qwentune.recipe import load_recipe
 
-    if jsonl is not None and (jsonl.is_dir() or not jsonl.absolute().parent.is_dir()):
-        raise UsageError(
-            Problem("--jsonl", f"{str(jsonl)!r} cannot be written", "Name a file in a folder that exists.")
-        )
+    unwritable = [
+        Problem(option, f"{str(file)!r} cannot be written", "Name a file in a folder that exists.")
+        for option, file in (("--jsonl", jsonl), ("--html", html))
+        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir())
+    ]
+    if unwritable:
+        raise UsageError(unwritable)
     recipe = load_recipe(recipe_path, overrides).recipe
     tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))
     dataset = prepare(recipe.data, tokenizer, chat_template(recipe.data, tokenizer), recipe.seed)
     if jsonl is not None:
         with jsonl.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in example_rows(dataset))
+    if html is not None:
+        shown = [
+            (title(dataset.examples.rendered(i), tokenizer), masked_spans(dataset.examples.rendered(i), tokenizer))
+            for i in dict.fromkeys(dataset.first_epoch[: NUM_IN_HTML if limit is None else limit].tolist())
+        ]
+        steps = optimizer_steps(recipe, dataset)
+        page = html_report(recipe_path, whole_report(dataset), dataset, tokenizer, shown, steps)
+        html.write_text(page, encoding="utf-8")
     if as_json:
         print(json.dumps(whole_report(dataset), indent=2, ensure_ascii=False))
-    elif jsonl is None or sys.stdout.isatty():
+    elif (jsonl is None and html is None) or sys.stdout.isatty():
         terminal = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-        for i in dict.fromkeys(dataset.first_epoch[:limit].tolist()):
+        for i in dict.fromkeys(dataset.first_epoch[: NUM_SHOWN if limit is None else limit].tolist()):
             show_example(terminal, dataset.examples.rendered(i), tokenizer)
         show_report(terminal, whole_report(dataset), dataset.dropped)
+    if strict and dataset.report["warnings"]:
+        console.say(f"{len(dataset.report['warnings'])} warnings, and --strict allows none:")
+        for warning in dataset.report["warnings"]:
+            console.say(f"    {warning}")
+        return DataError.exit_code
     return EXIT_OK
+
+
+def optimizer_steps(recipe: Recipe, dataset: Dataset) -> int:
+    """The optimizer steps of the whole run."""
+    from qwentune.data.schedule import Schedule
+
+    optimizer, rows = recipe.optimizer, dataset.train.per_epoch
+    return Schedule(rows, recipe.batch.sequences_per_step, recipe.seed, optimizer.epochs, optimizer.max_steps).num_steps
 
 
 def example_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
@@ -102,11 +139,7 @@ def show_example(terminal: Console, example: Rendered, tokenizer: Tokenizer) -> 
     """Prints one example; trained text stands in ⟦ ⟧, bold where the terminal can."""
     from rich.text import Text
 
-    trained = sum(weight != 0 for weight in example.weights)
-    what = f"turns {', '.join(map(str, example.turns))}" if example.turns else "text"
-    if not example.turns and tokenizer.control_ids.get("<|fim_middle|>") in example.input_ids:
-        what = "fill in the middle"
-    terminal.print(f"── {example.source} · {what} · {len(example.input_ids)} tokens, {trained} trained")
+    terminal.print(f"── {title(example, tokenizer)}")
     text = Text()
     for span, is_trained in masked_spans(example, tokenizer):
         text.append(
@@ -114,6 +147,15 @@ def show_example(terminal: Console, example: Rendered, tokenizer: Tokenizer) -> 
         )
     terminal.print(text)
     terminal.print()
+
+
+def title(example: Rendered, tokenizer: Tokenizer) -> str:
+    """Where an example comes from, what of it is trained, and how long it is."""
+    trained = sum(weight != 0 for weight in example.weights)
+    what = f"turns {', '.join(map(str, example.turns))}" if example.turns else "text"
+    if not example.turns and tokenizer.control_ids.get("<|fim_middle|>") in example.input_ids:
+        what = "fill in the middle"
+    return f"{example.source} · {what} · {len(example.input_ids)} tokens, {trained} trained"
 
 
 def show_report(terminal: Console, report: dict[str, Any], dropped: tuple[dict[str, Any], ...]) -> None:
