@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qwentune.data.formats import FORMATS, detect
 from qwentune.data.read import read_samples
-from qwentune.data.sample import Conversation, Message, Source, Text, ToolCall
+from qwentune.data.sample import Code, Conversation, Message, Source, Text, ToolCall
 from qwentune.errors import DataError, Problem
 
 TEMPLATES = Path(__file__).parents[1] / "data_templates"
@@ -232,5 +232,5 @@ near_rows = st.recursive(
 def test_no_row_makes_a_format_fail(row: dict[str, Any]) -> None:
     for parse in FORMATS.values():
         result = parse(row, SOURCE)
-        assert isinstance(result, Conversation | Text) or all(isinstance(problem, Problem) for problem in result)
+        assert isinstance(result, Conversation | Text | Code) or all(isinstance(problem, Problem) for problem in result)
         assert result != []

@@ -12,15 +12,15 @@ from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from transformers import PreTrainedTokenizerFast
 
+from qwentune.data.dialogue import Dialogue, Turn
 from qwentune.data.formats.chat import parse
-from qwentune.data.grammar import Grammar, same
+from qwentune.data.grammar import same
 from qwentune.data.render import Renderer, RenderOptions
 from qwentune.data.sample import Conversation, RowError, Source
 from qwentune.data.template import ChatTemplate
@@ -128,7 +128,7 @@ def test_a_dialogue_is_trained_as_the_oracle_says_or_refused_for_a_reason_it_see
 
 
 @pytest.mark.parametrize(
-    "num_examples", [pytest.param(400, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.soak)]
+    "num_examples", [pytest.param(200, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.soak)]
 )
 @TEMPLATES
 def test_many_dialogues_are_trained_as_the_oracle_says(path: Path, real_qwen3_folder: Path, num_examples: int) -> None:
@@ -158,9 +158,7 @@ def test_what_is_read_off_one_rendering_is_what_the_rule_gives(path: Path, real_
         assert num_read > 0.5 * num_trained
 
 
-def dialogue_of(renderer: Renderer, row: Row) -> Any:
-    from qwentune.data.dialogue import Dialogue
-
+def dialogue_of(renderer: Renderer, row: Row) -> Dialogue | None:
     assert renderer.template is not None
     try:
         return Dialogue.of(parsed(row), renderer.template, renderer.options, renderer.encoder)
@@ -168,14 +166,17 @@ def dialogue_of(renderer: Renderer, row: Row) -> Any:
         return None
 
 
+class Erring:
+    """A grammar that leaves the end out of what is trained."""
+
+    def turns(self, dialogue: Dialogue) -> list[Turn]:
+        return [replace(turn, target=turn.target[:-1]) for turn in dialogue.literal_turns()]
+
+
 def test_a_grammar_that_errs_stops_the_run(real_qwen3_folder: Path) -> None:
-    path = next(path for path in PUBLISHED if path.stem == "qwen3")
-    honest = Both(real_qwen3_folder, path).renderer
-    assert isinstance(honest.grammar, Grammar)
-    assert honest.grammar.rewrites
+    honest = both(real_qwen3_folder, PUBLISHED[0]).renderer
     renderer = Renderer(honest.tokenizer, honest.template, honest.options)
-    renderer.__dict__["grammar"] = replace(honest.grammar, rewrites=False)
-    question = {"role": "user", "content": "why?"}
-    answer = {"role": "assistant", "content": "so", "reasoning_content": "because"}
+    renderer.__dict__["grammar"] = Erring()
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
     with pytest.raises(DataError, match=r"rows\.jsonl:1.*not what the chat template gives"):
-        renderer.render(parsed({"messages": [question, answer, question, answer]}))
+        renderer.render(parsed(row))
