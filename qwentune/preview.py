@@ -31,7 +31,9 @@ def preview(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as often as needed.")] = None,
     limit: Annotated[int | None, typer.Option(min=0, help="Examples to show: 5, or 200 in HTML.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page for a browser to this file.")] = None,
-    jsonl: Annotated[Path | None, typer.Option(help="Write every training example to this file, one a line.")] = None,
+    jsonl: Annotated[
+        Path | None, typer.Option(help="Write every example of the first epoch to this file, one a line.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report of the whole dataset as JSON.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="End with exit code 3 where there is any warning.")] = False,
 ) -> None:
