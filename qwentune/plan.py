@@ -75,13 +75,10 @@ def _optimizer_steps(recipe: Recipe) -> int | None:
     from qwentune.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))
-    dataset = prepared(recipe.data, tokenizer, chat_template(recipe.data, tokenizer), recipe.seed)
-    if dataset is None:
-        return None
-    schedule = Schedule(
-        dataset.train.per_epoch, recipe.batch.sequences_per_step, recipe.seed, recipe.optimizer.epochs, None
-    )
-    return schedule.num_steps
+    template = chat_template(recipe.data, tokenizer)
+    shares = recipe.memory.shares_prefixes
+    dataset = prepared(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=shares)
+    return None if dataset is None else Schedule.of(recipe, dataset.train.per_epoch).num_steps
 
 
 if __name__ == "__main__":

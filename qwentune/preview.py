@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from qwentune.data.dataset import Dataset
     from qwentune.data.render import Rendered
     from qwentune.data.tokenizer import Tokenizer
-    from qwentune.recipe import Recipe
 
 BAR_WIDTH = 40
 NUM_SHOWN, NUM_IN_HTML = 5, 200  # examples
@@ -55,6 +54,7 @@ def run(
 
     from qwentune.data.checkpoint import checkpoint_folder
     from qwentune.data.dataset import chat_template, prepare
+    from qwentune.data.schedule import Schedule
     from qwentune.data.tokenizer import load_tokenizer
     from qwentune.html_report import html_report
     from qwentune.recipe import load_recipe
@@ -68,7 +68,9 @@ def run(
         raise UsageError(unwritable)
     recipe = load_recipe(recipe_path, overrides).recipe
     tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))
-    dataset = prepare(recipe.data, tokenizer, chat_template(recipe.data, tokenizer), recipe.seed)
+    template = chat_template(recipe.data, tokenizer)
+    shares = recipe.memory.shares_prefixes
+    dataset = prepare(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=shares)
     if jsonl is not None:
         with jsonl.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in example_rows(dataset))
@@ -77,7 +79,7 @@ def run(
             (title(dataset.examples.rendered(i), tokenizer), masked_spans(dataset.examples.rendered(i), tokenizer))
             for i in dict.fromkeys(dataset.first_epoch[: NUM_IN_HTML if limit is None else limit].tolist())
         ]
-        steps = optimizer_steps(recipe, dataset)
+        steps = Schedule.of(recipe, dataset.train.per_epoch).num_steps
         page = html_report(recipe_path, whole_report(dataset), dataset, tokenizer, shown, steps)
         html.write_text(page, encoding="utf-8")
     if as_json:
@@ -93,14 +95,6 @@ def run(
             console.say(f"    {warning}")
         return DataError.exit_code
     return EXIT_OK
-
-
-def optimizer_steps(recipe: Recipe, dataset: Dataset) -> int:
-    """The optimizer steps of the whole run."""
-    from qwentune.data.schedule import Schedule
-
-    optimizer, rows = recipe.optimizer, dataset.train.per_epoch
-    return Schedule(rows, recipe.batch.sequences_per_step, recipe.seed, optimizer.epochs, optimizer.max_steps).num_steps
 
 
 def example_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:

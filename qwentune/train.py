@@ -142,20 +142,15 @@ def run(request: Request) -> int:
     )
     if not plan.fits and not request.force_memory:
         raise DoesNotFitError(refusal(plan))
-    _refuse_what_is_not_installed(recipe, plan)
+    _refuse_what_is_not_here(recipe, plan, ranks)
 
     tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))
     template = chat_template(recipe.data, tokenizer)
-    dataset = prepare(recipe.data, tokenizer, template, recipe.seed)
+    shares = recipe.memory.shares_prefixes
+    dataset = prepare(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=shares)
     for warning in dataset.report["warnings"]:
         console.say(f"warning: {warning}")
-    schedule = Schedule(
-        rows_per_epoch=dataset.train.per_epoch,
-        sequences_per_step=recipe.batch.sequences_per_step,
-        seed=recipe.seed,
-        epochs=recipe.optimizer.epochs,
-        max_steps=recipe.optimizer.max_steps,
-    )
+    schedule = Schedule.of(recipe, dataset.train.per_epoch)
     text = None if template is None else template.text
     ranks.join(plan.choices.weights)  # only now: no rank may wait for another that still renders
     plan = ranks.agree(lambda: plan)  # each judged by the memory that it saw
@@ -344,6 +339,7 @@ class _Training:
         from transformers import set_seed
 
         from qwentune.model.adapters import add_adapters, load_adapters
+        from qwentune.model.attention import IMPLEMENTATIONS
         from qwentune.model.load import load_model, recompute_layers
 
         tuning, choices = self.loaded.recipe.tuning, self.plan.choices
@@ -353,7 +349,7 @@ class _Training:
             base if checkpoint is None or not full else checkpoint.folder,
             dtype=choices.weights,
             four_bit=tuning.kind == "qlora",
-            attention=choices.attention,
+            attention=IMPLEMENTATIONS[choices.attention],
             device=self.ranks.device,
         )
         recompute_layers(model, choices.gradient_checkpointing)
@@ -417,12 +413,16 @@ class _Training:
         self.folder.set_status(state, exit_code=code, reason=reason, step=reached, command=self.request.command)
 
 
-def _refuse_what_is_not_installed(recipe: Recipe, plan: RunPlan) -> None:
+def _refuse_what_is_not_here(recipe: Recipe, plan: RunPlan, ranks: Ranks) -> None:
     """Raises UsageError with everything that the recipe names and this machine does not have."""
     problems: list[Problem] = []
     if plan.choices.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         fix = "Install flash-attn, or leave memory.attention at auto."
         problems.append(Problem("memory.attention", "flash_attention_2 is not installed", fix))
+    if plan.choices.attention == "flex_attention" and ranks.device.type != "cuda":
+        problems.append(
+            Problem("memory.attention", "flex_attention trains on a GPU only", "Leave memory.attention at auto.")
+        )
     for tracker in recipe.output.report_to:
         if find_spec(tracker) is None:
             problems.append(Problem("output.report_to", f"{tracker} is not installed", f"pip install {tracker}"))

@@ -246,7 +246,7 @@ def test_each_epoch_trains_the_next_cut_of_every_file(
     monkeypatch.setenv("QWENTUNE_CACHE", str(tmp_path / "cache"))
     dataset = dataset_of(tmp_path, tokenizer, packing=packing, eval_fraction=0.2, fim=Fim(rate=1.0, cuts=2))
     schedule = Schedule(dataset.train.per_epoch, 1, 0, 3.0, None)
-    stream = [dataset.train.members[row] for step in range(schedule.num_steps) for row in schedule.rows(step)]
+    stream = [dataset.train.examples_of(row) for step in range(schedule.num_steps) for row in schedule.rows(step)]
     sizes = dataset.train.per_epoch
     epochs = [stream[: sizes[0]], stream[sizes[0] : sum(sizes)], stream[sum(sizes) :]]
     assert len(epochs[2]) == sizes[0]
@@ -256,7 +256,7 @@ def test_each_epoch_trains_the_next_cut_of_every_file(
     assert of[2] == of[0] == dataset.first_epoch.tolist()
     sources = [sorted(str(dataset.examples.source(i)) for i in epoch) for epoch in of]
     assert sources[0] == sources[1]
-    held_out = [i for row in dataset.evaluation.members for i in row]
+    held_out = [i for row in range(len(dataset.evaluation)) for i in dataset.evaluation.examples_of(row)]
     assert all(int(dataset.examples.versions[i]) <= 0 for i in held_out)
     assert not {str(dataset.examples.source(i)) for i in held_out} & set(sources[0])
     report = dataset.report

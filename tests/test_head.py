@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from tests.checkpoints import add_weights, write_checkpoint
 
 class Tiny(torch.nn.Module):
     """A model with an output layer, which picks positions as transformers' models do."""
+
+    config = SimpleNamespace(_attn_implementation=None)
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,6 +78,7 @@ def test_a_head_some_of_whose_rows_are_trained_is_chunked_as_well(
         "predict_from": torch.arange(9),
         "target": torch.arange(1, 10),
         "weight": torch.full((9,), 1 / 9),
+        "trees": torch.tensor([[10, 0]]),
     }
     results = []
     for kind in ("full", "supervised"):

@@ -144,6 +144,15 @@ def test_a_missing_data_file_is_answered_with_the_nearest(tmp_path: Path, qwen3_
 # --- the run folder
 
 
+def test_what_this_machine_does_not_have_is_named_all_at_once(tmp_path: Path, qwen3_folder: Path) -> None:
+    write_recipe(tmp_path, qwen3_folder)
+    asked = ("memory.attention=flex_attention", "output.report_to=[trackio]", "hardware.gpu=cpu")
+    refused = run(tmp_path, "qwentune.train", "recipe.yaml", *asked)
+    assert_is_refused(refused, 2)
+    assert "memory.attention  flex_attention trains on a GPU only" in refused.stderr
+    assert "output.report_to  trackio is not installed" in refused.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "train in this process"])
 def test_a_second_trainer_in_a_run_folder_is_refused(tmp_path: Path, command: str) -> None:

@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwentune.data.pack import lay_out, pack
+from qwentune.data.pack import pack
+from qwentune.data.trie import lay_out
 
 
 @given(st.lists(st.integers(1, 64), max_size=200), st.integers(64, 100))
@@ -29,7 +30,7 @@ def example(length: int, first_trained: int, start: int) -> tuple[np.ndarray, np
 @given(st.lists(st.tuples(st.integers(2, 20), st.integers(1, 19)), min_size=1, max_size=8))
 def test_a_target_is_predicted_from_its_left_neighbour_in_the_same_example(shapes: list[tuple[int, int]]) -> None:
     examples = [example(length, first, 100 * k) for k, (length, first) in enumerate(shapes)]
-    row = lay_out(examples)
+    row = lay_out([[example] for example in examples])
     owner = np.concatenate([np.full(len(ids), k) for k, (ids, _) in enumerate(examples)])
     assert np.array_equal(row.target, row.input_ids[row.predict_from + 1])
     assert np.array_equal(owner[row.predict_from], owner[row.predict_from + 1])
@@ -38,7 +39,7 @@ def test_a_target_is_predicted_from_its_left_neighbour_in_the_same_example(shape
 
 
 def test_a_token_sees_what_stands_before_it_in_its_example_and_nothing_else() -> None:
-    row = lay_out([example(3, 1, 0), example(2, 1, 10)])
+    row = lay_out([[example(3, 1, 0)], [example(2, 1, 10)]])
     tokens = range(5)
     sees = [[bool(k <= q < row.visible_until[k]) for k in tokens] for q in tokens]
     assert sees == [

@@ -274,41 +274,33 @@ def test_a_checkpoint_without_weights_is_enough(tmp_path: Path, models: dict[str
 # --- against what the trainer is given
 
 
-def unpacked(batch: dict[str, Any]) -> Iterator[tuple[list[int], list[int], list[float]]]:
-    """Ids, labels and weights of each example in a micro-batch; of each, nothing sees another."""
+def trained(batch: dict[str, Any]) -> Iterator[tuple[tuple[int, int], float]]:
+    """What a micro-batch trains: a context (as its hash), the token to follow it, and its weight."""
     ids, positions, visible_until = (batch[name][0] for name in ("input_ids", "position_ids", "visible_until"))
-    labels, weights = [UNTRAINED] * len(ids), [0.0] * len(ids)
     for predictor, target, weight in zip(batch["predict_from"], batch["target"], batch["weight"], strict=True):
-        assert labels[predictor + 1] == UNTRAINED
-        assert positions[predictor + 1] == positions[predictor] + 1
-        labels[predictor + 1], weights[predictor + 1] = target, weight
-    starts = [k for k, position in enumerate(positions) if position == 0]
-    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-        assert positions[start:end] == list(range(end - start))
-        assert visible_until[start:end] == [end] * (end - start)
-        yield ids[start:end], labels[start:end], weights[start:end]
+        seen = [k for k in range(predictor + 1) if predictor < visible_until[k]]
+        assert [positions[k] for k in seen] == list(range(len(seen)))
+        yield (hash(tuple(ids[k] for k in seen)), target), weight
 
 
 def assert_an_epoch_holds_what_preview_shows(steps: list[list[dict[str, Any]]], shown: list[dict[str, Any]]) -> None:
     """`steps` has, for each optimizer step, the micro-batches of all ranks."""
-
-    def key(ids: list[int], labels: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return tuple(ids), tuple(labels)
-
-    weights_shown = {
-        key(example["input_ids"], example["labels"]): example["weights"]
-        or [float(label != UNTRAINED) for label in example["labels"]]
-        for example in shown
-    }
-    held: Counter[Any] = Counter()
+    wanted: Counter[tuple[int, int]] = Counter()
+    weights_shown: dict[tuple[int, int], float] = {}
+    for example in shown:
+        ids, labels = example["input_ids"], example["labels"]
+        for k in (k for k, label in enumerate(labels) if label != UNTRAINED):
+            pair = hash(tuple(ids[:k])), labels[k]
+            wanted[pair] += 1
+            weights_shown[pair] = 1.0 if example["weights"] is None else example["weights"][k]
+    held: Counter[tuple[int, int]] = Counter()
     for micro_batches in steps:
-        examples = [example for batch in micro_batches if any(batch["weight"]) for example in unpacked(batch)]
-        held.update(key(ids, labels) for ids, labels, _ in examples)
-        of_step = [weights_shown[key(ids, labels)] for ids, labels, _ in examples]
-        total = sum(map(sum, of_step))
-        for (_, _, weights), as_shown in zip(examples, of_step, strict=True):
-            assert weights == pytest.approx([weight / total for weight in as_shown], rel=1e-5)
-    assert held == Counter(key(example["input_ids"], example["labels"]) for example in shown)
+        pairs = [pair for batch in micro_batches if any(batch["weight"]) for pair in trained(batch)]
+        held.update(pair for pair, _ in pairs)
+        total = sum(weights_shown[pair] for pair, _ in pairs)
+        weights = [weight for _, weight in pairs]
+        assert weights == pytest.approx([weights_shown[pair] / total for pair, _ in pairs], rel=1e-5)
+    assert held == wanted
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -371,6 +363,9 @@ def test_the_report_counts_what_the_examples_are(tmp_path: Path, models: dict[st
     examples, report = previewed(tmp_path)
     lengths = [len(example["input_ids"]) for example in examples]
     longest_of_row: dict[int, int] = {}
+    prefixes = {
+        (e["source"]["line"], tuple(e["input_ids"][: k + 1])) for e in examples for k in range(len(e["input_ids"]))
+    }
     for example, length in zip(examples, lengths, strict=True):
         line = example["source"]["line"]
         longest_of_row[line] = max(length, longest_of_row.get(line, 0))
@@ -380,7 +375,9 @@ def test_the_report_counts_what_the_examples_are(tmp_path: Path, models: dict[st
     assert report["eval_examples"] == 0
     assert report["tokens"] == sum(lengths)
     assert report["trained_tokens"] == sum(label != UNTRAINED for example in examples for label in example["labels"])
-    assert report["expansion_factor"] == round(sum(lengths) / sum(longest_of_row.values()), 3)
+    one_rendering = sum(longest_of_row.values())
+    assert report["expansion_factor"] == round(len(prefixes) / one_rendering, 3)
+    assert report["separate_expansion_factor"] == round(sum(lengths) / one_rendering, 3)
     assert report["lengths"]["max"] == max(lengths)
     edges = [bucket["up_to"] for bucket in report["lengths"]["histogram"]]
     counts = [sum(low < length <= high for length in lengths) for low, high in zip([0, *edges], edges, strict=False)]
@@ -393,8 +390,8 @@ def test_the_report_counts_what_the_examples_are(tmp_path: Path, models: dict[st
     assert report["dropped"] == {}
     assert report["template"]["thinking_switch"] is True
     packing = report["packing"]
-    assert packing["tokens"] == sum(lengths)
-    assert packing["filled"] == round(sum(lengths) / (packing["rows"] * 512), 4)
+    assert packing["tokens"] == len(prefixes)
+    assert packing["filled"] == round(len(prefixes) / (packing["rows"] * 512), 4)
 
 
 def test_evaluation_takes_whole_dialogues_away_from_what_is_trained(

@@ -9,18 +9,18 @@ import numpy as np
 import torch
 
 from qwentune.data.dataset import Rows
-from qwentune.data.pack import Packed
 from qwentune.data.schedule import Schedule
+from qwentune.data.trie import Packed
 
 Batch = dict[str, torch.Tensor]
 
 
 def collate(rows: Sequence[Packed], weight_scale: float) -> Batch:
-    """Rows end to end as one sequence of T tokens with N supervised positions.
+    """Rows end to end as one sequence of T tokens in M trees with N supervised positions.
 
     `input_ids`, `position_ids`, `visible_until`: (1, T) int64; `predict_from`, `target`: (N,) int64; `weight`: (N,)
-    float32, multiplied by `weight_scale`. No row is padded and there is no attention mask: position ids that start
-    again at 0 are what keeps samples apart, and an all-ones mask would join them.
+    float32, multiplied by `weight_scale`; `trees`: (M, 2) int64, the size of each and whether it branches. No row is
+    padded.
     """
     starts = np.cumsum([0] + [len(row.input_ids) for row in rows[:-1]])
 
@@ -36,6 +36,7 @@ def collate(rows: Sequence[Packed], weight_scale: float) -> Batch:
         "predict_from": joined("predict_from", shift=True),
         "target": joined("target"),
         "weight": torch.as_tensor(weights.astype(np.float32)),
+        "trees": torch.tensor([tree for row in rows for tree in row.trees]),
     }
 
 
@@ -69,7 +70,7 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
 
     def sources(self, step: int) -> list[str]:
         """Where the samples of an optimizer step stand: `file:line`, each once."""
-        members = [i for row in self.schedule.rows(step) for i in self.rows.members[row]]
+        members = [i for row in self.schedule.rows(step) for i in self.rows.examples_of(row)]
         return list(dict.fromkeys(str(self.rows.examples.source(i)) for i in members))
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from filelock import FileLock
@@ -21,53 +21,61 @@ from numpy.typing import NDArray
 
 from qwentune.data.checkpoint import cache_folder
 from qwentune.data.files import content_sha256
-from qwentune.data.pack import Packed, lay_out, pack
+from qwentune.data.pack import pack
 from qwentune.data.read import read_samples
 from qwentune.data.render import Dropped, Renderer, RenderOptions
-from qwentune.data.report import Report
+from qwentune.data.report import Report, with_separate_examples
 from qwentune.data.sample import Source
 from qwentune.data.store import Examples, ExampleWriter
 from qwentune.data.template import ChatTemplate
 from qwentune.data.tokenizer import Tokenizer
+from qwentune.data.trie import Packed, lay_out
 from qwentune.errors import DataError, Problem, RecipeError
 from qwentune.recipe import DataOptions
 
-CACHE_FORMAT = 4  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 5  # raise it whenever rendering or storing changes what stands in the cache
+
+Trie: TypeAlias = tuple[int, ...]  # indices of the examples whose tokens make one tree
 
 
 @dataclass(frozen=True)
 class Rows:
     """The rows that a model is given: packed ones, or one example each.
 
-    They stand in blocks of `per_epoch` rows, one for each version of the examples.
+    A row's members are groups of examples, each of which becomes one tree. Rows stand in blocks of `per_epoch`, one for
+    each version of the examples.
     """
 
     examples: Examples
-    members: tuple[tuple[int, ...], ...]
+    members: tuple[tuple[Trie, ...], ...]
     per_epoch: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.members)
 
     def __getitem__(self, row: int) -> Packed:
-        return lay_out([self.examples.tokens(i) for i in self.members[row]])
+        return lay_out([[self.examples.tokens(i) for i in trie] for trie in self.members[row]])
+
+    def examples_of(self, row: int) -> list[int]:
+        """The indices of the examples in a row."""
+        return [i for trie in self.members[row] for i in trie]
 
     @cached_property
     def trained_weights(self) -> list[float]:
         """The sum of loss weights of each row."""
         sums = self.examples.trained_weights
-        return [float(sum(sums[i] for i in members)) for members in self.members]
+        return [float(sum(sums[i] for i in self.examples_of(row))) for row in range(len(self))]
 
     @cached_property
     def num_tokens(self) -> list[int]:
         """The number of tokens of each row."""
-        return [sum(self.examples.length(i) for i in members) for members in self.members]
+        return [sum(_num_tokens(self.examples, trie) for trie in tries) for tries in self.members]
 
     @cached_property
     def num_trained(self) -> list[int]:
         """The number of supervised tokens of each row."""
         counts = self.examples.num_trained
-        return [int(sum(counts[i] for i in members)) for members in self.members]
+        return [int(sum(counts[i] for i in self.examples_of(row))) for row in range(len(self))]
 
     def trained_weight(self, row: int) -> float:
         """The sum of loss weights of a row: what its step is divided by."""
@@ -79,7 +87,8 @@ class Dataset:
     """The rendered data of a run and what there is to say about it.
 
     `fingerprint` names all that went into it; `content` is a hash of what is trained, wherever it was read;
-    `control_ids_used` are the control tokens that stand in the examples, without the end of text.
+    `control_ids_used` are the control tokens that stand in the examples, without the end of text. With packing, the
+    examples of a dialogue stand in a row as one tree where it `shares_prefixes`, else apart.
     """
 
     examples: Examples
@@ -90,6 +99,7 @@ class Dataset:
     control_ids_used: tuple[int, ...]
     tokens_per_row: int
     packing: bool
+    shares_prefixes: bool
 
     @cached_property
     def train(self) -> Rows:
@@ -113,15 +123,48 @@ class Dataset:
         rows = self._rows(self.examples.evaluation)
         return Rows(self.examples, rows, (len(rows),))
 
-    def _rows(self, indices: NDArray[np.int64]) -> tuple[tuple[int, ...], ...]:
+    def _rows(self, indices: NDArray[np.int64]) -> tuple[tuple[Trie, ...], ...]:
         chosen = [int(i) for i in indices]
         if not self.packing:
-            return tuple((i,) for i in chosen)
-        packed = pack([self.examples.length(i) for i in chosen], self.tokens_per_row)
-        return tuple(tuple(chosen[k] for k in row) for row in packed)
+            return tuple(((i,),) for i in chosen)
+        tries = self._tries(chosen) if self.shares_prefixes else [(i,) for i in chosen]
+        packed = pack([_num_tokens(self.examples, trie) for trie in tries], self.tokens_per_row)
+        return tuple(tuple(tries[k] for k in row) for row in packed)
+
+    def _tries(self, chosen: Sequence[int]) -> list[Trie]:
+        """The examples in groups that share their beginnings and fit into a row; the next group repeats them."""
+        tries: list[list[int]] = []
+        sizes: list[int] = []
+        groups: list[int] = []  # of each chosen example
+        for k, i in enumerate(chosen):
+            length, shared, back = self.examples.length(i), int(self.examples.shared[i]), int(self.examples.back[i])
+            is_near = shared > 0 and k >= back and chosen[k - back] == i - back  # and of the same repetition
+            group = groups[k - back] if is_near else -1
+            if group >= 0 and sizes[group] + length - shared <= self.tokens_per_row:
+                tries[group].append(i)
+                sizes[group] += length - shared
+            else:
+                group = len(tries)
+                tries.append([i])
+                sizes.append(length)
+            groups.append(group)
+        return [tuple(trie) for trie in tries]
 
 
-def prepare(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int) -> Dataset:
+def _num_tokens(examples: Examples, trie: Trie) -> int:
+    """The tokens of the tree that a group of examples makes."""
+    first, *others = trie
+    return examples.length(first) + sum(examples.length(i) - int(examples.shared[i]) for i in others)
+
+
+def prepare(
+    data: DataOptions,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    seed: int,
+    *,
+    shares_prefixes: bool = True,
+) -> Dataset:
     """The rendered data of a run, from the cache where the same was rendered before.
 
     Raises DataError with every problem of every file, before anything is written.
@@ -133,17 +176,24 @@ def prepare(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | No
         with FileLock(f"{folder}.lock"):
             if not folder.exists():  # another process may have rendered it meanwhile
                 _publish(data, tokenizer, template, seed, folder)
-    return _open(folder, fingerprint, data)
+    return _open(folder, fingerprint, data, shares_prefixes)
 
 
-def prepared(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int) -> Dataset | None:
+def prepared(
+    data: DataOptions,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    seed: int,
+    *,
+    shares_prefixes: bool = True,
+) -> Dataset | None:
     """The same data where it stands in the cache already, else None; renders nothing."""
     try:
         fingerprint = _fingerprint(data, tokenizer, template, seed)
     except DataError:
         return None
     folder = cache_folder() / "data" / fingerprint
-    return _open(folder, fingerprint, data) if folder.exists() else None
+    return _open(folder, fingerprint, data, shares_prefixes) if folder.exists() else None
 
 
 def chat_template(data: DataOptions, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -296,15 +346,17 @@ def _repeated(samples: NDArray[np.int64], repeat: float, seed: int) -> NDArray[n
     return np.concatenate([*[samples] * whole, samples[some]])
 
 
-def _open(folder: Path, fingerprint: str, data: DataOptions) -> Dataset:
+def _open(folder: Path, fingerprint: str, data: DataOptions, shares_prefixes: bool) -> Dataset:
     description = json.loads((folder / "description.json").read_text())
+    shares = data.packing and shares_prefixes
     return Dataset(
         examples=Examples.open(folder, description["file_names"]),
-        report=description["report"],
+        report=description["report"] if shares else with_separate_examples(description["report"]),
         dropped=tuple(description["dropped"]),
         fingerprint=fingerprint,
         content=description["content"],
         control_ids_used=tuple(description["control_ids_used"]),
         tokens_per_row=data.max_tokens,
         packing=data.packing,
+        shares_prefixes=shares,
     )

@@ -1,34 +1,9 @@
-"""Rows: whole examples laid side by side, isolated from each other by what each token may see.
-
-A row is a forest of token tries in depth-first order. `position_ids` is a token's depth, `visible_until[k]` the end of
-its subtree, and token q sees token k iff `k <= q < visible_until[k]`. What is trained are triples of predictor, target
-and weight. Here every example is a chain, so its tokens share one end and a token's predictor is its left neighbour.
-"""
+"""Which examples share a row: best-fit packing."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """One row of T tokens with N supervised positions.
-
-    `input_ids`, `position_ids`, `visible_until`: int32, shape (T,). `predict_from`, `target`: int32, shape (N,);
-    `weight`: float32, shape (N,).
-    """
-
-    input_ids: NDArray[np.int32]
-    position_ids: NDArray[np.int32]
-    visible_until: NDArray[np.int32]
-    predict_from: NDArray[np.int32]
-    target: NDArray[np.int32]
-    weight: NDArray[np.float32]
 
 
 def pack(lengths: Sequence[int], tokens_per_row: int) -> list[list[int]]:
@@ -60,22 +35,3 @@ def pack(lengths: Sequence[int], tokens_per_row: int) -> list[list[int]]:
             rows_with_space[left] = [row]
             insort(spaces, left)
     return rows
-
-
-def lay_out(examples: Sequence[tuple[NDArray[np.int32], NDArray[np.float32]]]) -> Packed:
-    """The row that holds the given examples, each as its ids and its weights of equal length."""
-    lengths = [len(ids) for ids, _ in examples]
-    ends = np.cumsum(lengths, dtype=np.int32)
-    input_ids = np.concatenate([ids for ids, _ in examples])
-    weights = np.concatenate([weights for _, weights in examples])
-    target_at = np.flatnonzero(weights)
-    starts = ends - np.asarray(lengths, dtype=np.int32)
-    assert not np.isin(target_at, starts).any(), "the first token of an example has no predictor"
-    return Packed(
-        input_ids=input_ids.astype(np.int32),
-        position_ids=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
-        visible_until=np.repeat(ends, lengths),
-        predict_from=(target_at - 1).astype(np.int32),
-        target=input_ids[target_at].astype(np.int32),
-        weight=weights[target_at].astype(np.float32),
-    )

@@ -43,14 +43,16 @@ class Span:
 class Rendered:
     """One training example: the tokens of its spans are trained, each predicted from what stands before it.
 
-    `shared` tokens at its beginning are those of the example before it, of the same sample. An example of version -1
-    is trained in every epoch, of the others each epoch takes one version.
+    Of the earlier examples of its sample, the one `back` places before it begins most alike: `shared` tokens are the
+    same. Code is cut anew each epoch: an epoch trains the examples of one version, and those of version -1, which are
+    the same in every epoch.
     """
 
     source: Source
     input_ids: list[int]
     spans: tuple[Span, ...]
     shared: int = 0
+    back: int = 1
     version: int = -1
 
     @property
@@ -314,7 +316,8 @@ class _Examples:
         self.dialogue = dialogue
         self.ids: list[list[int]] = []
         self.spans: list[list[Span]] = []
-        self.shared: list[int] = []
+        self.origins: list[tuple[int, int]] = []  # of each example, `shared` and `back`
+        self.alike: list[int] = []  # how many tokens each example before the last has in common with it
         self.history: tuple[list[int], int] = ([], 0)  # what the last example begins with, and how much of it
 
     def add(self, i: int, history: list[int], num_history: int, context: list[int], target: list[int]) -> None:
@@ -328,17 +331,34 @@ class _Examples:
             self.ids[-1] = context + target
             self.spans[-1].append(span)
         else:
-            ids = context + target
-            pairs = zip(ids[known:], last[known:], strict=False)
-            self.shared.append(known + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
-            self.ids.append(ids)
+            self._begin(context + target, known)
             self.spans.append([span])
         self.history = history, num_history
+
+    def _begin(self, ids: list[int], known: int) -> None:
+        # Two examples that leave the last one at different tokens part where the first of them leaves it; only those
+        # that leave it at the same token may go on together.
+        shared = _num_common(ids, self.ids[-1], known) if self.ids else 0
+        alike = [
+            min(shared, earlier) if shared != earlier else _num_common(ids, other, shared)
+            for earlier, other in zip(self.alike, self.ids, strict=False)
+        ]
+        self.alike = [*alike, shared] if self.ids else []
+        most = max(self.alike, default=0)
+        back = next((k for k, count in enumerate(reversed(self.alike), 1) if count == most), 1)
+        self.origins.append((most, back))
+        self.ids.append(ids)
 
     def rendered(self) -> list[Rendered]:
         """The examples in the order of their turns."""
         source = self.dialogue.conversation.source
         return [
-            Rendered(source, ids, tuple(spans), shared)
-            for ids, spans, shared in zip(self.ids, self.spans, self.shared, strict=True)
+            Rendered(source, ids, tuple(spans), shared, back)
+            for ids, spans, (shared, back) in zip(self.ids, self.spans, self.origins, strict=True)
         ]
+
+
+def _num_common(one: Sequence[int], other: Sequence[int], known: int) -> int:
+    """How many tokens two examples have in common at their beginning; the first `known` are."""
+    pairs = zip(one[known:], other[known:], strict=False)
+    return known + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

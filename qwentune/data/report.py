@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,7 @@ class Report:
         first = [example for example in outcome.examples if example.version <= 0]
         for example in first:
             self.lengths.append(len(example.input_ids))
+            self.counts["shared_tokens"] += example.shared
             self.counts["trained_tokens"] += sum(span.stop - span.start for span in example.spans)
             self.last_tokens.update(example.input_ids[span.stop - 1] for span in example.spans)
         if outcome.examples:
@@ -67,7 +68,8 @@ class Report:
             "eval_examples": num_evaluation,
             "tokens": tokens,
             "trained_tokens": self.counts["trained_tokens"],
-            "expansion_factor": round(tokens / max(1, self.counts["rendering_tokens"]), 3),
+            "expansion_factor": self._expansion(tokens - self.counts["shared_tokens"]),
+            "separate_expansion_factor": self._expansion(tokens),
             "lengths": self._lengths(lengths),
             "trained_turns": sum(self.modes.values()),
             "modes": dict(sorted(self.modes.items())),
@@ -82,6 +84,10 @@ class Report:
         }
         report["warnings"] = self._warnings(report)
         return report
+
+    def _expansion(self, num_tokens: int) -> float:
+        """Tokens that a model is given for each token of one rendering."""
+        return round(num_tokens / max(1, self.counts["rendering_tokens"]), 3)
 
     def _lengths(self, lengths: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, Any]:
         edges = [0, *LENGTH_EDGES, int(max(lengths.max(initial=0), LENGTH_EDGES[-1])) + 1]
@@ -134,12 +140,19 @@ class Report:
             )
         if report["unreachable_turns"]:
             warnings.append(f"{report['unreachable_turns']} turns have no user turn before them: not trained")
-        if report["expansion_factor"] > 1.5:
-            warnings.append(
-                f"the chat template rewrites history, so each dialogue is rendered {report['expansion_factor']:.1f} "
-                "times on average; data.turns=last trains only the last turn of each"
-            )
         return warnings
+
+
+def with_separate_examples(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report for a run whose examples do not share their beginnings."""
+    factor = report["separate_expansion_factor"]
+    warnings = list(report["warnings"])
+    if factor > 1.5:
+        warnings.append(
+            f"the chat template rewrites history, so each dialogue is rendered {factor:.1f} times on average; "
+            "data.turns=last trains only the last turn of each"
+        )
+    return {**report, "expansion_factor": factor, "warnings": warnings}
 
 
 def _kind(drop: Dropped) -> str:

@@ -9,6 +9,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from qwentune.recipe import Recipe
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -24,6 +26,13 @@ class Schedule:
     seed: int
     epochs: float | None
     max_steps: int | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, rows_per_epoch: tuple[int, ...]) -> Schedule:
+        """The schedule of a recipe."""
+        optimizer = recipe.optimizer
+        steps = recipe.batch.sequences_per_step
+        return cls(rows_per_epoch, steps, recipe.seed, optimizer.epochs, optimizer.max_steps)
 
     @property
     def num_steps(self) -> int:

@@ -1,6 +1,6 @@
 """The rendered examples of a run on disk: written one after the other, read as memory-mapped arrays.
 
-What an example shares with the one before it, of the same dialogue, is stored once.
+What an example shares with an earlier one of the same dialogue is stored once.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ DTYPES: dict[str, type[np.generic]] = {
     "input_ids": np.int32,
     "offsets": np.int64,
     "shared": np.int32,
+    "back": np.int32,
     "span_offsets": np.int64,
     "starts": np.int32,
     "stops": np.int32,
@@ -37,23 +38,24 @@ DTYPES: dict[str, type[np.generic]] = {
     "evaluation": np.int64,
 }
 BUFFER_TOKENS = 2**20
-TRAINED = ("input_ids", "offsets", "shared", "span_offsets", "starts", "stops", "weights", "versions", "train")
+TRAINED = ("input_ids", "offsets", "shared", "back", "span_offsets", "starts", "stops", "weights", "versions", "train")
 
 
 @dataclass(frozen=True)
 class Examples:
     """All rendered examples of a run, memory-mapped.
 
-    Example i begins with `shared[i]` tokens of example i - 1 and goes on with `input_ids[offsets[i]:offsets[i + 1]]`.
-    It trains its tokens `starts[k]` to `stops[k]`, each with `weights[k]`, for k from `span_offsets[i]` to
-    `span_offsets[i + 1]`; `turns[k]` is the message they belong to, -1 in a text. Every epoch trains the examples of
-    version -1 and those of one other version. `train` and `evaluation` are indices
-    of examples in training order, an index standing as often as its source is repeated.
+    Example i begins with `shared[i]` tokens of example `i - back[i]`, the most that it shares with an earlier one of
+    its sample, and goes on with `input_ids[offsets[i]:offsets[i + 1]]`. It trains its tokens `starts[k]` to `stops[k]`,
+    each with `weights[k]`, for k from `span_offsets[i]` to `span_offsets[i + 1]`; `turns[k]` is the message they belong
+    to, -1 in a text. Every epoch trains the examples of version -1 and those of one other version. `train` and
+    `evaluation` are indices of examples in training order, an index standing as often as its source is repeated.
     """
 
     input_ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
     shared: NDArray[np.int32]
+    back: NDArray[np.int32]
     span_offsets: NDArray[np.int64]
     starts: NDArray[np.int32]
     stops: NDArray[np.int32]
@@ -98,7 +100,7 @@ class Examples:
         parts = [self.input_ids[self.offsets[i] : self.offsets[i + 1]]]
         missing = int(self.shared[i])
         while missing:
-            i -= 1
+            i -= int(self.back[i])
             known = int(self.shared[i])
             if known < missing:
                 start = int(self.offsets[i])
@@ -123,7 +125,8 @@ class Examples:
             Span(int(self.starts[k]), int(self.stops[k]), float(self.weights[k]), int(self.turns[k]))
             for k in range(self.span_offsets[i], self.span_offsets[i + 1])
         )
-        return Rendered(self.source(i), self.ids(i).tolist(), spans, int(self.shared[i]), int(self.versions[i]))
+        shared, back, version = int(self.shared[i]), int(self.back[i]), int(self.versions[i])
+        return Rendered(self.source(i), self.ids(i).tolist(), spans, shared, back, version)
 
     def _summed(self, values: NDArray[Any]) -> NDArray[Any]:
         sums = np.concatenate([[0], np.cumsum(values)])
@@ -164,6 +167,7 @@ class ExampleWriter:
             self._num_spans += len(example.spans)
             values["offsets"].append(self._num_tokens)
             values["shared"].append(example.shared)
+            values["back"].append(example.back)
             values["span_offsets"].append(self._num_spans)
             for span in example.spans:
                 values["starts"].append(span.start)

@@ -9,6 +9,8 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qwentune.model.attention import attention_arguments
+
 LOSS_CHUNK_TOKENS = 1024  # the plan counts the logits of as many
 
 
@@ -67,6 +69,7 @@ class LossHead:
         self.head: nn.Module = network.get_output_embeddings()
         # The wrapper around a head some of whose rows are trained gives the weight with those rows laid in.
         self.chunked = kind == "supervised" and type(self.head) in (nn.Linear, TrainableTokensWrapper)
+        self.attention: str | None = network.config._attn_implementation
         self.targets: tuple[Tensor, Tensor] | None = None
         self.logits = self.head.forward
         self.head.forward = self._forward  # pyright: ignore[reportAttributeAccessIssue]
@@ -89,6 +92,7 @@ class LossHead:
                 position_ids=batch["position_ids"],
                 use_cache=False,
                 logits_to_keep=batch["predict_from"],
+                **attention_arguments(self.attention, batch),
             )
         finally:
             self.targets = None

@@ -42,7 +42,7 @@ def load_model(
     *,
     dtype: Literal["bf16", "fp32"],
     four_bit: bool = False,
-    attention: str = "sdpa",
+    attention: str = "sdpa",  # or one of `IMPLEMENTATIONS`
     device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The causal language model of `folder`, its cache off, every key of it loaded.

@@ -158,6 +158,11 @@ class MemoryOptions(Section):
     )
     headroom: ShareBelowOne = _key(0.03, "share of the memory that the plan leaves free")
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether the attention kernel takes rows in which examples share their beginnings."""
+        return self.attention != "flash_attention_2"
+
 
 class OutputOptions(Section):
     dir: Name = _key("runs/recipe", "the run folder", shown="runs/<name of the recipe file>")

@@ -85,7 +85,9 @@ class ExactResume(_Mixed):
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         # The stock method casts floats to DeepSpeed's dtype, which would round the weights.
-        return {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in inputs.items()}
+        # The sizes of trees are read on the CPU: on a GPU reading them would wait for the device.
+        device = self.args.device
+        return {n: t if n == "trees" else t.to(device, non_blocking=True) for n, t in inputs.items()}
 
     # The step.
 
