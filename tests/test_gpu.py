@@ -1,0 +1,72 @@
+"""On a GPU: FlexAttention trains as the reference does, and a run is killed and resumed bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwentune.data.batch import collate
+from qwentune.model.attention import IMPLEMENTATIONS
+from qwentune.model.head import LossHead
+from qwentune.model.load import load_model
+from tests.checkpoints import ModelType, add_weights, write_checkpoint
+from tests.dialogues import random_rows
+from tests.runs import KILLED, final_weights, loss_history, train, write_recipe
+from tests.test_trie import rendered
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe"])
+def test_flex_attention_has_the_loss_and_gradients_of_the_reference(tmp_path: Path, model_type: ModelType) -> None:
+    folder = add_weights(write_checkpoint(tmp_path / "model", model_type))
+    rows = random_rows(11, 6, reasoning=model_type != "qwen2")
+    train_rows = rendered(folder, tmp_path, rows, max_tokens=8192).train
+    results = []
+    for attention in ("sdpa", "flex_attention"):
+        model = load_model(
+            folder, dtype="fp32", attention=IMPLEMENTATIONS[attention], device=torch.device("cuda")
+        ).train()
+        head = LossHead(model, "supervised")
+        losses = []
+        for k in range(len(train_rows)):  # rows of several lengths, through one compiled kernel
+            batch = collate([train_rows[k]], 1 / sum(train_rows.trained_weights))
+            batch = {name: tensor if name == "trees" else tensor.cuda() for name, tensor in batch.items()}
+            loss = head.loss(model, batch)
+            loss.backward()
+            losses.append(loss.detach())
+        results.append((sum(losses), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (loss, grads), (flex_loss, flex_grads) = results
+    torch.testing.assert_close(flex_loss, loss, rtol=1e-5, atol=0)
+    for name, grad in grads.items():
+        assert torch.linalg.norm(flex_grads[name] - grad) <= 1e-3 * torch.linalg.norm(grad), name
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+def test_a_run_killed_on_a_gpu_ends_as_the_undisturbed_one(tmp_path: Path, kind: str) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    options: dict[str, Any] = {
+        "tuning": {"kind": kind},
+        "optimizer": {"max_steps": 8},
+        "output": {"save_every_steps": 3},
+    }
+    recipe = write_recipe(tmp_path, model, **options)
+    undisturbed = train(recipe)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["choices"]["attention"] == "flex_attention"
+    assert plan["choices"]["weights"] == "bf16"
+    weights, losses = final_weights(tmp_path / "run"), loss_history(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "undisturbed")
+    assert train(recipe, kill_at=5).returncode == KILLED
+    resumed = train(recipe)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "from step 3" in resumed.stderr
+    assert final_weights(tmp_path / "run") == weights
+    assert loss_history(tmp_path / "run") == losses
