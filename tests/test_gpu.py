@@ -51,7 +51,7 @@ def test_flex_attention_has_the_loss_and_gradients_of_the_reference(tmp_path: Pa
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
 def test_a_run_killed_on_a_gpu_ends_as_the_undisturbed_one(tmp_path: Path, kind: str) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
-    options: dict[str, Any] = {
+    options = {
         "tuning": {"kind": kind},
         "optimizer": {"max_steps": 8},
         "output": {"save_every_steps": 3},

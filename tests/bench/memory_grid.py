@@ -191,7 +191,7 @@ def hold_linear_modules_in_4_bits(model: Any, device: str) -> None:
                 made = Linear4bit(
                     *reversed(shape), bias=module.bias is not None, compute_dtype=torch.bfloat16, quant_type="nf4"
                 )
-                weight = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
+                weight = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
                 made.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
                 if made.bias is not None:
                     made.bias = torch.nn.Parameter(torch.zeros(shape[0], dtype=torch.bfloat16))
