@@ -4,7 +4,7 @@
     python tests/bench/memory_grid.py measure FILE [SECONDS]  on a GPU; goes on where it was stopped
     python tests/bench/memory_grid.py show FILE               the table, in Markdown
 
-Random weights of the true shapes, qwentune's own adapters, attention, loss head and optimizer; two optimizer steps of
+Random weights of the true shapes, qwentune's own adapters, attention, loss head and optimizer; four optimizer steps of
 full rows, every token trained. Measured is torch's `max_memory_allocated`. FILE is a CSV with a row for each case.
 """
 
