@@ -76,16 +76,16 @@ def test_every_trained_token_is_predicted_from_what_stands_before_it(groups: Any
     assert found == wanted
 
 
-@given(groups(), st.sampled_from([1, 2, 3, 4, 100]))
-def test_the_blocks_of_flex_attention_hold_the_same_rule(groups: Any, block: int) -> None:
+@given(groups(), st.sampled_from([1, 2, 3, 4, 100]), st.sampled_from([None, 1, 3]))
+def test_the_blocks_of_flex_attention_hold_the_same_rule(groups: Any, block: int, window: int | None) -> None:
     batch = collate([lay_out(groups)], 1.0)
     visibility = Visibility.of(batch)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qwentune.model.attention.BLOCK_TOKENS", block)
-        mask = visibility.blocks
+        mask = visibility.blocks(window)
     tokens = torch.arange(batch["input_ids"].shape[1])
     allowed = mask.mask_mod(None, None, tokens[:, None], tokens[None, :])
-    assert torch.equal(allowed, visibility.allowed(tokens, tokens))
+    assert torch.equal(allowed, visibility.allowed(tokens, tokens, window))
     # A block is whole where all its pairs are allowed, in part where some are, and is left out where none is.
     for part in range(-(-len(tokens) // block)):
         rows = allowed[part * block : (part + 1) * block]
@@ -95,7 +95,7 @@ def test_the_blocks_of_flex_attention_hold_the_same_rule(groups: Any, block: int
             pairs = rows[:, keys * block : (keys + 1) * block]
             assert not pairs.any() or keys in whole | some
             assert keys not in whole or bool(pairs.all())
-            assert pairs.any() or keys not in whole | some
+            assert window is not None or pairs.any() or keys not in whole | some
 
 
 # On rendered dialogues.
@@ -172,9 +172,9 @@ def test_examples_that_part_and_meet_again_share_all_they_can(tmp_path: Path) ->
     assert dataset.train.num_tokens == [len({tuple(ids[: k + 1]) for ids in examples for k in range(len(ids))})]
 
 
-def step(folder: Path, batches: list[dict[str, torch.Tensor]], attention: str, checkpointing: bool = False) -> Any:
+def step(folder: Path, batches: list[dict[str, torch.Tensor]], implementation: str, checkpointing: bool = False) -> Any:
     """The loss of some batches together and the gradient of every parameter."""
-    model = load_model(folder, dtype="fp32", attention=IMPLEMENTATIONS[attention])
+    model = load_model(folder, dtype="fp32", attention=implementation)
     recompute_layers(model, checkpointing)
     model.train()
     head = LossHead(model, "supervised")
@@ -182,6 +182,22 @@ def step(folder: Path, batches: list[dict[str, torch.Tensor]], attention: str, c
     assert isinstance(total, torch.Tensor)
     total.backward()
     return total.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_trains_as_separate_examples(
+    folder: Path, tmp_path: Path, rows: list[dict[str, Any]], attention: str, checkpointing: bool = False
+) -> None:
+    """Rows of trees by our kernels against examples one by one, by transformers' own."""
+    shared = rendered(folder, tmp_path, rows, max_tokens=8192).train
+    apart = rendered(folder, tmp_path, rows, max_tokens=8192, shares=False, packing=False).train
+    scale = 1 / sum(shared.trained_weights)
+    together = [collate([shared[k] for k in range(len(shared))], scale)]
+    loss, grads = step(folder, together, IMPLEMENTATIONS[attention], checkpointing)
+    expected, expected_grads = step(folder, [collate([apart[k]], scale) for k in range(len(apart))], "sdpa")
+    assert abs(loss - expected) <= 1e-6 * abs(expected)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        assert torch.linalg.norm(grad - expected_grads[name]) <= 1e-5 * torch.linalg.norm(expected_grads[name]), name
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe"])
@@ -195,32 +211,43 @@ def test_loss_and_gradients_are_those_of_separate_examples(
 ) -> None:
     monkeypatch.setattr("qwentune.model.attention.CHUNK_TOKENS", 100)
     rows = random_rows(11, 6, reasoning=model_type != "qwen2", hostile=False)[: 2 if attention == "eager" else 6]
-    folder = folders[model_type]
-    shared = rendered(folder, tmp_path, rows, max_tokens=8192).train
-    apart = rendered(folder, tmp_path, rows, max_tokens=8192, shares=False, packing=False).train
-    assert model_type == "qwen2" or any(branches for row in range(len(shared)) for _, branches in shared[row].trees)
-    scale = 1 / sum(shared.trained_weights)
     kernel = "sdpa" if attention == "checkpointing" else attention
-    loss, grads = step(
-        folder, [collate([shared[k] for k in range(len(shared))], scale)], kernel, attention == "checkpointing"
-    )
-    expected, expected_grads = step(folder, [collate([apart[k]], scale) for k in range(len(apart))], "sdpa")
-    assert abs(loss - expected) <= 1e-6 * abs(expected)
-    assert grads.keys() == expected_grads.keys()
-    for name, grad in grads.items():
-        assert torch.linalg.norm(grad - expected_grads[name]) <= 1e-5 * torch.linalg.norm(expected_grads[name]), name
+    assert_trains_as_separate_examples(folders[model_type], tmp_path, rows, kernel, attention == "checkpointing")
+
+
+@pytest.fixture
+def sliding_folder(tmp_path: Path) -> Path:
+    """A tiny checkpoint whose second layer sees 50 tokens back."""
+    folder = write_checkpoint(tmp_path / "sliding", "qwen3")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return add_weights(folder)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_sliding_window_counts_a_tokens_ancestors(tmp_path: Path, sliding_folder: Path, attention: str) -> None:
+    rows = random_rows(11, 2, reasoning=True, hostile=False)
+    assert_trains_as_separate_examples(sliding_folder, tmp_path, rows, attention)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe"])
 def test_flex_attention_gives_the_same_loss(
     folders: dict[ModelType, Path], tmp_path: Path, model_type: ModelType
 ) -> None:
-    rows = random_rows(11, 4, reasoning=model_type != "qwen2")
-    dataset = rendered(folders[model_type], tmp_path, rows, max_tokens=8192)
-    batch = collate([dataset.train[k] for k in range(len(dataset.train))], 1.0)
+    assert_flex_gives_the_same_loss(folders[model_type], tmp_path, random_rows(11, 4, reasoning=model_type != "qwen2"))
+
+
+def test_flex_attention_keeps_to_a_sliding_window(tmp_path: Path, sliding_folder: Path) -> None:
+    assert_flex_gives_the_same_loss(sliding_folder, tmp_path, random_rows(11, 4, reasoning=True))
+
+
+def assert_flex_gives_the_same_loss(folder: Path, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    train = rendered(folder, tmp_path, rows, max_tokens=8192).train
+    batch = collate([train[k] for k in range(len(train))], 1.0)
     losses = []
     for name in ("flex_attention", "sdpa"):
-        model = load_model(folders[model_type], dtype="fp32", attention=IMPLEMENTATIONS[name])
+        model = load_model(folder, dtype="fp32", attention=IMPLEMENTATIONS[name])
         with torch.no_grad():  # on a CPU it has no backward pass
             losses.append(LossHead(model, "full").loss(model, batch))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)

@@ -6,8 +6,9 @@ transformers under names of our own, and the rule reaches them as a keyword of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 IMPLEMENTATIONS = {
     "sdpa": "qwentune_sdpa",
     "flex_attention": "qwentune_flex",
-    "eager": "eager",
+    "eager": "qwentune_eager",
     "flash_attention_2": "flash_attention_2",  # finds separate examples by position ids that begin again at 0
 }
 BLOCK_TOKENS = 128  # of FlexAttention
@@ -30,13 +31,7 @@ CHUNK_TOKENS = 384  # queries under one mask
 
 def attention_arguments(implementation: str | None, batch: dict[str, Tensor]) -> dict[str, Any]:
     """The keywords of a model's forward that make its attention keep to the trees of the batch."""
-    if implementation in ("qwentune_sdpa", "qwentune_flex"):
-        return {"visibility": Visibility.of(batch)}
-    if implementation == "eager":  # adds its mask to the scores
-        at = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
-        hidden = ~Visibility.of(batch).allowed(at, at)
-        return {"attention_mask": torch.where(hidden, -torch.inf, 0.0)[None, None]}
-    return {}
+    return {"visibility": Visibility.of(batch)} if implementation in KERNELS else {}
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,7 @@ class Visibility:
     depths: Tensor
     trees: tuple[tuple[int, bool], ...]
     _chunks: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _blocks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     @classmethod
     def of(cls, batch: dict[str, Tensor]) -> Visibility:
@@ -77,25 +73,33 @@ class Visibility:
             found = self._chunks[start, window] = keys, self.allowed(at[start:], keys, window)
         return found
 
-    @cached_property
-    def blocks(self) -> BlockMask:
+    def blocks(self, window: int | None) -> BlockMask:
         """The rule for FlexAttention: which blocks of keys each block of queries sees whole, in part, or not at all."""
+        if window not in self._blocks:
+            self._blocks[window] = self._block_mask(window)
+        return self._blocks[window]
+
+    def _block_mask(self, window: int | None) -> BlockMask:
         num_tokens = len(self.visible_until)
         num_blocks = -(-num_tokens // BLOCK_TOKENS)
-        padded = functional.pad(self.visible_until, (0, num_blocks * BLOCK_TOKENS - num_tokens)).to(torch.int32)
-        ends = padded.view(num_blocks, BLOCK_TOKENS)
-        number = torch.arange(num_blocks, device=padded.device)
+        rest = num_blocks * BLOCK_TOKENS - num_tokens
+        visible_until = functional.pad(self.visible_until, (0, rest)).to(torch.int32)
+        depths = functional.pad(self.depths, (0, rest)).to(torch.int32)
+        ends = visible_until.view(num_blocks, BLOCK_TOKENS)
+        number = torch.arange(num_blocks, device=ends.device)
         first = number * BLOCK_TOKENS
         last = torch.clamp(first + BLOCK_TOKENS, max=num_tokens) - 1
-        before = number[None, :] < number[:, None]
-        whole = before & (ends.amin(dim=1)[None, :] > last[:, None])
-        some = (number[None, :] <= number[:, None]) & (ends.amax(dim=1)[None, :] > first[:, None]) & ~whole
+        some = (number[None, :] <= number[:, None]) & (ends.amax(dim=1)[None, :] > first[:, None])
+        whole = (number[None, :] < number[:, None]) & (ends.amin(dim=1)[None, :] > last[:, None])
+        if window is not None:  # whether a block is seen whole depends on depths too: the rule is asked for every pair
+            whole = torch.zeros_like(whole)
 
         def rule(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (k <= q) & (q < padded[k])
+            allowed = (k <= q) & (q < visible_until[k])
+            return allowed if window is None else allowed & (depths[q] - depths[k] < window)
 
         return BlockMask.from_kv_blocks(
-            *_listed(some),
+            *_listed(some & ~whole),
             *_listed(whole),
             BLOCK_SIZE=BLOCK_TOKENS,
             mask_mod=rule,
@@ -110,56 +114,31 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return counts[None, None].contiguous(), columns[None, None].contiguous()
 
 
-def _sdpa(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    *,
-    visibility: Visibility,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention tree by tree, so that no mask spans two dialogues: (1, heads, T, D) in, (1, T, heads, D) out."""
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, window: int | None, **options: Any) -> Tensor:
+    """SDPA tree by tree, so that no mask spans two dialogues."""
     # The kernels that take grouped heads together with a mask, or in fp32, hold all scores.
-    key, value = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
-    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout}
+    k, v = _for_every_query_head(q, k), _for_every_query_head(q, v)
     outputs: list[Tensor] = []
     sizes = [size for size, _ in visibility.trees]
-    spans = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+    spans = zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True)
     tree = 0
     for (size, branches), (q, k, v) in zip(visibility.trees, spans, strict=True):
-        if not branches and (sliding_window is None or size <= sliding_window):
+        if not branches and (window is None or size <= window):
             outputs.append(functional.scaled_dot_product_attention(q, k, v, is_causal=True, **options))
         else:
             for start, chunk in zip(range(0, size, CHUNK_TOKENS), q.split(CHUNK_TOKENS, 2), strict=True):
-                keys, mask = visibility.chunk(tree, tree + start, tree + start + chunk.shape[2], sliding_window)
+                keys, mask = visibility.chunk(tree, tree + start, tree + start + chunk.shape[2], window)
                 seen = (x[:, :, : len(keys)] if x.is_cuda else x.index_select(2, keys - tree) for x in (k, v))
                 outputs.append(functional.scaled_dot_product_attention(chunk, *seen, attn_mask=mask, **options))
         tree += size
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2)
 
 
-def _flex(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    *,
-    visibility: Visibility,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """FlexAttention over the whole batch: (1, heads, T, D) in, (1, T, heads, D) out."""
-    assert sliding_window is None or query.shape[2] <= sliding_window, "use memory.attention: sdpa"
-    kernel = _compiled_flex() if query.is_cuda else flex_attention
-    output: Any = kernel(query, key, value, block_mask=visibility.blocks, scale=scaling, enable_gqa=True)
-    return output.transpose(1, 2).contiguous(), None
+def _flex(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, window: int | None, **options: Any) -> Tensor:
+    """FlexAttention over the whole batch; it knows no dropout, and Qwen has none."""
+    kernel = _compiled_flex() if q.is_cuda else flex_attention
+    blocks = visibility.blocks(window)
+    return kernel(q, k, v, block_mask=blocks, scale=options["scale"], enable_gqa=True)  # type: ignore[return-value]
 
 
 @cache
@@ -167,5 +146,40 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
-AttentionInterface.register("qwentune_sdpa", _sdpa)
-AttentionInterface.register("qwentune_flex", _flex)
+def _eager(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, window: int | None, **options: Any) -> Tensor:
+    """The textbook formula over the whole batch, softmax in fp32."""
+    at = torch.arange(q.shape[2], device=q.device)
+    scores = q @ _for_every_query_head(q, k).transpose(2, 3) * options["scale"]
+    scores = scores.masked_fill(~visibility.allowed(at, at, window), -torch.inf)
+    shares = functional.dropout(scores.softmax(-1, dtype=torch.float32).to(q.dtype), options["dropout_p"])
+    return shares @ _for_every_query_head(q, v)
+
+
+def _for_every_query_head(q: Tensor, x: Tensor) -> Tensor:
+    return repeat_kv(x, q.shape[1] // x.shape[1])
+
+
+KERNELS = {"qwentune_sdpa": _sdpa, "qwentune_flex": _flex, "qwentune_eager": _eager}
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    visibility: Visibility,
+    scaling: float,
+    kernel: Callable[..., Tensor],
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: (1, heads, T, D) in, (1, T, heads, D) out."""
+    output = kernel(query, key, value, visibility, sliding_window, scale=scaling, dropout_p=dropout)
+    return output.transpose(1, 2).contiguous(), None
+
+
+for _name, _kernel in KERNELS.items():
+    AttentionInterface.register(_name, partial(_attention, kernel=_kernel))
