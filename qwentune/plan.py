@@ -78,7 +78,11 @@ def _optimizer_steps(recipe: Recipe) -> int | None:
     template = chat_template(recipe.data, tokenizer)
     shares = recipe.memory.shares_prefixes
     dataset = prepared(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=shares)
-    return None if dataset is None else Schedule.of(recipe, dataset.train.per_epoch).num_steps
+    return (
+        None
+        if dataset is None
+        else Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed).num_steps
+    )
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def run(
             (title(dataset.examples.rendered(i), tokenizer), masked_spans(dataset.examples.rendered(i), tokenizer))
             for i in dict.fromkeys(dataset.first_epoch[: NUM_IN_HTML if limit is None else limit].tolist())
         ]
-        steps = Schedule.of(recipe, dataset.train.per_epoch).num_steps
+        steps = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed).num_steps
         page = html_report(recipe_path, whole_report(dataset), dataset, tokenizer, shown, steps)
         html.write_text(page, encoding="utf-8")
     if as_json:

@@ -150,7 +150,7 @@ def run(request: Request) -> int:
     dataset = prepare(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=shares)
     for warning in dataset.report["warnings"]:
         console.say(f"warning: {warning}")
-    schedule = Schedule.of(recipe, dataset.train.per_epoch)
+    schedule = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed)
     text = None if template is None else template.text
     ranks.join(plan.choices.weights)  # only now: no rank may wait for another that still renders
     plan = ranks.agree(lambda: plan)  # each judged by the memory that it saw

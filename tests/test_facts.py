@@ -6,13 +6,14 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qwentune.errors import UsageError
 from qwentune.facts.gpus import GPUS, gpu_spec
-from qwentune.facts.models import MODELS, model_spec
+from qwentune.facts.models import MODELS, config_of, model_spec
 
 # Counts of the model classes of transformers 5.23 on the meta device; those of Qwen2.5 and Qwen3 up to 72B and the MoE
 # equal the exact counts of keras-team/keras-hub@71453d08.
@@ -201,3 +202,12 @@ def test_a_gpu_is_found_in_any_case() -> None:
 def test_facts_and_the_plan_are_free_of_torch() -> None:
     code = "import sys, qwentune.facts.models, qwentune.memory; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_the_configuration_of_a_model_is_read_back_as_the_same_model(tmp_path: Path, model: str) -> None:
+    spec = MODELS[model]
+    (tmp_path / "config.json").write_text(json.dumps(config_of(spec)))
+    read = model_spec(str(tmp_path))
+    # What stands beside the configuration tells these.
+    assert replace(read, id=spec.id, kind=spec.kind, licence=spec.licence, source=spec.source) == spec

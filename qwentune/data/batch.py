@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qwentune.data.dataset import Rows
+from qwentune.data.rows import Rows
 from qwentune.data.schedule import Schedule
 from qwentune.data.trie import Packed
 

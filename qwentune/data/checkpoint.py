@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qwentune.data.vocabulary import write_tokenizer
 from qwentune.errors import Problem, UsageError
-from qwentune.facts.models import ModelSpec, model_spec
+from qwentune.facts.models import ModelSpec, config_of, model_spec
 
 BUILTIN = "builtin:"
 DESCRIPTION_FILES = ["*.json", "*.jinja", "merges.txt"]
@@ -82,17 +82,7 @@ def _qwen3_chat_template() -> str:
 def _config(spec: ModelSpec) -> dict[str, object]:
     return {
         "architectures": ["Qwen3ForCausalLM"],
-        "model_type": spec.model_type,
-        "num_hidden_layers": spec.num_layers,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "vocab_size": spec.vocab_rows,
-        "tie_word_embeddings": spec.tied,
-        "max_position_embeddings": spec.max_positions,
-        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_theta},
+        **config_of(spec),
         "dtype": "float32",
         "eos_token_id": 151645,
         "bos_token_id": None,

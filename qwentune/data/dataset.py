@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -21,65 +21,18 @@ from numpy.typing import NDArray
 
 from qwentune.data.checkpoint import cache_folder
 from qwentune.data.files import content_sha256
-from qwentune.data.pack import pack
 from qwentune.data.read import read_samples
 from qwentune.data.render import Dropped, Renderer, RenderOptions
 from qwentune.data.report import Report, with_separate_examples
+from qwentune.data.rows import Rows, Trie, packed_rows
 from qwentune.data.sample import Source
 from qwentune.data.store import Examples, ExampleWriter
 from qwentune.data.template import ChatTemplate
 from qwentune.data.tokenizer import Tokenizer
-from qwentune.data.trie import Packed, lay_out
 from qwentune.errors import DataError, Problem, RecipeError
 from qwentune.recipe import DataOptions
 
 CACHE_FORMAT = 5  # raise it whenever rendering or storing changes what stands in the cache
-
-Trie: TypeAlias = tuple[int, ...]  # indices of the examples whose tokens make one tree
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows that a model is given: packed ones, or one example each.
-
-    A row's members are groups of examples, each of which becomes one tree. Rows stand in blocks of `per_epoch`, one for
-    each version of the examples.
-    """
-
-    examples: Examples
-    members: tuple[tuple[Trie, ...], ...]
-    per_epoch: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __getitem__(self, row: int) -> Packed:
-        return lay_out([[self.examples.tokens(i) for i in trie] for trie in self.members[row]])
-
-    def examples_of(self, row: int) -> list[int]:
-        """The indices of the examples in a row."""
-        return [i for trie in self.members[row] for i in trie]
-
-    @cached_property
-    def trained_weights(self) -> list[float]:
-        """The sum of loss weights of each row."""
-        sums = self.examples.trained_weights
-        return [float(sum(sums[i] for i in self.examples_of(row))) for row in range(len(self))]
-
-    @cached_property
-    def num_tokens(self) -> list[int]:
-        """The number of tokens of each row."""
-        return [sum(_num_tokens(self.examples, trie) for trie in tries) for tries in self.members]
-
-    @cached_property
-    def num_trained(self) -> list[int]:
-        """The number of supervised tokens of each row."""
-        counts = self.examples.num_trained
-        return [int(sum(counts[i] for i in self.examples_of(row))) for row in range(len(self))]
-
-    def trained_weight(self, row: int) -> float:
-        """The sum of loss weights of a row: what its step is divided by."""
-        return self.trained_weights[row]
 
 
 @dataclass(frozen=True)
@@ -121,40 +74,13 @@ class Dataset:
     def evaluation(self) -> Rows:
         """The evaluation rows; there may be none."""
         rows = self._rows(self.examples.evaluation)
-        return Rows(self.examples, rows, (len(rows),))
+        return Rows(self.examples, tuple(rows), (len(rows),))
 
-    def _rows(self, indices: NDArray[np.int64]) -> tuple[tuple[Trie, ...], ...]:
+    def _rows(self, indices: NDArray[np.int64]) -> list[tuple[Trie, ...]]:
         chosen = [int(i) for i in indices]
         if not self.packing:
-            return tuple(((i,),) for i in chosen)
-        tries = self._tries(chosen) if self.shares_prefixes else [(i,) for i in chosen]
-        packed = pack([_num_tokens(self.examples, trie) for trie in tries], self.tokens_per_row)
-        return tuple(tuple(tries[k] for k in row) for row in packed)
-
-    def _tries(self, chosen: Sequence[int]) -> list[Trie]:
-        """The examples in groups that share their beginnings and fit into a row; the next group repeats them."""
-        tries: list[list[int]] = []
-        sizes: list[int] = []
-        groups: list[int] = []  # of each chosen example
-        for k, i in enumerate(chosen):
-            length, shared, back = self.examples.length(i), int(self.examples.shared[i]), int(self.examples.back[i])
-            is_near = shared > 0 and k >= back and chosen[k - back] == i - back  # and of the same repetition
-            group = groups[k - back] if is_near else -1
-            if group >= 0 and sizes[group] + length - shared <= self.tokens_per_row:
-                tries[group].append(i)
-                sizes[group] += length - shared
-            else:
-                group = len(tries)
-                tries.append([i])
-                sizes.append(length)
-            groups.append(group)
-        return [tuple(trie) for trie in tries]
-
-
-def _num_tokens(examples: Examples, trie: Trie) -> int:
-    """The tokens of the tree that a group of examples makes."""
-    first, *others = trie
-    return examples.length(first) + sum(examples.length(i) - int(examples.shared[i]) for i in others)
+            return [((i,),) for i in chosen]
+        return packed_rows(self.examples, chosen, self.tokens_per_row, self.shares_prefixes)
 
 
 def prepare(

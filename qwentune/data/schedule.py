@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from qwentune.recipe import Recipe
+from qwentune.recipe import BatchOptions, OptimizerOptions
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Schedule:
     max_steps: int | None
 
     @classmethod
-    def of(cls, recipe: Recipe, rows_per_epoch: tuple[int, ...]) -> Schedule:
-        """The schedule of a recipe."""
-        optimizer = recipe.optimizer
-        steps = recipe.batch.sequences_per_step
-        return cls(rows_per_epoch, steps, recipe.seed, optimizer.epochs, optimizer.max_steps)
+    def of(
+        cls, rows_per_epoch: tuple[int, ...], batch: BatchOptions, optimizer: OptimizerOptions, seed: int
+    ) -> Schedule:
+        """The schedule that these sections of a recipe ask for."""
+        return cls(rows_per_epoch, batch.sequences_per_step, seed, optimizer.epochs, optimizer.max_steps)
 
     @property
     def num_steps(self) -> int:

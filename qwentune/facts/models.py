@@ -11,7 +11,7 @@ from qwentune.errors import Problem, UsageError, nearest
 from qwentune.facts.architecture import Kind, ModelSpec, MoeSpec
 from qwentune.facts.checkpoints import MODELS
 
-__all__ = ["MODELS", "ModelSpec", "MoeSpec", "model_spec"]
+__all__ = ["MODELS", "ModelSpec", "MoeSpec", "config_of", "model_spec"]
 
 _ENDOFTEXT = "<|endoftext|>"
 _ENDOFTEXT_ID = 151643
@@ -34,6 +34,38 @@ def model_spec(model: str) -> ModelSpec:
     raise UsageError(
         Problem("", f"'{model}' is not a known model.{_did_you_mean(model)}", "`qwentune models` lists all.")
     )
+
+
+def config_of(spec: ModelSpec) -> dict[str, object]:
+    """The dimensions of a model as its config.json has them."""
+    config: dict[str, object] = {
+        "model_type": spec.model_type,
+        "num_hidden_layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "vocab_size": spec.vocab_rows,
+        "tie_word_embeddings": spec.tied,
+        "max_position_embeddings": spec.max_positions,
+        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_theta},
+    }
+    if spec.model_type.startswith("qwen3"):
+        config["head_dim"] = spec.head_dim
+        config["attention_bias"] = spec.qkv_bias
+    else:
+        config["qkv_bias"] = spec.qkv_bias
+    if (moe := spec.moe) is not None:
+        config |= {
+            "num_experts": moe.num_experts,
+            "num_experts_per_tok": moe.top_k,
+            "moe_intermediate_size": moe.expert_intermediate,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+        if moe.shared_intermediate:
+            config["shared_expert_intermediate_size"] = moe.shared_intermediate
+    return config
 
 
 def _did_you_mean(model: str) -> str:

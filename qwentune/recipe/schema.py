@@ -154,7 +154,7 @@ class MemoryOptions(Section):
         "auto", "logits of all positions, or of the supervised ones in chunks; auto: the plan's"
     )
     attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = _key(
-        "auto", "the attention kernel; auto: the plan's"
+        "auto", "the attention kernel; auto: the plan's; with flash_attention_2 examples share no beginnings"
     )
     headroom: ShareBelowOne = _key(0.03, "share of the memory that the plan leaves free")
 

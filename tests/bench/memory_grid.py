@@ -21,7 +21,7 @@ from typing import Any
 
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import gpu_spec
-from qwentune.facts.models import model_spec
+from qwentune.facts.models import config_of, model_spec
 from qwentune.memory.closed_form import phases
 from qwentune.memory.settings import GIB, Settings, device_overheads
 
@@ -197,33 +197,6 @@ def hold_linear_modules_in_4_bits(model: Any, device: str) -> None:
                     made.bias = torch.nn.Parameter(torch.zeros(shape[0], dtype=torch.bfloat16))
                 setattr(parent, name, made.to(device))
     model.is_loaded_in_4bit = True  # what PEFT asks
-
-
-def config_of(spec: ModelSpec) -> dict[str, Any]:
-    """The content of a config.json with these dimensions."""
-    config: dict[str, Any] = {
-        "model_type": spec.model_type,
-        "num_hidden_layers": spec.num_layers,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "vocab_size": spec.vocab_rows,
-        "tie_word_embeddings": spec.tied,
-        "max_position_embeddings": spec.max_positions,
-        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_theta},
-    }
-    if spec.model_type.startswith("qwen3"):
-        config["head_dim"] = spec.head_dim
-    if spec.moe is not None:
-        config |= {
-            "num_experts": spec.moe.num_experts,
-            "num_experts_per_tok": spec.moe.top_k,
-            "moe_intermediate_size": spec.moe.expert_intermediate,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-        }
-    return config
 
 
 def full_rows(case: Case, device: str) -> Any:

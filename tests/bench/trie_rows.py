@@ -18,7 +18,8 @@ from random import Random
 import torch
 
 from qwentune.data.batch import collate
-from qwentune.data.dataset import Rows, chat_template, prepare
+from qwentune.data.dataset import chat_template, prepare
+from qwentune.data.rows import Rows
 from qwentune.data.tokenizer import load_tokenizer
 from qwentune.model.attention import IMPLEMENTATIONS
 from qwentune.model.head import LossHead
