@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qwentune import console
 from qwentune.training.run_folder import EVALUATIONS, METRICS, RunFolder
 
 MetricsRow = dict[str, float | int | None]
@@ -46,14 +48,20 @@ class Recorder:
         """Takes the metrics of one logged step."""
         self.folder.append(METRICS, row)
         loss, speed = f"{row['loss']:.4f}", f"{row['tokens_per_second']:.0f}"
+        line = f"step {row['step']}/{self.num_steps}  loss {loss}  lr {row['learning_rate']:.2e}  {speed} tokens/s"
+        console.log(line)
         if self.bar is not None:
             self.bar.update(self.task, completed=row["step"], loss=loss, speed=speed)
-            return
-        self.console.print(
-            f"step {row['step']}/{self.num_steps}  loss {loss}  lr {row['learning_rate']:.2e}  {speed} tokens/s"
-        )
+        else:
+            self._print(line)
 
     def evaluated(self, step: int, loss: float) -> None:
         """Takes the result of one evaluation."""
         self.folder.append(EVALUATIONS, {"step": step, "loss": loss})
-        self.console.print(f"step {step}/{self.num_steps}  eval loss {loss:.4f}")
+        line = f"step {step}/{self.num_steps}  eval loss {loss:.4f}"
+        console.log(line)
+        self._print(line)
+
+    def _print(self, line: str) -> None:
+        with suppress(OSError):  # the terminal may be gone; that is no reason to end a run
+            self.console.print(line)

@@ -14,14 +14,14 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qwentune.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from qwentune.training.signals import take_over
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ORPHAN_GRACE_SECONDS = 30.0
 SAVE = 1  # below every signal: a stop beats a save
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves and stops at the next step boundary after SIGTERM, SIGINT or SIGUSR1; a second Ctrl-C stops at once.
+    """Saves and stops at the next step boundary after a signal of SIGNALS; a second Ctrl-C stops at once.
 
     Saves also whenever `save_every_seconds` have passed since the last save.
 
@@ -44,8 +44,7 @@ class StopOnSignal(TrainerCallback):
 
     def install(self) -> None:
         """Takes over the signals of this process and watches its launcher; for the main thread."""
-        for number in SIGNALS:
-            signal.signal(number, self._receive)
+        take_over(self._receive)
         threading.Thread(target=self._watch_launcher, args=(os.getppid(),), daemon=True).start()
 
     def on_train_begin(
