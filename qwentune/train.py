@@ -236,8 +236,7 @@ class _Training:
                     return stopped
                 self._publish(checkpoints, base)
             except _StoppedEarlyError as stopped:
-                state = "interrupted" if stopped.exit_code == EXIT_INTERRUPTED else "preempted"
-                self._status(state, stopped.exit_code, "a signal, before the next step", start.step)
+                self._status(_state(stopped.exit_code), stopped.exit_code, "a signal, before the next step", start.step)
                 raise
             except Exception as error:
                 failure = self._explained(error)
@@ -280,7 +279,7 @@ class _Training:
             ) from None
         step = trainer.state.global_step
         if stop.agreed and step < self.schedule.num_steps:
-            self._status("preempted", stop.exit_code, f"signal {stop.agreed}: saved at step {step}", step)
+            self._status(_state(stop.exit_code), stop.exit_code, f"signal {stop.agreed}: saved at step {step}", step)
             console.say(f"saved step {step}; continue with: {shlex.join(self.request.command)}")
             return stop.exit_code
         return None
@@ -447,7 +446,8 @@ class _Training:
             base=recipe.model,
             tuning=recipe.tuning.kind,
             report=report,
-            metrics=self.folder.last_metrics() or {},
+            step=last.step,
+            loss=(self.folder.last_metrics() or {}).get("loss"),
         )
         self.folder.write("README.md", card)
         how = "all steps are done" if last.step >= self.schedule.num_steps else "the eval loss stopped falling"
@@ -458,6 +458,10 @@ class _Training:
             return
         reached = (self.folder.last_metrics() or {"step": 0})["step"] if step is None else step
         self.folder.set_status(state, exit_code=code, reason=reason, step=reached, command=self.request.command)
+
+
+def _state(exit_code: int) -> State:
+    return "interrupted" if exit_code == EXIT_INTERRUPTED else "preempted"
 
 
 def _refuse_what_is_not_installed(recipe: Recipe, plan: RunPlan) -> None:

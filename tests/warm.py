@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tests.runs import ENVIRONMENT
 
 TRAIN = "from qwentune import console, train; console.main(train.train)"
 SERVER = """
-import json, os, sys, traceback
+import json, os, signal, sys, traceback
 import torch, transformers, peft, bitsandbytes, qwentune.train, qwentune.training.trainer
 import qwentune.data.dataset, qwentune.model.load, qwentune.model.adapters, qwentune.exporting.package
 sys.stdout.write("ready\\n"); sys.stdout.flush()
@@ -28,6 +28,7 @@ for line in sys.stdin:
         code = 1
         try:
             os.setsid()
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
             output = os.open(request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(output, 1)
@@ -56,19 +57,23 @@ class Warm:
         )
         assert self._line(120) == "ready"
 
-    def start(self, recipe: Path, *arguments: str, code: str = TRAIN, **environment: str) -> Run:
-        """Starts training as `python -m qwentune.train` does, or other code; one run at a time."""
+    def start(
+        self, recipe: Path, *arguments: str, code: str = TRAIN, given: Sequence[str] = (), **environment: str
+    ) -> Run:
+        """Starts training as `python -m qwentune.train` does, or code that takes `given` first; one at a time."""
         number = len(list(recipe.parent.glob("stderr-*")))
         stderr = recipe.parent / f"stderr-{number}.txt"
-        request = {"arguments": ["train", str(recipe), *arguments], "code": code, "environment": environment}
+        request = {"arguments": ["train", *given, str(recipe), *arguments], "code": code, "environment": environment}
         assert self.server.stdin is not None
         self.server.stdin.write(json.dumps({**request, "stderr": str(stderr)}) + "\n")
         self.server.stdin.flush()
         return Run(self, int(self._line(30)), stderr)
 
-    def train(self, recipe: Path, *arguments: str, code: str = TRAIN, **environment: str) -> Run:
+    def train(
+        self, recipe: Path, *arguments: str, code: str = TRAIN, given: Sequence[str] = (), **environment: str
+    ) -> Run:
         """A run that has ended."""
-        run = self.start(recipe, *arguments, code=code, **environment)
+        run = self.start(recipe, *arguments, code=code, given=given, **environment)
         run.wait()
         return run
 

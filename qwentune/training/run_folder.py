@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qwentune.durable import sync, write_text
+from qwentune.durable import write_text
 from qwentune.errors import Problem, RunInUseError, UsageError
 from qwentune.redaction import redact
 
@@ -119,7 +119,8 @@ class RunFolder:
         """Waits until the records are on disk: a checkpoint must not outlive those of its steps."""
         for name in (METRICS, EVALUATIONS):
             if (self.path / name).exists():
-                sync(self.path / name)
+                with (self.path / name).open("ab") as file:
+                    os.fsync(file.fileno())
 
     def last_metrics(self) -> dict[str, Any] | None:
         """The newest row of `metrics.jsonl`."""

@@ -17,7 +17,7 @@ from qwentune.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from qwentune.training.signals import take_over
 
 ORPHAN_GRACE_SECONDS = 30.0
-SAVE = 1  # below every signal: a stop beats a save
+SAVE = 1  # a wish to stop is the number of its signal above this: a stop beats a save
 
 
 class StopOnSignal(TrainerCallback):
@@ -56,11 +56,11 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for a save, and for the end once all ranks know of a signal."""
-        agreed = self._agreed(self.received or (SAVE if self._save_is_due() else 0))
+        agreed = self._agreed(SAVE + self.received if self.received else SAVE * self._save_is_due())
         if agreed:
             control.should_save = True
         if agreed > SAVE:
-            self.agreed = agreed
+            self.agreed = agreed - SAVE
             control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
