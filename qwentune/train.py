@@ -15,6 +15,7 @@ from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -256,6 +257,9 @@ class _Training:
             return error
         if self.ranks.num_ranks > 1 and any(sign in str(error) for sign in SIGNS_OF_A_LOST_RANK):
             return LostRankError(Problem("", "another rank was lost; the last checkpoint is kept"))
+        if isinstance(error, UnpicklingError):
+            what = f"a checkpoint holds a pickle of something else than numbers: {str(error).splitlines()[0]}"
+            return ResumeError(Problem(str(self.folder.path), what, "It was not run. Take an earlier checkpoint."))
         if is_about(error, self.folder.path):
             return disk_error(error, self.folder.path, "the run folder cannot be written")
         return None

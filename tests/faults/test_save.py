@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ def write_files(checkpoints: Checkpoints, step: int) -> Path:
     (written / "model.safetensors").write_text(f"weights {step}")
     (written / "shards" / "rank0").write_text(f"state {step}")
     return written
+
+
+def save(checkpoints: Checkpoints, step: int) -> None:
+    checkpoints.publish(write_files(checkpoints, step), step, {"run": {}})
 
 
 def die_at(operation: int) -> None:
@@ -49,15 +53,21 @@ def die_at(operation: int) -> None:
     sys.addaudithook(audit)
 
 
-def save_and_die(checkpoints: Checkpoints, step: int, operation: int) -> bool:
-    """Saves in a child that is killed before file operation `operation`; whether the save came to its end."""
+def killed_at(operation: int, action: Callable[[], object]) -> bool:
+    """Does something in a child that is killed before file operation `operation`; whether it was."""
     child = os.fork()
     if child == 0:
-        die_at(operation)
-        checkpoints.publish(write_files(checkpoints, step), step, {"run": {}})
-        os._exit(0)
+        code = 1
+        try:
+            die_at(operation)
+            action()
+            code = 0
+        finally:
+            os._exit(code)
     _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status) == 0
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, KILLED)
+    return code == KILLED
 
 
 def crash_points(folder: Path) -> Iterator[Checkpoints]:
@@ -66,8 +76,8 @@ def crash_points(folder: Path) -> Iterator[Checkpoints]:
         checkpoints = Checkpoints(folder / str(operation), keep=2)
         checkpoints.folder.mkdir(parents=True)
         for step in (10, 20, 30):
-            checkpoints.publish(write_files(checkpoints, step), step, {"run": {}})
-        if save_and_die(checkpoints, 40, operation):
+            save(checkpoints, step)
+        if not killed_at(operation, lambda: save(checkpoints, 40)):  # noqa: B023 - runs at once
             return
         yield checkpoints
 
