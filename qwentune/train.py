@@ -478,10 +478,10 @@ def _refuse_what_is_not_installed(recipe: Recipe, plan: RunPlan) -> None:
         if find_spec(tracker) is None:
             problems.append(Problem("output.report_to", f"{tracker} is not installed", f"pip install {tracker}"))
     start = recipe.tuning.start_from
-    if start is not None and not Path(start, "adapter_config.json").is_file():
-        problems.append(
-            Problem("tuning.start_from", f"{start!r} holds no adapter", "Name a folder with adapter_config.json.")
-        )
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    if start is not None and not all(Path(start, name).is_file() for name in names):
+        fix = f"Name a folder with {' and '.join(names)}."
+        problems.append(Problem("tuning.start_from", f"{start!r} holds no adapter", fix))
     if problems:
         raise UsageError(problems)
 

@@ -82,6 +82,7 @@ def assert_is_refused(finished: subprocess.CompletedProcess[str], code: int) -> 
 # --- the recipe
 
 
+@pytest.mark.fault("I67", "all mistakes at once, each with file, line and column, exit 2")
 @pytest.mark.parametrize("command", RECIPE_COMMANDS)
 def test_three_mistakes_in_a_recipe_are_named_with_their_lines(tmp_path: Path, command: str) -> None:
     (tmp_path / "recipe.yaml").write_text(THREE_MISTAKES)
@@ -99,6 +100,7 @@ def test_three_mistakes_in_a_recipe_are_named_with_their_lines(tmp_path: Path, c
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
+@pytest.mark.fault("I69", "the nearest known model is named, exit 2")
 @pytest.mark.parametrize("command", ["preview", "plan", "train"])
 def test_an_unknown_model_is_answered_with_the_nearest(tmp_path: Path, command: str) -> None:
     (tmp_path / "rows.jsonl").write_text(GOOD_ROW + "\n")
@@ -144,6 +146,9 @@ def test_a_missing_data_file_is_answered_with_the_nearest(tmp_path: Path, qwen3_
 # --- the run folder
 
 
+@pytest.mark.fault(
+    "K77", "the second is refused with process, host and time of the first, exit 7; the dead hold nothing"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "train in this process"])
 def test_a_second_trainer_in_a_run_folder_is_refused(tmp_path: Path, command: str) -> None:

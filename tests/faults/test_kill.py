@@ -156,11 +156,13 @@ def kill_until_done(folder: Path, kind: str, ranks: int, kills: int, seed: int) 
     assert order_of(order) == expected[2]
 
 
+@pytest.mark.fault("A01 A08 E35", "the same weights, losses and order of rows, bit for bit")
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     kill_until_done(tmp_path, "lora", ranks=1, kills=10, seed=int(os.environ.get("SEED", random.randrange(10_000))))
 
 
+@pytest.mark.fault("A01 A08 E35", "the same weights, losses and order of rows, bit for bit")
 @pytest.mark.soak
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)

@@ -82,6 +82,7 @@ def crash_points(folder: Path) -> Iterator[Checkpoints]:
         yield checkpoints
 
 
+@pytest.mark.fault("A02 A03 A04 A05", "the old checkpoint or the new one, whole; leftovers are swept at the next start")
 def test_a_save_killed_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_path: Path) -> None:
     steps: list[int] = []
     for checkpoints in crash_points(tmp_path):
@@ -104,6 +105,7 @@ def test_a_save_killed_at_any_file_operation_leaves_the_old_or_the_new_checkpoin
     assert {30, 40} == set(steps)
 
 
+@pytest.mark.fault("A09", "the checkpoint with empty files is passed over, the one before it is taken")
 def test_files_that_a_power_cut_left_empty_are_not_trusted(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (10, 20):
@@ -116,6 +118,7 @@ def test_files_that_a_power_cut_left_empty_are_not_trusted(tmp_path: Path) -> No
     assert (newest.step, len(skipped)) == (10, 1)
 
 
+@pytest.mark.fault("C19", "a quota that stops a save: exit 4 with the reason, nothing half-written stays")
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_the_reason_and_the_same_command_goes_on(tmp_path: Path) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
@@ -135,6 +138,7 @@ def test_a_full_disk_ends_the_run_with_the_reason_and_the_same_command_goes_on(t
     assert (loss_history(run), final_weights(run)) == undisturbed
 
 
+@pytest.mark.fault("B14", "no checkpoint verifies: each with its reason, exit 5; --fresh moves the folder aside")
 @pytest.mark.slow
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused_with_each_reason(tmp_path: Path) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
