@@ -164,6 +164,25 @@ def test_a_second_trainer_in_a_run_folder_is_refused(tmp_path: Path, command: st
         assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("override", "code"), [("", 3), ("data.max_tokens=999999999", 4)], ids=["data", "memory"])
+def test_under_bare_accelerate_the_exit_code_stands_in_the_status(
+    tmp_path: Path, qwen3_folder: Path, override: str, code: int
+) -> None:
+    """Accelerate turns every code into 1, so that of an error before training is left in the run folder."""
+    (tmp_path / "rows.jsonl").write_text(BAD_ROWS)
+    write_recipe(tmp_path, qwen3_folder)
+    launch = ("--config_file", str(Path(__file__).parents[1] / "launch" / "single.yaml"), "-m", "qwentune.train")
+    overrides = [override] if override else []
+    ended = run(tmp_path, "accelerate.commands.launch", *launch, "recipe.yaml", *overrides)
+    assert ended.returncode == 1
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit"], status["step"]) == ("failed", code, 0), status
+    assert status["reason"].splitlines()[0] in ended.stderr
+    with RunFolder(tmp_path / "run").lock():
+        pass
+
+
 # --- the command line
 
 

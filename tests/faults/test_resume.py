@@ -70,6 +70,13 @@ def test_a_run_that_is_resumed_after_every_step_ends_the_same(tmp_path: Path, wa
     assert result(run) == result(tmp_path / "whole")
 
 
+def test_the_clock_saves_as_well_as_the_steps(tmp_path: Path, warm: Warm, model: Path) -> None:
+    output = {"save_every_steps": 1000, "save_every_minutes": 1e-5, "keep": 100}
+    assert warm.train(recipe_of(tmp_path, model, output=output)).code == 0
+    saved = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert {f"step-{step}" for step in range(1, NUM_STEPS + 1)} <= saved
+
+
 CELLS: dict[str, dict[str, Any]] = {
     "full, packed, eval, linear": {
         "data": {"eval_fraction": 0.1}, "batch": {"micro_batch": 4}, "optimizer": {"schedule": "linear"},
