@@ -331,6 +331,19 @@ def test_a_named_checkpoint_is_taken_and_a_fresh_run_moves_the_old_one_aside(
     assert (aside / "adapter").is_dir()
 
 
+@pytest.mark.fault("A09", "records of steps that a power cut took: the weights are published all the same")
+def test_weights_are_published_though_the_records_are_lost(tmp_path: Path, warm: Warm, model: Path) -> None:
+    recipe = recipe_of(tmp_path, model)
+    run = tmp_path / "run"
+    assert warm.train(recipe).code == 0
+    weights = final_weights(run)
+    shutil.rmtree(run / "model")
+    (run / "metrics.jsonl").unlink()
+    again = warm.train(recipe)
+    assert (again.code, final_weights(run)) == (0, weights), again.said
+    assert f"for {NUM_STEPS} steps." in (run / "README.md").read_text()
+
+
 @pytest.mark.fault("J73", "a pickle that would run code, in a checkpoint whose hashes are right: refused, nothing runs")
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_no_pickle_of_a_checkpoint_runs_code(tmp_path: Path, warm: Warm, model: Path, name: str) -> None:
