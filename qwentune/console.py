@@ -5,19 +5,50 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import typer
 
 from qwentune.errors import EXIT_BUG, EXIT_INTERRUPTED, UserError
+from qwentune.redaction import redact
+
+_unlogged: list[str] = []  # said before there was a log
+_log: Path | None = None
 
 
 def say(message: str) -> None:
-    """Writes a message to stderr; only the leading process of a run speaks."""
+    """Writes a message to stderr, without secrets, and to the log; only the leading process of a run speaks."""
     if os.environ.get("RANK", "0") == "0":
-        print(visible(message), file=sys.stderr, flush=True)
+        message = visible(redact(message))
+        with suppress(OSError):  # the terminal may be gone; that is no reason to end a run
+            print(message, file=sys.stderr, flush=True)
+        log(message)
+
+
+def log(message: str) -> None:
+    """Adds a message to the log alone; it is kept until there is one."""
+    lines = [f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in visible(redact(message)).splitlines()]
+    if _log is None:
+        _unlogged.extend(lines)
+        return
+    _write(_log, lines)
+
+
+def log_to(path: Path) -> None:
+    """Names the log: what was said so far and all that will be said is added to it."""
+    global _log
+    _log = path
+    _write(path, _unlogged)
+    _unlogged.clear()
+
+
+def _write(path: Path, lines: list[str]) -> None:
+    with suppress(OSError), path.open("a", encoding="utf-8") as file:  # what ails the disk is said on the screen
+        file.writelines(lines)
 
 
 def visible(text: str) -> str:
@@ -42,7 +73,7 @@ def run(command: Callable[[], int]) -> int:
             raise
         handle, name = tempfile.mkstemp(prefix="qwentune-", suffix=".txt")
         os.close(handle)
-        Path(name).write_text(traceback.format_exc(), encoding="utf-8")
+        Path(name).write_text(redact(traceback.format_exc()), encoding="utf-8")
         say(f"A bug in qwentune: {type(error).__name__}: {error}\n    The traceback is in {name}; please report it.")
         return EXIT_BUG
 

@@ -77,6 +77,13 @@ class NotFiniteError(UserError):
     closing = "The last good checkpoint is kept."
 
 
+class LostRankError(UserError):
+    """Another process of the run has died; what is left cannot go on alone."""
+
+    exit_code = 1
+    closing = "The same command continues the run."
+
+
 class RunInUseError(UserError):
     """A run folder that another process holds."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwentune import console
+from qwentune.durable import remove, replace_folder
 from qwentune.errors import EXIT_OK, Problem, UsageError, UserError
 
 if TYPE_CHECKING:
@@ -38,18 +39,18 @@ def run_export(folder: Path, merge: bool, verify: bool, output: Path | None) -> 
 
     run = open_run(folder)
     target = output or folder / ("merged" if merge else "export")
-    if target.exists():
+    if os.path.lexists(target):
         raise UsageError(Problem(str(target), "exists already", "Remove it, or name another folder with -o."))
     staging = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(staging, ignore_errors=True)
+    remove(staging)
     staging.mkdir(parents=True)
     try:
         _write(run, merge, staging)
         if verify:
             _verify(run, staging)
-        os.rename(staging, target)
+        replace_folder(staging, target)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove(staging)
     console.say(f"exported to {target}")
     flags = _flags(run)
     if flags:

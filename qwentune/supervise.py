@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -14,10 +17,12 @@ import psutil
 import typer
 
 from qwentune import console
-from qwentune.errors import EXIT_BUG, EXIT_OK, DoesNotFitError
+from qwentune.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, DoesNotFitError
+from qwentune.training.signals import take_over
 
-POLL_SECONDS = 0.2
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+POLL_SECONDS = 0.5
+HUNG_SECONDS = 60.0
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def train(
@@ -88,30 +93,51 @@ def supervise(arguments: list[str], launch: Path, num_processes: int) -> int:
             *("--num_processes", str(num_processes), "--quiet", "-m", "qwentune.train", *arguments),
         ]
         environment = {**os.environ, "QWENTUNE_EXIT_FOLDER": scratch}
-        launcher = subprocess.Popen(command, env=environment, start_new_session=True)
         received: list[int] = []
-        previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in FORWARDED}
+        previous = take_over(lambda number, _: received.append(number))
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_supervisor)
         try:
-            code = _wait(launcher, received)
+            code, hung, stopped_by = _watch(launcher, received)
             _end_orphans(launcher.pid)
         finally:
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler)  # type: ignore[arg-type]
         codes = {int(file.name): int(file.read_text()) for file in Path(scratch).iterdir()}
-    return _exit_code(code, codes, num_processes)
+    if hung is not None:
+        console.say(f"Rank {hung} has stood still for {HUNG_SECONDS:.0f} s while others wait for it: all are ended.")
+        return EXIT_BUG
+    return _exit_code(code, codes, num_processes, stopped_by)
 
 
-def _wait(launcher: subprocess.Popen[bytes], received: list[int]) -> int:
-    """The launcher's code; meanwhile each signal received goes to the trainers, as soon as there are any."""
+def _die_with_supervisor() -> None:
+    # A killed supervisor takes the launcher with it, and trainers that have lost their launcher save and end.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _watch(launcher: subprocess.Popen[bytes], received: list[int]) -> tuple[int, str | None, int | None]:
+    """The launcher's code, the rank that hung, if one did, and the last signal that was passed on.
+
+    Each signal received goes to the trainers, as soon as there are any. A rank that the system has stopped, with
+    others still running, ends them all.
+    """
+    passed_on: int | None = None
+    stopped: dict[str, float] = {}
     while True:
         try:
-            return launcher.wait(timeout=POLL_SECONDS)
+            return launcher.wait(timeout=POLL_SECONDS), None, passed_on
         except subprocess.TimeoutExpired:
-            trainers = _trainers(launcher.pid) if received else []
-            if trainers:
-                number = received.pop(0)
+            trainers = _trainers(launcher.pid)
+            if received and trainers:
+                passed_on = received.pop(0)
                 for process in trainers:
-                    process.send_signal(number)
+                    process.send_signal(passed_on)
+            stopped = _stopped_ranks(trainers, stopped)
+            hung = [rank for rank, since in stopped.items() if time.monotonic() - since > HUNG_SECONDS]
+            if hung and len(stopped) < len(trainers):
+                for process in (*trainers, launcher):
+                    process.kill()
+                return launcher.wait(), hung[0], passed_on
 
 
 def _trainers(launcher: int) -> list[psutil.Process]:
@@ -121,6 +147,17 @@ def _trainers(launcher: int) -> list[psutil.Process]:
     except psutil.NoSuchProcess:
         return []
     return [process for process in children if _is_trainer(process)]
+
+
+def _stopped_ranks(trainers: list[psutil.Process], before: dict[str, float]) -> dict[str, float]:
+    """The ranks that stand still (SIGSTOP), with the time at which they were first seen so."""
+    found: dict[str, float] = {}
+    for process in trainers:
+        with suppress(psutil.Error):
+            if process.status() == psutil.STATUS_STOPPED:
+                rank = process.environ().get("RANK", "0")
+                found[rank] = before.get(rank, time.monotonic())
+    return found
 
 
 def _is_trainer(process: psutil.Process) -> bool:
@@ -140,9 +177,11 @@ def _end_orphans(session: int) -> None:
             continue
 
 
-def _exit_code(launcher_code: int, codes: dict[int, int], num_ranks: int) -> int:
+def _exit_code(launcher_code: int, codes: dict[int, int], num_ranks: int, stopped_by: int | None) -> int:
     """The run's exit code; says which ranks ended without one."""
     silent = [str(rank) for rank in range(num_ranks) if rank not in codes]
+    if silent and stopped_by is not None:  # the signal came before Python had a handler for it
+        return EXIT_INTERRUPTED if stopped_by == signal.SIGINT else EXIT_PREEMPTED
     if launcher_code == -signal.SIGKILL:
         console.say("The launcher was killed (signal 9): probably out of host memory.")
     elif silent and launcher_code != 0:

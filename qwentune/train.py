@@ -1,6 +1,6 @@
 """`python -m qwentune.train RECIPE [key=value]`: trains in this process, which accelerate launched.
 
-`run` reads top to bottom as the walk itself: recipe, plan, data, ranks, start, model, trainer, train, publish.
+`_walk` reads top to bottom as the walk itself: plan, data, ranks, start, model, trainer, train, publish.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import signal
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,12 +27,15 @@ from qwentune.errors import (
     EXIT_OK,
     EXIT_PREEMPTED,
     DoesNotFitError,
+    LostRankError,
     Problem,
     RecipeError,
     ResumeError,
+    RunInUseError,
     UsageError,
     UserError,
 )
+from qwentune.training.signals import take_over
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -83,8 +86,7 @@ def train(
 ) -> None:
     """Train in this process; `accelerate launch -m qwentune.train` makes several of them."""
     request = Request(recipe, tuple(overrides or ()), resume, fresh, tuple(allow_change or ()), force_memory)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, _stop_before_the_first_step)
+    take_over(_stop_before_the_first_step)
     try:
         code = console.run(lambda: run(request))
     except _StoppedEarlyError as stopped:
@@ -108,23 +110,47 @@ def _stop_before_the_first_step(number: int, frame: object) -> None:
 
 def run(request: Request) -> int:
     """Trains the recipe to its end, or from where it was stopped; the exit code."""
+    from qwentune.recipe import load_recipe
+    from qwentune.training.run_folder import RunFolder
+
+    loaded = load_recipe(request.recipe, request.overrides)
+    folder = RunFolder(Path(loaded.recipe.output.dir))
+    exit_code_is_lost = _exit_code_is_lost()
+    try:
+        return _walk(request, loaded, folder)
+    except RunInUseError:
+        raise
+    except UserError as error:
+        if exit_code_is_lost:
+            with suppress(UserError, OSError), folder.lock():
+                step = (folder.last_metrics() or {"step": 0})["step"]
+                reason = str(error.problems[0])
+                folder.set_status(
+                    "failed", exit_code=error.exit_code, reason=reason, step=step, command=request.command
+                )
+        raise
+
+
+def _exit_code_is_lost() -> bool:
+    """Whether a launcher stands above this process that turns every exit code into 1, and no supervisor above it."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    return launched and "QWENTUNE_EXIT_FOLDER" not in os.environ and os.environ.get("RANK", "0") == "0"
+
+
+def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
+    """From a loaded recipe to a trained model; the exit code."""
     from qwentune.data.checkpoint import checkpoint_folder
     from qwentune.data.dataset import chat_template, prepare
     from qwentune.data.schedule import Schedule
     from qwentune.data.tokenizer import load_tokenizer
     from qwentune.facts.models import model_spec
     from qwentune.memory.judge import changes_the_plan, device_of, judge, refusal
-    from qwentune.recipe import load_recipe
     from qwentune.training.ranks import Ranks
-    from qwentune.training.run_folder import RunFolder
 
-    loaded = load_recipe(request.recipe, request.overrides)
     recipe = loaded.recipe
     if recipe.objective.kind != "sft":
         raise RecipeError(Problem(request.recipe, f"objective.kind: {recipe.objective.kind} cannot be trained yet"))
     ranks = Ranks.of_environment(on_cpu=recipe.hardware.gpu == "cpu")
-    folder = RunFolder(Path(recipe.output.dir))
-
     replan = request.fresh or changes_the_plan(request.allow_change)
     device, _, _ = device_of(recipe.hardware, here=True)
     plan = judge(
@@ -192,7 +218,10 @@ class _Training:
         )
         checkpoints = Checkpoints(self.folder.path, recipe.output.keep)
         with ExitStack() as held:
-            start = self.ranks.agree(lambda: self._open(held, checkpoints, facts))
+            try:
+                start = self.ranks.agree(lambda: self._open(held, checkpoints, facts))
+            except OSError as error:
+                raise self._explained(error) or error from None
             for message in start.messages:
                 console.say(message)
             if start.complete:
@@ -202,22 +231,33 @@ class _Training:
                 if stopped is not None:
                     return stopped
                 self._publish(checkpoints, base)
-            except RuntimeError as error:
-                lost = self.ranks.num_ranks > 1 and any(sign in str(error) for sign in SIGNS_OF_A_LOST_RANK)
-                reason = "another rank was lost" if lost else f"RuntimeError: {error}"
-                self._status("failed", EXIT_BUG, reason)
-                if not lost:
-                    raise
-                console.say(f"{reason}; the last checkpoint is kept. The same command continues the run.")
-                return EXIT_BUG
-            except UserError as error:
-                self._status("failed", error.exit_code, str(error.problems[0]))
+            except _StoppedEarlyError as stopped:
+                self._status(_state(stopped.exit_code), stopped.exit_code, "a signal, before the next step", start.step)
                 raise
             except Exception as error:
-                self._status("failed", EXIT_BUG, f"{type(error).__name__}: {error}")
-                raise
+                failure = self._explained(error)
+                code = failure.exit_code if failure else EXIT_BUG
+                reason = str(failure.problems[0]) if failure else f"{type(error).__name__}: {error}"
+                with suppress(OSError):  # the disk may be full
+                    self._status("failed", code, reason)
+                raise failure or error from None
         console.say(f"done: {self.folder.path}\ntry   qwentune chat {self.folder.path}")
         return EXIT_OK
+
+    def _explained(self, error: Exception) -> UserError | None:
+        """The error in words for the user; None for a bug."""
+        from qwentune.training.disk import disk_error, is_about
+
+        if isinstance(error, UserError):
+            return error
+        if self.ranks.num_ranks > 1 and any(sign in str(error) for sign in SIGNS_OF_A_LOST_RANK):
+            return LostRankError(Problem("", "another rank was lost; the last checkpoint is kept"))
+        if isinstance(error, UnpicklingError):
+            what = f"a checkpoint holds a pickle of something else than numbers: {str(error).splitlines()[0]}"
+            return ResumeError(Problem(str(self.folder.path), what, "It was not run. Take an earlier checkpoint."))
+        if is_about(error, self.folder.path):
+            return disk_error(error, self.folder.path, "the run folder cannot be written")
+        return None
 
     def _train(self, start: Start, base: Path, checkpoints: Checkpoints, facts: dict[str, Any]) -> int | None:
         """Trains until nothing is left to do; the exit code where a signal stopped it before that, else None."""
@@ -238,7 +278,7 @@ class _Training:
             ) from None
         step = trainer.state.global_step
         if stop.agreed and step < self.schedule.num_steps:
-            self._status("preempted", stop.exit_code, f"signal {stop.agreed}: saved at step {step}", step)
+            self._status(_state(stop.exit_code), stop.exit_code, f"signal {stop.agreed}: saved at step {step}", step)
             console.say(f"saved step {step}; continue with: {shlex.join(self.request.command)}")
             return stop.exit_code
         return None
@@ -247,6 +287,7 @@ class _Training:
         """Takes the run folder, finds where to begin and writes what is known before step 1; on rank 0 only."""
         from qwentune.memory.judge import changes_the_plan
         from qwentune.recipe import resolved_yaml
+        from qwentune.training.run_folder import LOG
         from qwentune.training.start import choose_start, move_aside
 
         if self.request.fresh and (aside := move_aside(self.folder)) is not None:
@@ -263,6 +304,7 @@ class _Training:
         )
         if not start.complete:
             self.folder.rewind(start.step)
+            console.log_to(self.folder.path / LOG)
             self.folder.write("recipe.yaml", self.loaded.text)
             self.folder.write("recipe.resolved.yaml", resolved_yaml(self.loaded.recipe, self.loaded.origins))
             self.folder.write("plan.json", json.dumps(self.plan.to_json(), indent=2) + "\n")
@@ -285,13 +327,17 @@ class _Training:
         from qwentune.model.head import LossHead
         from qwentune.training.learning_rate import learning_rate_factor
         from qwentune.training.stop import StopOnSignal
+        from qwentune.training.trackers import continue_record
         from qwentune.training.trainer import SftTrainer, training_arguments
 
         recipe, ranks, choices = self.loaded.recipe, self.ranks, self.plan.choices
         evaluation = self.dataset.evaluation
+        if recipe.output.report_to and ranks.leads:
+            continue_record(self.folder)
         arguments = training_arguments(
             recipe.optimizer,
             recipe.output,
+            name=self.folder.path.name,
             staging=checkpoints.folder,
             num_steps=self.schedule.num_steps,
             micro_batch=choices.micro_batch,
@@ -371,6 +417,7 @@ class _Training:
 
     def _publish(self, checkpoints: Checkpoints, base: Path) -> None:
         """Copies the weights of the last checkpoint, or of the best, out with all that stands around them."""
+        from qwentune.durable import remove, replace_folder
         from qwentune.exporting.package import copy_weights, model_card, stop_token_ids, write_package
         from qwentune.training.best import best_step
 
@@ -384,7 +431,7 @@ class _Training:
         step = last.step if best is None else best
         target = self.folder.path / ("model" if recipe.tuning.kind == "full" else "adapter")
         staging = target.with_name(f".{target.name}.writing")
-        shutil.rmtree(staging, ignore_errors=True)
+        remove(staging)
         copy_weights(checkpoints.published(step), staging)
         write_package(
             staging,
@@ -393,14 +440,14 @@ class _Training:
             stop_token_ids=stop_token_ids(report, self.tokenizer.control_ids),
             end_of_text_id=self.tokenizer.end_of_text_id,
         )
-        shutil.rmtree(target, ignore_errors=True)
-        staging.rename(target)
+        replace_folder(staging, target)
         card = model_card(
             name=self.folder.path.name,
             base=recipe.model,
             tuning=recipe.tuning.kind,
             report=report,
-            metrics=self.folder.last_metrics() or {},
+            step=last.step,
+            loss=(self.folder.last_metrics() or {}).get("loss"),
         )
         self.folder.write("README.md", card)
         how = "all steps are done" if last.step >= self.schedule.num_steps else "the eval loss stopped falling"
@@ -411,6 +458,10 @@ class _Training:
             return
         reached = (self.folder.last_metrics() or {"step": 0})["step"] if step is None else step
         self.folder.set_status(state, exit_code=code, reason=reason, step=reached, command=self.request.command)
+
+
+def _state(exit_code: int) -> State:
+    return "interrupted" if exit_code == EXIT_INTERRUPTED else "preempted"
 
 
 def _refuse_what_is_not_here(recipe: Recipe, plan: RunPlan, ranks: Ranks) -> None:
@@ -427,10 +478,10 @@ def _refuse_what_is_not_here(recipe: Recipe, plan: RunPlan, ranks: Ranks) -> Non
         if find_spec(tracker) is None:
             problems.append(Problem("output.report_to", f"{tracker} is not installed", f"pip install {tracker}"))
     start = recipe.tuning.start_from
-    if start is not None and not Path(start, "adapter_config.json").is_file():
-        problems.append(
-            Problem("tuning.start_from", f"{start!r} holds no adapter", "Name a folder with adapter_config.json.")
-        )
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    if start is not None and not all(Path(start, name).is_file() for name in names):
+        fix = f"Name a folder with {' and '.join(names)}."
+        problems.append(Problem("tuning.start_from", f"{start!r} holds no adapter", fix))
     if problems:
         raise UsageError(problems)
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +17,7 @@ from hypothesis import settings
 
 from qwentune.data import vocabulary
 from tests.checkpoints import ModelType, write_checkpoint
+from tests.warm import Warm
 
 # The same examples every time, so that what was green stays green; --hypothesis-profile=explore looks for new ones.
 settings.register_profile("reproducible", derandomize=True, deadline=None)
@@ -27,6 +29,14 @@ settings.load_profile("reproducible")
 def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that lives as long as the session."""
     return tmp_path_factory.mktemp("session")
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """Runs that start without importing anything; one at a time."""
+    server = Warm()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

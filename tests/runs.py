@@ -65,12 +65,13 @@ def train(
 
     With `largest_file_bytes` a larger file cannot be written, as on a full disk.
     """
+    module = ["-m", "qwentune.train"]
     if kill_at is not None:
-        command = [sys.executable, "-c", KILL_AT, str(kill_at)]
-    elif launch is not None:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch, "-m", "qwentune.train"]
-    else:
-        command = [sys.executable, "-m", "qwentune.train"]
+        script = recipe.parent / "kill_at.py"
+        script.write_text(KILL_AT)
+        module = [str(script), str(kill_at)]
+    launcher = [] if launch is None else ["-m", "accelerate.commands.launch", "--config_file", launch]
+    command = [sys.executable, *launcher, *module]
     limit = None
     if largest_file_bytes is not None:
         limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest_file_bytes, largest_file_bytes))

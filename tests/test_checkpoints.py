@@ -37,6 +37,7 @@ def test_only_the_newest_are_kept_and_the_spared_one(tmp_path: Path) -> None:
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-2", "step-3", "step-4"]
 
 
+@pytest.mark.fault("B10 B11 B12", "the damaged file is named with sizes or hash, and the checkpoint before it is taken")
 @pytest.mark.parametrize("name", ["model.safetensors", "shards/rank0", MANIFEST])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "delete"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path: Path, name: str, damage: str) -> None:
@@ -56,6 +57,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path: 
     assert "step-20" in skipped[0].where
 
 
+@pytest.mark.fault("B13", "folders and files that only look like checkpoints are passed over")
 def test_what_is_no_checkpoint_is_ignored(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=3)
     publish(checkpoints, 10)
@@ -66,6 +68,7 @@ def test_what_is_no_checkpoint_is_ignored(tmp_path: Path) -> None:
     assert (newest.step, skipped) == (10, [])
 
 
+@pytest.mark.fault("B15", "passed over: its manifest says another step")
 def test_a_checkpoint_under_another_step_is_refused(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=3)
     publish(checkpoints, 10).rename(checkpoints.published(50))
@@ -104,6 +107,7 @@ def test_a_run_folder_in_use_is_not_moved_aside(tmp_path: Path) -> None:
     assert not run.path.exists()
 
 
+@pytest.mark.fault("A04 A05", "leftovers are swept, `latest` is mended")
 def test_leftovers_are_swept_and_latest_is_mended(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=3)
     publish(checkpoints, 10)

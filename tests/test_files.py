@@ -397,6 +397,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     assert f"no folder '{tmp_path}/nowhere'" in problem.what
 
 
+@pytest.mark.fault("I70", "a hub dataset is answered with the command that downloads it")
 def test_a_hub_name_is_answered_with_the_download_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     problems: list[Problem] = []

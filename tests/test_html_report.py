@@ -63,6 +63,7 @@ def test_the_page_is_whole_and_loads_nothing(page: Page) -> None:
     assert "default-src 'none'" in str(policy["content"])
 
 
+@pytest.mark.fault("J76", "preview shows control and bidi characters written out; its page runs no script of a row")
 def test_rows_add_no_element_and_no_script(page: Page) -> None:
     tags = [tag for tag, _ in page.tags]
     assert tags.count("script") == 1

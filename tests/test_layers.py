@@ -13,6 +13,8 @@ PACKAGE = Path(qwentune.__file__).parent
 # From the top down; a layer may import itself and those before it.
 LAYERS = (
     "errors",
+    "redaction",
+    "durable",
     "console",
     "shipped",
     "recipe",
@@ -25,7 +27,7 @@ LAYERS = (
     "html_report",
 )
 COMMANDS = {"train", "supervise", "preview", "plan", "export", "chat", "cli"}
-TORCH_FREE = ("errors", "shipped", "recipe", "facts", "memory")
+TORCH_FREE = ("errors", "redaction", "durable", "shipped", "recipe", "facts", "memory")
 TORCH = {"torch", "peft", "accelerate", "bitsandbytes", "trl", "deepspeed"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

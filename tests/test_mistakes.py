@@ -82,6 +82,7 @@ def assert_is_refused(finished: subprocess.CompletedProcess[str], code: int) -> 
 # --- the recipe
 
 
+@pytest.mark.fault("I67", "all mistakes at once, each with file, line and column, exit 2")
 @pytest.mark.parametrize("command", RECIPE_COMMANDS)
 def test_three_mistakes_in_a_recipe_are_named_with_their_lines(tmp_path: Path, command: str) -> None:
     (tmp_path / "recipe.yaml").write_text(THREE_MISTAKES)
@@ -99,6 +100,7 @@ def test_three_mistakes_in_a_recipe_are_named_with_their_lines(tmp_path: Path, c
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
+@pytest.mark.fault("I69", "the nearest known model is named, exit 2")
 @pytest.mark.parametrize("command", ["preview", "plan", "train"])
 def test_an_unknown_model_is_answered_with_the_nearest(tmp_path: Path, command: str) -> None:
     (tmp_path / "rows.jsonl").write_text(GOOD_ROW + "\n")
@@ -153,6 +155,9 @@ def test_what_this_machine_does_not_have_is_named_all_at_once(tmp_path: Path, qw
     assert "output.report_to  trackio is not installed" in refused.stderr
 
 
+@pytest.mark.fault(
+    "K77", "the second is refused with process, host and time of the first, exit 7; the dead hold nothing"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "train in this process"])
 def test_a_second_trainer_in_a_run_folder_is_refused(tmp_path: Path, command: str) -> None:
@@ -166,6 +171,25 @@ def test_a_second_trainer_in_a_run_folder_is_refused(tmp_path: Path, command: st
         assert_is_refused(finished, 7)
         assert re.search(r"^run  is in use by process \d+ on ", finished.stderr, re.M)
         assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("override", "code"), [("", 3), ("data.max_tokens=999999999", 4)], ids=["data", "memory"])
+def test_under_bare_accelerate_the_exit_code_stands_in_the_status(
+    tmp_path: Path, qwen3_folder: Path, override: str, code: int
+) -> None:
+    """Accelerate turns every code into 1, so that of an error before training is left in the run folder."""
+    (tmp_path / "rows.jsonl").write_text(BAD_ROWS)
+    write_recipe(tmp_path, qwen3_folder)
+    launch = ("--config_file", str(Path(__file__).parents[1] / "launch" / "single.yaml"), "-m", "qwentune.train")
+    overrides = [override] if override else []
+    ended = run(tmp_path, "accelerate.commands.launch", *launch, "recipe.yaml", *overrides)
+    assert ended.returncode == 1
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit"], status["step"]) == ("failed", code, 0), status
+    assert status["reason"].splitlines()[0] in ended.stderr
+    with RunFolder(tmp_path / "run").lock():
+        pass
 
 
 # --- the command line

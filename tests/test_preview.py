@@ -434,6 +434,7 @@ def test_limit_says_how_many_examples_are_shown(tmp_path: Path, qwen3_folder: Pa
 HOSTILE = "\x9b5m\u202e\x7f[/bold]\x1b]0;owned\x07\x1b[2J\x1b[31m\x08\x00\r\u2066[red]:heart:"
 
 
+@pytest.mark.fault("J76", "preview shows control and bidi characters written out; its page runs no script of a row")
 def test_data_can_neither_steer_the_terminal_nor_style_what_it_shows(tmp_path: Path, qwen3_folder: Path) -> None:
     good = {"messages": [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": f"a{HOSTILE}z"}]}
     bad = [

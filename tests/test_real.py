@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from qwentune.data.render import Renderer, RenderOptions
 from qwentune.data.sample import Code, Source
 from qwentune.data.tokenizer import load_tokenizer
-from tests.runs import ENVIRONMENT, loss_history, write_recipe
+from tests.runs import ENVIRONMENT, KILLED, final_weights, loss_history, train, write_recipe
 from tests.test_walk import CHAT_ROWS, ROOT, run_command
 
 pytestmark = [
@@ -87,6 +87,30 @@ def test_a_lora_run_starts_low_falls_and_answers_as_taught_merged_and_unmerged(t
     replies = [speaker.answer([Message("user", question)]) for question in questions]
     assert [(reply.answer, reply.stopped) for reply in replies] == [(answer, True) for answer in answers]
     print(json.dumps({"first loss": losses[0], "last loss": losses[-1], "export": exported.stderr}))
+
+
+@pytest.mark.fault("A01 A08", "a real model killed three times: the adapter of the undisturbed run, byte for byte")
+def test_a_lora_run_that_is_killed_three_times_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        os.environ["QWENTUNE_TEST_MODEL"],
+        tuning={"kind": "lora", "rank": 8, "alpha": 16, "dropout": 0.1},
+        data={"train": str(ROOT / "data_templates" / "chat.jsonl"), "packing": False, "max_tokens": 256},
+        batch={"micro_batch": 2},
+        optimizer={"max_steps": 12, "learning_rate": 2e-4},
+        output={"save_every_steps": 2},
+    )
+    run = tmp_path / "run"
+    whole = train(recipe)
+    assert whole.returncode == 0, whole.stderr
+    undisturbed = loss_history(run), final_weights(run)
+    run.rename(tmp_path / "undisturbed")
+    for step in (3, 7, 11):
+        assert train(recipe, kill_at=step).returncode == KILLED
+    last = train(recipe)
+    assert last.returncode == 0, last.stderr
+    assert "from step 10" in last.stderr
+    assert (loss_history(run), final_weights(run)) == undisturbed
 
 
 def test_code_is_cheapest_in_the_order_and_with_the_end_that_qwen_trained() -> None:

@@ -152,6 +152,7 @@ def test_off_is_a_word_for_thinking() -> None:
     assert load(MINIMAL, "data.thinking=off").recipe.data.thinking == "off"
 
 
+@pytest.mark.fault("I67", "all mistakes at once, each with file, line and column, exit 2")
 @pytest.mark.parametrize(
     ("key", "value", "complaint"),
     [
@@ -218,6 +219,7 @@ def test_every_line_indented_by_a_tab_is_reported() -> None:
     ]
 
 
+@pytest.mark.fault("J71", "tags, anchors and merge keys are refused with their place; nothing is interpolated")
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
@@ -236,6 +238,7 @@ def test_yaml_beyond_plain_values_is_refused(line: str, complaint: str) -> None:
     assert any(found.startswith(complaint) for found in problems(MINIMAL + line + "\n"))
 
 
+@pytest.mark.fault("I67", "anchors, huge and deep files are refused unread")
 def test_an_alias_bomb_is_refused_without_being_expanded() -> None:
     bomb = "a: &a [x]\n" + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in pairwise("abcdefghi"))
     found = problems(MINIMAL + bomb)
@@ -370,6 +373,7 @@ def test_the_last_override_of_a_key_counts() -> None:
     assert load(MINIMAL, "seed=1", "seed=2").recipe.seed == 2
 
 
+@pytest.mark.fault("I68", "the override is quoted with what is wrong, exit 2")
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
@@ -421,6 +425,7 @@ def test_the_resolved_recipe_loads_to_an_equal_one(text: str, override: str) -> 
     assert reload(loaded).recipe == loaded.recipe
 
 
+@pytest.mark.fault("I68", "recipe.resolved.yaml says where each value came from")
 def test_each_value_of_the_resolved_recipe_carries_its_origin() -> None:
     loaded = load(MINIMAL, "seed=3")
     lines = resolved_yaml(loaded.recipe, loaded.origins).splitlines()

@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 FAST = "lora-dropout-qwen2"
 
 
+@pytest.mark.fault("A01 E34", "killed and started again: the same weights and losses, bit for bit")
 @pytest.mark.parametrize("case", [pytest.param(name, marks=() if name == FAST else pytest.mark.slow) for name in CASES])
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, case: str) -> None:
     model_type, sections = CASES[case]

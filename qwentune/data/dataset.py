@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from array import array
@@ -29,6 +28,7 @@ from qwentune.data.sample import Source
 from qwentune.data.store import Examples, ExampleWriter
 from qwentune.data.template import ChatTemplate
 from qwentune.data.tokenizer import Tokenizer
+from qwentune.durable import replace_folder
 from qwentune.errors import DataError, Problem, RecipeError
 from qwentune.recipe import DataOptions
 
@@ -157,7 +157,7 @@ def _publish(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | N
         with ExampleWriter(staging, tokenizer.control_ids.values()) as writer:
             description = _build(data, tokenizer, template, seed, writer)
         (staging / "description.json").write_text(json.dumps(description, ensure_ascii=False))
-        os.rename(staging, folder)
+        replace_folder(staging, folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

@@ -17,6 +17,18 @@ ReasoningForm = Literal["field", "inline"]
 TemplateMessage = dict[str, Json]
 
 
+# Of the template's own `raise_exception`, of operations that its values do not take, and of the sandbox's bounds.
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RecursionError,
+)
+
+
 class TemplateRefusalError(Exception):
     """The template raised: it does not take these messages."""
 
@@ -53,7 +65,7 @@ class ChatTemplate:
                 add_generation_prompt=generation_prompt,
                 **args,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        except TEMPLATE_ERRORS as error:
             raise TemplateRefusalError(str(error) or type(error).__name__) from None
         return list(cast(Any, rendered)[0])
 

@@ -69,16 +69,19 @@ def main_mode(report: Mapping[str, Any]) -> str:
     return max(modes, key=lambda mode: modes[mode]) if modes else "default"
 
 
-def model_card(*, name: str, base: str, tuning: str, report: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    """A README for the tuned model: what it is, what it was trained on, how to serve it; no text of any row."""
+def model_card(*, name: str, base: str, tuning: str, report: Mapping[str, Any], step: int, loss: float | None) -> str:
+    """A README for the tuned model: what it is, what it was trained on, how to serve it; no text of any row.
+
+    `loss` is the last one, None where its record was lost.
+    """
     flags = serving_flags(report)
     modes = ", ".join(f"{count} {mode}" for mode, count in report["modes"].items()) or "texts"
     stops = ", ".join(f"`{token}`" for token in report["stop_tokens"]) or "`<|endoftext|>`"
+    last_loss = "" if loss is None else f"; last loss {loss:.4f}"
     lines = [
         *("---", f"base_model: {base}", "library_name: transformers", "tags: [qwentune]", "---", "", f"# {name}", ""),
         f"{base}, tuned ({tuning}) on {report['train_examples']} examples",
-        f"with {report['trained_tokens']} trained tokens ({modes}) for {metrics['step']} steps; "
-        f"last loss {metrics['loss']:.4f}.",
+        f"with {report['trained_tokens']} trained tokens ({modes}) for {step} steps{last_loss}.",
         "",
         f"Turns end with {stops}; `generation_config.json` stops there.",
     ]

@@ -50,7 +50,7 @@ def free_host_bytes() -> int:
 
 def free_disk_bytes(folder: Path) -> int:
     """Free bytes where `folder` is or will be."""
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    existing = next(path for path in (folder, *folder.resolve().parents) if os.access(path, os.F_OK))
     return shutil.disk_usage(existing).free
 
 

@@ -11,12 +11,13 @@ from qwentune.errors import Problem, nearest
 from qwentune.recipe.contradictions import contradictions
 from qwentune.recipe.keys import bare, choices, describe_keys, fields, hint, in_words, is_section
 from qwentune.recipe.schema import Recipe, Section
+from qwentune.recipe.secrets import secrets
 from qwentune.recipe.syntax import Node, Place, plain, resolve
 
 
 def validate(root: Node) -> Recipe | list[Problem]:
     """The recipe of a tree, its derived defaults not yet settled; or every problem of the tree."""
-    problems = list(contradictions(root))
+    problems = [*contradictions(root), *secrets(root)]
     try:
         recipe = Recipe.model_validate(plain(root), by_alias=True, by_name=False)
     except ValidationError as error:

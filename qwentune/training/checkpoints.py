@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwentune.durable import remove, sync, sync_folders, write_text
 from qwentune.errors import Problem, ResumeError
 
 MANIFEST = "manifest.json"
@@ -54,7 +54,7 @@ class Checkpoints:
         """
         files = sorted(path for path in written.rglob("*") if path.is_file())
         for path in files:
-            _sync(path)
+            sync(path)
         manifest = {
             "schema": MANIFEST_SCHEMA,
             "step": step,
@@ -64,14 +64,14 @@ class Checkpoints:
                 for path in files
             },
         }
-        _write_synced(written / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
-        _sync_folders(written)
+        write_text(written / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+        sync_folders(written)
         target = self.published(step)
         if target.exists():  # the same step of an abandoned attempt, which this one replaces
             self._remove(target)
         os.rename(written, target)
-        _sync(self.folder)
-        shutil.rmtree(self.staging(step), ignore_errors=True)
+        sync(self.folder)
+        remove(self.staging(step))
         self._point_latest_at(target)
         self._rotate(spared | {step})
         return target
@@ -105,7 +105,7 @@ class Checkpoints:
             return
         for path in self.folder.iterdir():
             if path.name.startswith((STAGING, TRASH)):
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
         numbered = self._numbered()
         if numbered:
             self._point_latest_at(numbered[0][1])
@@ -128,14 +128,12 @@ class Checkpoints:
     def _remove(self, folder: Path) -> None:
         # Renamed first: a half-deleted folder must never look like a checkpoint.
         trash = folder.with_name(f"{TRASH}{folder.name}")
-        shutil.rmtree(trash, ignore_errors=True)
+        remove(trash)
         os.rename(folder, trash)
-        shutil.rmtree(trash)
+        remove(trash)
 
     def _point_latest_at(self, folder: Path) -> None:
-        temporary = self.run / ".latest"
-        _write_synced(temporary, f"checkpoints/{folder.name}\n")
-        os.replace(temporary, self.run / "latest")
+        write_text(self.run / "latest", f"checkpoints/{folder.name}\n")
 
 
 def verify(folder: Path) -> Checkpoint | Problem:
@@ -172,24 +170,3 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folders(folder: Path) -> None:
-    for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
-        _sync(path)
-    _sync(folder)

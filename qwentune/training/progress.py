@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qwentune import console
 from qwentune.training.run_folder import EVALUATIONS, METRICS, RunFolder
 
 MetricsRow = dict[str, float | int | None]
@@ -18,16 +20,16 @@ class Recorder:
     def __init__(self, folder: RunFolder, num_steps: int, first_step: int) -> None:
         self.folder = folder
         self.num_steps = num_steps
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        terminal = Console(stderr=True, highlight=False, soft_wrap=True)
         self.bar = None
-        if self.console.is_terminal:
+        if terminal.is_terminal:
             self.bar = Progress(
                 TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("loss {task.fields[loss]} · {task.fields[speed]} tokens/s · left"),
                 TimeRemainingColumn(),
-                console=self.console,
+                console=terminal,
             )
             self.task = self.bar.add_task("training", total=num_steps, completed=first_step, loss="-", speed="-")
 
@@ -40,20 +42,22 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.bar is not None:
-            self.bar.stop()
+            with suppress(OSError):
+                self.bar.stop()
 
     def logged(self, row: MetricsRow) -> None:
         """Takes the metrics of one logged step."""
         self.folder.append(METRICS, row)
         loss, speed = f"{row['loss']:.4f}", f"{row['tokens_per_second']:.0f}"
-        if self.bar is not None:
-            self.bar.update(self.task, completed=row["step"], loss=loss, speed=speed)
+        line = f"step {row['step']}/{self.num_steps}  loss {loss}  lr {row['learning_rate']:.2e}  {speed} tokens/s"
+        if self.bar is None:
+            console.say(line)
             return
-        self.console.print(
-            f"step {row['step']}/{self.num_steps}  loss {loss}  lr {row['learning_rate']:.2e}  {speed} tokens/s"
-        )
+        console.log(line)
+        with suppress(OSError):  # the terminal may be gone; that is no reason to end a run
+            self.bar.update(self.task, completed=row["step"], loss=loss, speed=speed)
 
     def evaluated(self, step: int, loss: float) -> None:
         """Takes the result of one evaluation."""
         self.folder.append(EVALUATIONS, {"step": step, "loss": loss})
-        self.console.print(f"step {step}/{self.num_steps}  eval loss {loss:.4f}")
+        console.say(f"step {step}/{self.num_steps}  eval loss {loss:.4f}")

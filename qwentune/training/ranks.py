@@ -54,8 +54,11 @@ class Ranks:
         if self.sharding in ("zero2", "zero3"):
             import deepspeed
 
+            from qwentune.training.shards import load_only_weights
+
             # Its shared-memory collectives for CPUs would be compiled here, for half a minute; gloo does as well.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            load_only_weights()
         # A user's accelerate defaults would switch autocast on behind the Trainer's back; DeepSpeed casts by it.
         is_deepspeed = self.sharding in ("zero2", "zero3")
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if is_deepspeed and weights == "bf16" else "no"

@@ -14,10 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qwentune.errors import Problem, RunInUseError
+from qwentune.durable import write_text
+from qwentune.errors import Problem, RunInUseError, UsageError
+from qwentune.redaction import redact
 
 METRICS = "metrics.jsonl"  # one row per logged step
 EVALUATIONS = "evaluations.jsonl"  # one row per evaluation
+LOG = "log.txt"  # what was said on the screen
+STATUS = "status.json"
+LOCK = ".lock"
 TRAINED = ("adapter", "model")  # where the trained weights are published
 State = Literal["running", "finished", "preempted", "interrupted", "failed"]
 
@@ -30,9 +35,16 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the folder; RunInUseError where another process does. The system frees it when this process dies."""
+        """Holds the folder; the system frees it when this process dies.
+
+        Raises RunInUseError where another process holds it, UsageError where the folder is no run's.
+        """
+        self._refuse_a_folder_of_other_things()
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as file:
+        lock = self.path / LOCK
+        if lock.is_symlink():  # written through, it would empty the file that it points to
+            lock.unlink()
+        with os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT, 0o666), "r+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -40,7 +52,8 @@ class RunFolder:
                 holder = file.read().strip() or "another process"
                 fix = "Wait for it, stop it, or choose another output.dir."
                 raise RunInUseError(Problem(str(self.path), f"is in use by {holder}", fix)) from None
-            file.truncate(0)
+            file.seek(0)
+            file.truncate()
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
             file.flush()
             yield
@@ -54,13 +67,19 @@ class RunFolder:
             "step": step,
             "resume_command": shlex.join(command),
         }
-        self.write("status.json", json.dumps(status, indent=2) + "\n")
+        self.write(STATUS, json.dumps(status, indent=2) + "\n")
+
+    def finished_step(self) -> int | None:
+        """The step whose weights the finished run has published; None while there is none."""
+        try:
+            status = json.loads((self.path / STATUS).read_bytes())
+            return status["step"] if status["state"] == "finished" and self.trained is not None else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def write(self, name: str, text: str) -> None:
-        """Replaces a file of the run, atomically."""
-        temporary = self.path / f".{name}.new"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / name)
+        """Replaces a file of the run, atomically; secrets are left out."""
+        write_text(self.path / name, redact(text))
 
     @property
     def trained(self) -> Path | None:
@@ -76,6 +95,9 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drops the records of steps after `step`: they belong to work that was lost and will be done again."""
+        for name in (METRICS, EVALUATIONS, LOG):
+            if (self.path / name).is_symlink():  # lines would be added to what it points to
+                (self.path / name).unlink()
         for name in (METRICS, EVALUATIONS):
             kept: list[str] = []
             for line in self._lines(name):
@@ -93,10 +115,26 @@ class RunFolder:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def sync_records(self) -> None:
+        """Waits until the records are on disk: a checkpoint must not outlive those of its steps."""
+        for name in (METRICS, EVALUATIONS):
+            if (self.path / name).exists():
+                with (self.path / name).open("ab") as file:
+                    os.fsync(file.fileno())
+
     def last_metrics(self) -> dict[str, Any] | None:
         """The newest row of `metrics.jsonl`."""
         lines = self._lines(METRICS)
         return json.loads(lines[-1]) if lines else None
+
+    def _refuse_a_folder_of_other_things(self) -> None:
+        if self.path.is_dir():
+            names = {path.name for path in self.path.iterdir()}
+            if names and not names & {LOCK, STATUS}:
+                what = f"holds {len(names)} other things, such as {min(names)!r}, and no run"
+                raise UsageError(Problem(str(self.path), what, "Name a new or empty folder as output.dir."))
+        elif os.path.lexists(self.path):
+            raise UsageError(Problem(str(self.path), "is no folder", "Name another output.dir."))
 
     def _lines(self, name: str) -> list[str]:
         path = self.path / name

@@ -85,8 +85,12 @@ def choose_start(
     if resume != "auto":
         messages += [f"moved a later checkpoint to {folder}" for folder in checkpoints.set_aside(checkpoint.step)]
     step = checkpoint.step
+    if step > num_steps:
+        what = f"is after the {num_steps} steps that the recipe asks for"
+        fix = "Ask for more steps, name an earlier checkpoint with --resume PATH, or start anew with --fresh."
+        raise ResumeError(Problem(str(checkpoint.folder), what, fix))
     trained = step >= num_steps or has_stopped_improving(step, best_step(checkpoint), output)
-    complete = trained and run.trained is not None
+    complete = trained and run.finished_step() == step
     if complete:
         messages.append(f"already complete: {run.path} was trained for {step} steps")
     else:

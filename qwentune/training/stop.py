@@ -14,14 +14,14 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qwentune.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from qwentune.training.signals import take_over
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ORPHAN_GRACE_SECONDS = 30.0
-SAVE = 1  # below every signal: a stop beats a save
+SAVE = 1  # a wish to stop is the number of its signal above this: a stop beats a save
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves and stops at the next step boundary after SIGTERM, SIGINT or SIGUSR1; a second Ctrl-C stops at once.
+    """Saves and stops at the next step boundary after a signal of SIGNALS; a second Ctrl-C stops at once.
 
     Saves also whenever `save_every_seconds` have passed since the last save.
 
@@ -44,8 +44,7 @@ class StopOnSignal(TrainerCallback):
 
     def install(self) -> None:
         """Takes over the signals of this process and watches its launcher; for the main thread."""
-        for number in SIGNALS:
-            signal.signal(number, self._receive)
+        take_over(self._receive)
         threading.Thread(target=self._watch_launcher, args=(os.getppid(),), daemon=True).start()
 
     def on_train_begin(
@@ -57,11 +56,11 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for a save, and for the end once all ranks know of a signal."""
-        agreed = self._agreed(self.received or (SAVE if self._save_is_due() else 0))
+        agreed = self._agreed(SAVE + self.received if self.received else SAVE * self._save_is_due())
         if agreed:
             control.should_save = True
         if agreed > SAVE:
-            self.agreed = agreed
+            self.agreed = agreed - SAVE
             control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,15 +17,17 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from qwentune.data.batch import Batch, EvalBatches, TrainBatches
-from qwentune.errors import DoesNotFitError, NotFiniteError, Problem
+from qwentune.durable import remove
+from qwentune.errors import NotFiniteError, Problem, UserError
 from qwentune.model.head import LossHead
 from qwentune.recipe import OptimizerOptions, OutputOptions
 from qwentune.training.best import has_stopped_improving
 from qwentune.training.checkpoints import Checkpoints
 from qwentune.training.diagnose import first_not_finite
+from qwentune.training.disk import disk_error
 from qwentune.training.progress import Recorder
+from qwentune.training.trackers import observe
 
-SIGNS_OF_A_FULL_DISK = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter")
 _Mixed = Trainer if TYPE_CHECKING else object
 
 
@@ -53,6 +55,7 @@ class ExactResume(_Mixed):
     ) -> None:
         super().__init__(eval_dataset=eval_batches, **options)
         self.remove_callback(PrinterCallback)
+        observe(self.callback_handler.callbacks)
         self.batches = batches
         self.eval_batches = eval_batches
         self.loss_head = loss_head
@@ -227,21 +230,27 @@ class ExactResume(_Mixed):
         self._refuse_to_save_what_is_not_finite(model)
         try:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                self._publish(step)
+        except UserError:
+            raise
         except Exception as error:  # three libraries write here, each with errors of its own
-            if not any(sign in str(error) for sign in SIGNS_OF_A_FULL_DISK):
+            explained = disk_error(error, self.checkpoints.run, f"step {step} could not be saved")
+            if explained is None:
                 raise
-            free = shutil.disk_usage(self.checkpoints.folder).free
-            shutil.rmtree(self.checkpoints.staging(step), ignore_errors=True)
-            what = f"step {step} could not be saved, {free / 2**30:.2f} GiB are free: {error}"
-            fix = "Free some space; the same command continues from the last checkpoint."
-            raise DoesNotFitError(Problem(str(self.checkpoints.folder), what, fix), "The run has ended.") from None
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            spared = frozenset({self.state.best_global_step} if self.state.best_global_step else ())
-            written = self.checkpoints.staging(step) / f"checkpoint-{step}"
-            self.checkpoints.publish(written, step, self.checkpoint_facts, spared)
+            with suppress(OSError):
+                remove(self.checkpoints.staging(step))
+            raise explained from None
         self._published_step = step
         self.accelerator.wait_for_everyone()
+
+    def _publish(self, step: int) -> None:
+        if self.recorder is not None:
+            self.recorder.folder.sync_records()
+        spared = frozenset({self.state.best_global_step} if self.state.best_global_step else ())
+        written = self.checkpoints.staging(step) / f"checkpoint-{step}"
+        self.checkpoints.publish(written, step, self.checkpoint_facts, spared)
 
     def _refuse_to_save_what_is_not_finite(self, model: nn.Module) -> None:
         bad = [
@@ -316,6 +325,7 @@ def training_arguments(
     optimizer: OptimizerOptions,
     output: OutputOptions,
     *,
+    name: str,
     staging: Path,
     num_steps: int,
     micro_batch: int,
@@ -351,6 +361,7 @@ def training_arguments(
         logging_steps=output.log_every_steps,
         logging_nan_inf_filter=False,
         report_to=list(output.report_to),
+        run_name=name,
         disable_tqdm=True,
         remove_unused_columns=False,
         seed=seed,

@@ -21,6 +21,7 @@ def stopped_run(folder: Path, **sections: object) -> Path:
     return recipe
 
 
+@pytest.mark.fault("F38 K78", "a table of key, then, now and what it means; exit 5; nothing is touched")
 def test_every_change_is_named_with_what_was_what_is_and_what_it_means(tmp_path: Path) -> None:
     recipe = stopped_run(tmp_path)
     rows = (tmp_path / "rows.jsonl").read_text().splitlines()
@@ -39,6 +40,7 @@ def test_every_change_is_named_with_what_was_what_is_and_what_it_means(tmp_path:
     assert {path for path in before if before[path] != after[path]} <= {tmp_path / "run" / ".lock"}
 
 
+@pytest.mark.fault("F39", "the same rows renamed or compressed: the same run; edited or reordered: refused, exit 5")
 def test_a_renamed_data_file_is_the_same_data(tmp_path: Path) -> None:
     recipe = stopped_run(tmp_path)
     renamed = (tmp_path / "rows.jsonl").rename(tmp_path / "other.jsonl")
@@ -47,6 +49,7 @@ def test_a_renamed_data_file_is_the_same_data(tmp_path: Path) -> None:
     assert "from step 5" in resumed.stderr
 
 
+@pytest.mark.fault("F38", "a change allowed with --allow-change counts from the next step on")
 def test_an_allowed_learning_rate_is_used_from_the_next_step_on(tmp_path: Path) -> None:
     recipe = stopped_run(tmp_path)
     changed = ("optimizer.learning_rate=2e-3", "optimizer.weight_decay=0.1")
@@ -61,6 +64,7 @@ def test_an_allowed_learning_rate_is_used_from_the_next_step_on(tmp_path: Path) 
     assert rates[5:] == [row[2] for row in loss_history(tmp_path / "anew")][5:]
 
 
+@pytest.mark.fault("F38", "more steps for a finished run are a change that can be allowed")
 def test_a_finished_run_goes_on_where_its_steps_are_raised(tmp_path: Path) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen2"))
     recipe = write_recipe(tmp_path, model, optimizer={"max_steps": 6, "schedule": "constant", "warmup_fraction": 0.0})
@@ -75,6 +79,7 @@ def test_a_finished_run_goes_on_where_its_steps_are_raised(tmp_path: Path) -> No
     assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 10
 
 
+@pytest.mark.fault("G43", "the step, its rows and the first layer that is not finite, exit 6; weights are those before")
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_the_weights(tmp_path: Path, log_every: int) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))

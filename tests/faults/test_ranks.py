@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.checkpoints import add_weights, write_checkpoint
-from tests.runs import ENVIRONMENT, train, write_recipe
+from tests.runs import ENVIRONMENT, final_weights, loss_history, train, write_recipe
+from tests.warm import Warm
 
 pytestmark = pytest.mark.slow
 
@@ -21,16 +24,20 @@ pytestmark = pytest.mark.slow
 SUPERVISE = """
 import sys
 from pathlib import Path
-from qwentune.supervise import supervise
-sys.exit(supervise(sys.argv[1:], Path("launch/cpu-2.yaml"), 2))
+from qwentune import supervise
+supervise.HUNG_SECONDS = float(sys.argv.pop(1))
+sys.exit(supervise.supervise(sys.argv[1:], Path("launch/cpu-2.yaml"), 2))
 """
 
 
-def started(recipe: Path, run: Path) -> tuple[subprocess.Popen[str], dict[int, psutil.Process]]:
+def started(
+    recipe: Path, run: Path, hung_seconds: float = 60.0
+) -> tuple[subprocess.Popen[str], dict[int, psutil.Process]]:
     """The supervisor, and the training processes by rank, once the first step is done."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SUPERVISE, str(recipe)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", SUPERVISE, str(hung_seconds), str(recipe)],
+        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     deadline = time.monotonic() + 180
     while not (run / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -42,6 +49,21 @@ def started(recipe: Path, run: Path) -> tuple[subprocess.Popen[str], dict[int, p
     return process, ranks
 
 
+@pytest.fixture
+def unwatched() -> Iterator[list[psutil.Process]]:
+    """Processes that a test lost sight of; none may outlive it."""
+    found: list[psutil.Process] = []
+    yield found
+    for process in found:
+        if is_alive(process):
+            process.kill()
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; a zombie that nobody has asked for its exit code does not."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
 def recipe_of_many_steps(folder: Path) -> Path:
     model = add_weights(write_checkpoint(folder / "model", "qwen3"))
     return write_recipe(
@@ -49,13 +71,14 @@ def recipe_of_many_steps(folder: Path) -> Path:
     )
 
 
+@pytest.mark.fault("D23 D32", "SIGTERM to the supervisor: both ranks save one step, exit 75; the same command goes on")
 def test_a_signal_to_the_supervisor_stops_both_ranks_at_one_step(tmp_path: Path) -> None:
     recipe, run = recipe_of_many_steps(tmp_path), tmp_path / "run"
     process, ranks = started(recipe, run)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
-    assert not [rank for rank in ranks.values() if rank.is_running()]
+    assert not [rank for rank in ranks.values() if is_alive(rank)]
     step = json.loads((run / "status.json").read_text())["step"]
     files = {path.name for path in (run / "checkpoints" / f"step-{step}").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= files
@@ -66,6 +89,7 @@ def test_a_signal_to_the_supervisor_stops_both_ranks_at_one_step(tmp_path: Path)
     assert f"from step {step}" in resumed.stderr
 
 
+@pytest.mark.fault("D30", "a rank that is killed is named, with the likely reason; the other is gone within 30 s")
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_killed_rank_is_named_and_the_other_is_gone_soon(tmp_path: Path, lost: int) -> None:
     recipe, run = recipe_of_many_steps(tmp_path), tmp_path / "run"
@@ -74,9 +98,10 @@ def test_a_killed_rank_is_named_and_the_other_is_gone_soon(tmp_path: Path, lost:
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1, errors
     assert f"Lost rank {lost}: ended without a word" in errors
-    assert not [rank for rank in ranks.values() if rank.is_running()]
+    assert not [rank for rank in ranks.values() if is_alive(rank)]
 
 
+@pytest.mark.fault("D29", "the launcher is killed: the trainers save and end, none is left")
 def test_no_trainer_is_left_where_the_launcher_alone_is_killed(tmp_path: Path) -> None:
     recipe, run = recipe_of_many_steps(tmp_path), tmp_path / "run"
     process, ranks = started(recipe, run)
@@ -87,3 +112,106 @@ def test_no_trainer_is_left_where_the_launcher_alone_is_killed(tmp_path: Path) -
     assert "launcher was killed" in errors
     _, alive = psutil.wait_procs(list(ranks.values()), timeout=30)
     assert not alive
+
+
+@pytest.mark.fault("D29", "the supervisor is killed: its trainers save and end, none is left")
+def test_no_trainer_is_left_where_the_supervisor_is_killed(tmp_path: Path, unwatched: list[psutil.Process]) -> None:
+    recipe, run = recipe_of_many_steps(tmp_path), tmp_path / "run"
+    process, ranks = started(recipe, run)
+    unwatched += ranks.values()
+    process.kill()
+    _, alive = psutil.wait_procs(list(ranks.values()), timeout=30)
+    assert not alive
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["exit"]) == ("preempted", 75)
+    assert (run / "latest").read_text() == f"checkpoints/step-{status['step']}\n"
+
+
+@pytest.mark.fault("D24", "SIGTERM to one rank of two: both save the same step, exit 75")
+def test_a_signal_to_one_rank_stops_both_at_one_step(tmp_path: Path) -> None:
+    recipe, run = recipe_of_many_steps(tmp_path), tmp_path / "run"
+    process, ranks = started(recipe, run)
+    ranks[1].send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    step = json.loads((run / "status.json").read_text())["step"]
+    manifest = json.loads((run / "checkpoints" / f"step-{step}" / "manifest.json").read_text())
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= manifest["files"].keys()
+
+
+@pytest.mark.fault("D30", "a rank that stands still is named after a minute, and all are ended")
+def test_a_rank_that_hangs_is_named_and_all_are_ended(tmp_path: Path, unwatched: list[psutil.Process]) -> None:
+    recipe, run = recipe_of_many_steps(tmp_path), tmp_path / "run"
+    process, ranks = started(recipe, run, hung_seconds=3)
+    unwatched += ranks.values()
+    ranks[1].send_signal(signal.SIGSTOP)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert "Rank 1 has stood still for 3 s while others wait for it" in errors
+    assert not [rank for rank in ranks.values() if is_alive(rank)]
+
+
+@pytest.mark.fault("D23", "a signal in the first second, before a trainer can take it: exit 75, not a bug")
+def test_a_signal_to_a_supervisor_that_has_just_begun_is_no_bug(tmp_path: Path) -> None:
+    recipe = recipe_of_many_steps(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISE, "60", str(recipe)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not psutil.Process(process.pid).children() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+
+
+@pytest.mark.fault("A01", "two ranks killed and started again: the same losses and weights, bit for bit")
+@pytest.mark.parametrize("launch", ["cpu-2", "cpu-zero2"])
+def test_two_killed_ranks_end_like_undisturbed_ones(tmp_path: Path, launch: str) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    recipe = write_recipe(
+        tmp_path, model, optimizer={"max_steps": 8}, batch={"micro_batch": 1}, output={"save_every_steps": 3}
+    )
+    file = f"launch/{launch}.yaml"
+    run = tmp_path / "run"
+    whole = train(recipe, launch=file)
+    assert whole.returncode == 0, whole.stderr
+    undisturbed = loss_history(run), final_weights(run)
+    run.rename(tmp_path / "undisturbed")
+    assert train(recipe, launch=file, kill_at=5).returncode != 0
+    resumed = train(recipe, launch=file)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "from step 3" in resumed.stderr
+    assert (loss_history(run), final_weights(run)) == undisturbed
+
+
+@pytest.mark.fault("F41", "another number of ranks: refused with then and now, exit 5")
+def test_another_number_of_ranks_is_refused(tmp_path: Path, warm: Warm) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    recipe = write_recipe(tmp_path, model, optimizer={"max_steps": 4}, batch={"micro_batch": 1})
+    assert warm.train(recipe).code == 0
+    refused = train(recipe, launch="launch/cpu-2.yaml")
+    assert re.search(r"number of ranks +then 1 +now 2 ", refused.stderr)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit"]) == ("failed", 5), "accelerate has turned the exit code into 1"
+
+
+@pytest.mark.fault("J73", "a DeepSpeed shard that would run code: refused, nothing runs")
+def test_no_shard_of_deepspeed_runs_code(tmp_path: Path) -> None:
+    script = f"""
+import pickle, torch
+from qwentune.training.shards import load_only_weights
+load_only_weights()
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+class Trap:
+    def __reduce__(self):
+        return open, ({str(tmp_path / "sprung")!r}, "w")
+torch.save({{"state": Trap()}}, {str(tmp_path / "shard.pt")!r})
+try:
+    TorchCheckpointEngine().load({str(tmp_path / "shard.pt")!r})
+except pickle.UnpicklingError:
+    print("refused")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert "refused" in ended.stdout, ended.stderr
+    assert not (tmp_path / "sprung").exists()

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qwentune.training import checkpoints as module
 from qwentune.training.checkpoints import MANIFEST, Checkpoints
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.runs import KILLED, final_weights, loss_history, train, write_recipe
 
-OPERATIONS = ("_sync", "_sha256", "_write_synced")  # each a place where the process may die, as are these of os, shutil
-SYSTEM = (("os", "rename"), ("os", "replace"), ("shutil", "rmtree"))
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}  # that Python announces to an audit hook
 
 
 def write_files(checkpoints: Checkpoints, step: int) -> Path:
@@ -27,35 +27,47 @@ def write_files(checkpoints: Checkpoints, step: int) -> Path:
     return written
 
 
-def die_at(operation: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Wraps functions so that the process is killed before the call number `operation`, counted over all of them."""
-    calls = iter(range(1_000_000))
-
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            if next(calls) == operation:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return counted
-
-    return wrap
+def save(checkpoints: Checkpoints, step: int) -> None:
+    checkpoints.publish(write_files(checkpoints, step), step, {"run": {}})
 
 
-def save_and_die(checkpoints: Checkpoints, step: int, operation: int) -> bool:
-    """Saves in a child that is killed before file operation `operation`; whether the save came to its end."""
+def die_at(operation: int) -> None:
+    """Kills this process before its file operation number `operation`, fsync among them."""
+    numbers = count()
+
+    def operate() -> None:
+        if next(numbers) == operation:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in FILE_EVENTS:
+            operate()
+
+    fsync = os.fsync
+
+    def counted_fsync(descriptor: int) -> None:
+        operate()
+        fsync(descriptor)
+
+    os.fsync = counted_fsync
+    sys.addaudithook(audit)
+
+
+def killed_at(operation: int, action: Callable[[], object]) -> bool:
+    """Does something in a child that is killed before file operation `operation`; whether it was."""
     child = os.fork()
     if child == 0:
-        wrap = die_at(operation)
-        for name in OPERATIONS:
-            setattr(module, name, wrap(getattr(module, name)))
-        for library, name in SYSTEM:
-            place = getattr(module, library)
-            setattr(place, name, wrap(getattr(place, name)))
-        checkpoints.publish(write_files(checkpoints, step), step, {"run": {}})
-        os._exit(0)
+        code = 1
+        try:
+            die_at(operation)
+            action()
+            code = 0
+        finally:
+            os._exit(code)
     _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status) == 0
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, KILLED)
+    return code == KILLED
 
 
 def crash_points(folder: Path) -> Iterator[Checkpoints]:
@@ -64,12 +76,13 @@ def crash_points(folder: Path) -> Iterator[Checkpoints]:
         checkpoints = Checkpoints(folder / str(operation), keep=2)
         checkpoints.folder.mkdir(parents=True)
         for step in (10, 20, 30):
-            checkpoints.publish(write_files(checkpoints, step), step, {"run": {}})
-        if save_and_die(checkpoints, 40, operation):
+            save(checkpoints, step)
+        if not killed_at(operation, lambda: save(checkpoints, 40)):  # noqa: B023 - runs at once
             return
         yield checkpoints
 
 
+@pytest.mark.fault("A02 A03 A04 A05", "the old checkpoint or the new one, whole; leftovers are swept at the next start")
 def test_a_save_killed_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_path: Path) -> None:
     steps: list[int] = []
     for checkpoints in crash_points(tmp_path):
@@ -87,11 +100,12 @@ def test_a_save_killed_at_any_file_operation_leaves_the_old_or_the_new_checkpoin
 
         checkpoints.publish(write_files(checkpoints, 40), 40, {"run": {}})  # the resumed run comes by here again
         assert {path.name for path in checkpoints.folder.iterdir()} == {"step-30", "step-40"}
-    assert len(steps) >= 15
+    assert len(steps) >= 30, len(steps)
     assert steps == sorted(steps), "once the new checkpoint is there it stays"
     assert {30, 40} == set(steps)
 
 
+@pytest.mark.fault("A09", "the checkpoint with empty files is passed over, the one before it is taken")
 def test_files_that_a_power_cut_left_empty_are_not_trusted(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (10, 20):
@@ -104,6 +118,7 @@ def test_files_that_a_power_cut_left_empty_are_not_trusted(tmp_path: Path) -> No
     assert (newest.step, len(skipped)) == (10, 1)
 
 
+@pytest.mark.fault("C19", "a quota that stops a save: exit 4 with the reason, nothing half-written stays")
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_the_reason_and_the_same_command_goes_on(tmp_path: Path) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
@@ -123,6 +138,7 @@ def test_a_full_disk_ends_the_run_with_the_reason_and_the_same_command_goes_on(t
     assert (loss_history(run), final_weights(run)) == undisturbed
 
 
+@pytest.mark.fault("B14", "no checkpoint verifies: each with its reason, exit 5; --fresh moves the folder aside")
 @pytest.mark.slow
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused_with_each_reason(tmp_path: Path) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))

@@ -1,0 +1,42 @@
+"""What a disk's refusal means for a run: words and an exit code instead of a traceback."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+from qwentune.errors import DoesNotFitError, Problem, UsageError, UserError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# The libraries that write weights raise errors of their own, with the system's words in them.
+SIGNS_OF_A_FULL_DISK = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter")
+SIGNS_OF_A_BROKEN_DISK = ("Input/output error", "Read-only file system", "Permission denied", "No such file or")
+AGAIN = "the same command continues from the last checkpoint."
+
+
+def is_about(error: Exception, run: Path) -> bool:
+    """Whether an error is a full disk's, or about a file of the run."""
+    if not isinstance(error, OSError):
+        return False
+    names = (error.filename, error.filename2)
+    return error.errno in FULL or any(isinstance(name, str) and Path(name).is_relative_to(run) for name in names)
+
+
+def disk_error(error: Exception, run: Path, what: str) -> UserError | None:
+    """What to tell the user of an error that a disk caused while `what` was done; None for any other error."""
+    text = str(error)
+    if getattr(error, "errno", None) in FULL or any(sign in text for sign in SIGNS_OF_A_FULL_DISK):
+        problem = Problem(str(run), f"{what}, {_free(run)} are free: {text}", f"Free some space; {AGAIN}")
+        return DoesNotFitError(problem, "The run has ended.")
+    if isinstance(error, OSError) or any(sign in text for sign in SIGNS_OF_A_BROKEN_DISK):
+        problem = Problem(str(run), f"{what}: {text}", f"Mend the disk or the folder; {AGAIN}")
+        return UsageError(problem, "The run has ended.")
+    return None
+
+
+def _free(run: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(run).free / 2**30:.2f} GiB"
+    except OSError:
+        return "0 GiB"

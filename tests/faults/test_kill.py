@@ -1,0 +1,170 @@
+"""A kill loop: kill -9 at random moments until the run is done; it ends like one that nobody touched.
+
+Half of the kills come at a random moment of the first seconds of a process, half within ten steps of the moment at
+which it resumed. `-m soak` kills a hundred times for each kind of tuning, with one process and with two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, Queue
+
+import psutil
+import pytest
+
+from tests.checkpoints import add_weights, write_checkpoint
+from tests.runs import ENVIRONMENT, final_weights, loss_history, write_recipe
+
+LORA = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}
+KINDS = {"lora": LORA, "qlora": {**LORA, "kind": "qlora"}, "full": {"kind": "full"}}
+LAUNCH = {1: None, 2: "launch/cpu-2.yaml"}
+LONGEST_START_SECONDS = 12.0
+MOST_STEPS = 10.0
+# Writes the rows of every step, as the run takes them, to the file that the environment names.
+TRAIN_AND_TELL = """
+import json, os, sys
+from qwentune import console, train
+from qwentune.training.trainer import ExactResume
+log = ExactResume.log
+def log_and_tell(self, logs, start_time=None):
+    log(self, logs, start_time)
+    step = self.state.global_step
+    if "loss" in logs and os.environ.get("RANK", "0") == "0":
+        with open(os.environ["ORDER"], "a") as file:
+            file.write(json.dumps([step, self.batches.schedule.rows(step - 1), self.batches.sources(step - 1)]) + "\\n")
+ExactResume.log = log_and_tell
+console.main(train.train)
+"""
+
+
+class Killed:
+    """A training process in a session of its own, whose lines can be waited for and which can be killed as a whole."""
+
+    def __init__(self, recipe: Path, ranks: int, script: Path, order: Path) -> None:
+        launch = LAUNCH[ranks]
+        command = [sys.executable, str(script), str(recipe)]
+        if launch is not None:
+            head = ["-m", "accelerate.commands.launch", "--config_file", launch, "--main_process_port", "0"]
+            command = [sys.executable, *head, str(script), str(recipe)]
+        self.process = subprocess.Popen(
+            command, env=ENVIRONMENT | {"ORDER": str(order)}, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self.tree = psutil.Process(self.process.pid)
+        self.lines: Queue[str] = Queue()
+        self.said = ""
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said += line
+            self.lines.put(line)
+
+    def runs_until(self, *, seconds: float, steps: float) -> bool:
+        """Waits for so many seconds or for so many steps from the first one on; False where the process ended before.
+
+        A fraction of a step is that fraction of a twentieth of a second.
+        """
+        deadline = time.monotonic() + seconds
+        seen = 0
+        while seen < int(steps) and time.monotonic() < deadline:
+            try:
+                line = self.lines.get(timeout=0.02)
+                seen += line.startswith("step ")
+            except Empty:
+                if self.process.poll() is not None and self.lines.empty():
+                    return False
+        time.sleep(min(steps % 1 / 20, max(0.0, deadline - time.monotonic())))
+        return True
+
+    def resumes(self) -> bool:
+        """Waits for the line that says where the run goes on; False where the process ended before."""
+        while self.process.poll() is None or not self.lines.empty():
+            with suppress(Empty):
+                if self.lines.get(timeout=0.1).startswith("resuming "):
+                    return True
+        return False
+
+    def kill(self) -> None:
+        """Kill -9 for every process of the attempt, at once; returns when all are gone."""
+        try:
+            family = [self.tree, *self.tree.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+        psutil.wait_procs(family, timeout=30)
+
+
+def order_of(file: Path) -> list[list[object]]:
+    """The rows of each step; a step that was done twice must have had the same rows both times."""
+    steps: dict[int, list[object]] = {}
+    for line in file.read_text().splitlines():
+        row = json.loads(line)
+        assert steps.setdefault(row[0], row) == row, f"step {row[0]} was done again with other rows"
+    return [steps[step] for step in sorted(steps)]
+
+
+def kill_until_done(folder: Path, kind: str, ranks: int, kills: int, seed: int) -> None:
+    model = add_weights(write_checkpoint(folder / "model", "qwen3"))
+    recipe = write_recipe(
+        folder, model, tuning=KINDS[kind], optimizer={"max_steps": kills * int(MOST_STEPS + 1)},
+        data={"max_tokens": 256}, batch={"sequences_per_step": 2, "micro_batch": 1}, output={"save_every_steps": 5},
+    )  # fmt: skip
+    script = folder / "train_and_tell.py"
+    script.write_text(TRAIN_AND_TELL)
+    run, chance = folder / "run", random.Random(seed)
+    print(f"seed {seed}")
+
+    undisturbed = Killed(recipe, ranks, script, folder / "order.jsonl")
+    assert undisturbed.process.wait(timeout=900) == 0, undisturbed.said
+    expected = loss_history(run), final_weights(run), order_of(folder / "order.jsonl")
+    run.rename(folder / "undisturbed")
+
+    order, moments = folder / "order-killed.jsonl", []
+    for number in range(kills):
+        attempt = Killed(recipe, ranks, script, order)
+        after_the_resume_line = number % 2 == 1
+        seconds, steps = chance.uniform(0, LONGEST_START_SECONDS), chance.uniform(0, MOST_STEPS)
+        if number == 0:  # the first leaves a checkpoint, so that there is something to resume from
+            steps = MOST_STEPS - 2
+            goes_on = attempt.runs_until(seconds=60, steps=steps)
+        elif after_the_resume_line:
+            goes_on = attempt.resumes() and attempt.runs_until(seconds=60, steps=steps)
+        else:
+            goes_on = attempt.runs_until(seconds=seconds, steps=MOST_STEPS)
+        attempt.kill()
+        assert goes_on, f"it ended by itself before kill {number + 1}: {attempt.said}"
+        moments.append(f"{steps:.1f} steps" if after_the_resume_line or number == 0 else f"{seconds:.1f} s")
+    print(f"killed after {', '.join(moments)}")
+
+    last = Killed(recipe, ranks, script, order)
+    assert last.process.wait(timeout=900) == 0, last.said
+    assert "resuming" in last.said
+    assert loss_history(run) == expected[0]
+    assert final_weights(run) == expected[1]
+    assert order_of(order) == expected[2]
+
+
+@pytest.mark.fault("A01 A08 E35", "the same weights, losses and order of rows, bit for bit")
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    kill_until_done(tmp_path, "lora", ranks=1, kills=10, seed=int(os.environ.get("SEED", random.randrange(10_000))))
+
+
+@pytest.mark.fault("A01 A08 E35", "the same weights, losses and order of rows, bit for bit")
+@pytest.mark.soak
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hundred_kills_at_random_moments_change_nothing(tmp_path: Path, kind: str, ranks: int) -> None:
+    kill_until_done(tmp_path, kind, ranks, kills=100, seed=int(os.environ.get("SEED", random.randrange(10_000))))

@@ -1,0 +1,153 @@
+"""Signals at every moment: saved at the next step, or ended at once where nothing is lost; the right exit code."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import add_weights, write_checkpoint
+from tests.runs import final_weights, loss_history, write_recipe
+from tests.warm import TRAIN, Warm
+
+pytestmark = pytest.mark.slow
+
+# Sends a signal to itself when a function of the trainer is called for the second time, and goes on.
+SIGNAL_IN = """
+import os, sys
+from importlib import import_module
+from qwentune import console, train
+place, name, number = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
+module, _, owner = place.partition(":")
+target = import_module(module)
+target = getattr(target, owner) if owner else target
+real, calls = getattr(target, name), []
+def signalled(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == 2:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+    return real(*args, **kwargs)
+setattr(target, name, signalled)
+console.main(train.train)
+"""
+MOMENTS = {
+    "a save": ("qwentune.training.checkpoints:Checkpoints", "publish"),
+    "an evaluation": ("qwentune.training.trainer:ExactResume", "evaluate"),
+    "the loading of a batch": ("qwentune.data.batch:TrainBatches", "__getitem__"),
+    "the backward pass": ("qwentune.training.trainer:ExactResume", "training_step"),
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps with evaluations and saves."""
+    folder = tmp_path_factory.mktemp("signals")
+    model = add_weights(write_checkpoint(folder / "model", "qwen2"))
+    return write_recipe(
+        folder, model, data={"eval_fraction": 0.1, "max_tokens": 256}, optimizer={"max_steps": 12},
+        output={"save_every_steps": 3, "eval_every_steps": 2},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path, warm: Warm) -> tuple[object, object]:
+    """The losses and weights of the run that nobody signalled."""
+    run = recipe.parent / "run"
+    assert warm.train(recipe).code == 0
+    result = loss_history(run), final_weights(run)
+    run.rename(recipe.parent / "undisturbed")
+    return result
+
+
+def status(run: Path) -> dict[str, object]:
+    return json.loads((run / "status.json").read_text())
+
+
+@pytest.mark.fault("D25 D26", "two SIGTERMs in a save, an evaluation or a step: one whole checkpoint, exit 75")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_at_any_moment_ends_with_one_whole_checkpoint(
+    recipe: Path, warm: Warm, undisturbed: tuple[object, object], tmp_path: Path, moment: str
+) -> None:
+    run = tmp_path / "run"
+    place, name = MOMENTS[moment]
+    stopped = warm.train(
+        recipe, f"output.dir={run}", code=SIGNAL_IN, given=[place, name, str(int(signal.SIGTERM))]
+    )  # fmt: skip
+    assert stopped.code == 75, stopped.said
+    step = status(run)["step"]
+    assert status(run)["state"] == "preempted"
+    assert (run / "latest").read_text() == f"checkpoints/step-{step}\n"
+    assert not list((run / "checkpoints").glob(".*"))
+
+    assert warm.train(recipe, f"output.dir={run}").code == 0
+    assert (loss_history(run), final_weights(run)) == undisturbed
+
+
+@pytest.mark.fault("D28", "SIGUSR1 (Slurm), SIGHUP (ssh drop): saved, exit 75; SIGSTOP and SIGCONT change nothing")
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
+def test_the_signals_of_slurm_and_of_a_lost_terminal_save(
+    recipe: Path, warm: Warm, undisturbed: tuple[object, object], tmp_path: Path, number: int
+) -> None:
+    run = tmp_path / "run"
+    started = warm.start(recipe, f"output.dir={run}")
+    started.says("step 1/")
+    started.signal(signal.SIGSTOP)
+    time.sleep(1)
+    started.signal(signal.SIGCONT)
+    started.signal(number)
+    assert started.wait() == 75, started.said
+    assert status(run)["exit"] == 75
+
+    again = warm.train(recipe, f"output.dir={run}")
+    assert (again.code, loss_history(run), final_weights(run)) == (0, *undisturbed)
+
+
+@pytest.mark.fault("D27", "once: saved, the command that goes on is printed, exit 130; twice: ended at once, exit 130")
+def test_one_ctrl_c_saves_and_two_end_at_once(
+    recipe: Path, warm: Warm, undisturbed: tuple[object, object], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    started = warm.start(recipe, f"output.dir={run}")
+    started.says("step 1/")
+    started.signal(signal.SIGINT)
+    assert started.wait() == 130, started.said
+    assert status(run)["state"] == "interrupted"
+    assert "continue with: qwentune train " in started.said
+
+    impatient = warm.train(
+        recipe, f"output.dir={run}", code=SIGNAL_IN,
+        given=["qwentune.training.trainer:ExactResume", "training_step", str(int(signal.SIGINT))],
+    )  # fmt: skip
+    assert impatient.code == 130
+    assert "saved step" not in impatient.said
+
+    assert warm.train(recipe, f"output.dir={run}").code == 0
+    assert (loss_history(run), final_weights(run)) == undisturbed
+
+
+@pytest.mark.fault("D23", "a signal while the model is loaded: nothing is lost, exit 75, status.json says preempted")
+def test_a_signal_before_the_first_step_is_in_the_status(recipe: Path, warm: Warm, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    started = warm.start(recipe, f"output.dir={run}")
+    started.until((run / "status.json").exists)
+    started.signal(signal.SIGTERM)
+    assert started.wait() == 75, started.said
+    assert (status(run)["state"], status(run)["exit"]) == ("preempted", 75)
+    assert not started.said.count("bug")
+
+
+@pytest.mark.fault("D28", "a terminal that is gone: the run goes on, its words are in log.txt")
+def test_a_run_whose_screen_is_gone_goes_on(
+    recipe: Path, warm: Warm, undisturbed: tuple[object, object], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    blind = "import os; r, w = os.pipe(); os.close(r); os.dup2(w, 2); " + TRAIN
+    assert warm.train(recipe, f"output.dir={run}", code=blind).code == 0
+    assert (loss_history(run), final_weights(run)) == undisturbed
+    said = (run / "log.txt").read_text()
+    assert "step 12/12" in said
+    assert "done: " in said
