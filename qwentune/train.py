@@ -145,8 +145,9 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     from qwentune.data.tokenizer import load_tokenizer
     from qwentune.facts.models import model_spec
     from qwentune.memory.judge import changes_the_plan, device_of, judge, refusal
-    from qwentune.training.ranks import Ranks
+    from qwentune.training.ranks import Ranks, expand_segments
 
+    expand_segments()
     recipe = loaded.recipe
     if recipe.objective.kind != "sft":
         raise RecipeError(Problem(request.recipe, f"objective.kind: {recipe.objective.kind} cannot be trained yet"))

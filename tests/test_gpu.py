@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from qwentune.data.batch import collate
+from qwentune.facts.gpus import gpu_spec
+from qwentune.memory.closed_form import phases
+from qwentune.memory.settings import device_overheads
 from qwentune.model.attention import IMPLEMENTATIONS
 from qwentune.model.head import LossHead
 from qwentune.model.load import load_model
+from tests.bench.memory_grid import GPU, Case, measured
 from tests.checkpoints import ModelType, add_weights, write_checkpoint
 from tests.dialogues import random_rows
 from tests.runs import KILLED, final_weights, loss_history, train, write_recipe
@@ -70,3 +76,39 @@ def test_a_run_killed_on_a_gpu_ends_as_the_undisturbed_one(tmp_path: Path, kind:
     assert "from step 3" in resumed.stderr
     assert final_weights(tmp_path / "run") == weights
     assert loss_history(tmp_path / "run") == losses
+
+
+def test_the_allocator_grows_its_segments() -> None:
+    program = (
+        "from qwentune.training.ranks import expand_segments; expand_segments(); import torch;"
+        "torch.zeros(1, device='cuda');"
+        "print(torch.cuda.memory._snapshot()['allocator_settings']['expandable_segments'])"
+    )
+    seen = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert seen.stdout.strip() == "True", seen.stderr
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("Qwen/Qwen3-0.6B", "full", 2048, checkpointing=False),
+        Case("Qwen/Qwen3-1.7B", "lora", 4096),
+        Case("Qwen/Qwen3-0.6B", "qlora", 4096, loss="full"),
+    ],
+    ids=lambda case: case.kind,
+)
+def test_the_verdict_holds_on_both_sides_of_a_smaller_card(case: Case) -> None:
+    """A card that has just what the plan asks of torch trains; one with 3 % less than its tensors does not."""
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # as runs are launched
+    card = torch.cuda.get_device_properties(0).total_memory
+    step = phases(case.spec, case.settings, device_overheads(gpu_spec(GPU)), False)["train_step"]
+    try:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((step.allocated + step.allocator) / card)
+        measured(case, "cuda")
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(0.97 * step.allocated / card)
+        with pytest.raises(torch.OutOfMemoryError):
+            measured(case, "cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from qwentune.errors import UsageError
 from qwentune.facts.launch import sharding_of
 from qwentune.shipped import shipped_files
+from qwentune.training.ranks import ALLOCATOR, expand_segments
 
 
 @pytest.mark.parametrize(
@@ -41,3 +43,15 @@ def test_a_launch_file_of_ones_own_that_says_nothing_known_is_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="TPU"):
         sharding_of("mine")
+
+
+@pytest.mark.parametrize("name", ALLOCATOR)
+def test_what_the_user_tells_the_allocator_stays(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for variable in ALLOCATOR:
+        monkeypatch.delenv(variable, raising=False)
+    expand_segments()
+    assert {os.environ.pop(variable) for variable in ALLOCATOR} == {"expandable_segments:True"}
+    monkeypatch.setenv(name, "garbage_collection_threshold:0.8")
+    expand_segments()
+    assert [os.environ.get(variable) for variable in ALLOCATOR if variable != name] == [None]
+    assert os.environ[name] == "garbage_collection_threshold:0.8"

@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's two names: since 2.9, and before
+
+
+def expand_segments() -> None:
+    """Makes CUDA's allocator grow its segments, as the plan reckons; before torch is imported.
+
+    What the user has set in either variable stays.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ.update(dict.fromkeys(ALLOCATOR, "expandable_segments:True"))
 
 
 @dataclass(frozen=True)

@@ -188,9 +188,10 @@ def hold_linear_modules_in_4_bits(model: Any, device: str) -> None:
                 if type(module) is not torch.nn.Linear:
                     continue
                 shape = module.out_features, module.in_features
-                made = Linear4bit(
-                    *reversed(shape), bias=module.bias is not None, compute_dtype=torch.bfloat16, quant_type="nf4"
-                )
+                with torch.device("meta"):  # no time lost on initial values
+                    made = Linear4bit(
+                        *reversed(shape), bias=module.bias is not None, compute_dtype=torch.bfloat16, quant_type="nf4"
+                    )
                 weight = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
                 made.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
                 if made.bias is not None:
