@@ -1,7 +1,8 @@
-"""A kill loop: kill -9 at random moments until the run is done; it ends like one that nobody touched.
+"""Killed with kill -9 at any moment and started again by the same command, a run ends like one that nobody touched.
 
-Half of the kills come at a random moment of the first seconds of a process, half within ten steps of the moment at
-which it resumed. `-m soak` kills a hundred times for each kind of tuning, with one process and with two.
+Under any tuning at a known step; then in a loop at random moments until the run is done. Half of the kills of the loop
+come at a random moment of the first seconds of a process, half within ten steps of the moment at which it resumed.
+`-m soak` kills a hundred times for each kind of tuning, with one process and with two.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,15 +18,29 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Queue
+from typing import Any
 
 import psutil
 import pytest
 
 from tests.checkpoints import add_weights, write_checkpoint
-from tests.runs import ENVIRONMENT, final_weights, loss_history, write_recipe
+from tests.runs import ENVIRONMENT, KILLED, final_weights, loss_history, train, write_recipe
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}
 KINDS = {"lora": LORA, "qlora": {**LORA, "kind": "qlora"}, "full": {"kind": "full"}}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "full-packed-qwen3": ("qwen3", {"batch": {"micro_batch": 4}}),
+    "full-moe-accumulated": ("qwen3_moe", {"data": {"packing": False}, "batch": {"micro_batch": 1}}),
+    "lora-dropout-qwen2": ("qwen2", {"tuning": LORA, "data": {"packing": False}, "batch": {"micro_batch": 4}}),
+    "lora-packed-accumulated-qwen3": ("qwen3", {"tuning": LORA, "batch": {"micro_batch": 1}}),
+    "qlora-dropout-qwen3": ("qwen3", {"tuning": {**LORA, "kind": "qlora"}, "batch": {"micro_batch": 2}}),
+    "qlora-accumulated-qwen2": (
+        "qwen2",
+        {"tuning": {**LORA, "kind": "qlora"}, "data": {"packing": False, "eval_fraction": 0.1},
+         "batch": {"micro_batch": 1}, "output": {"eval_every_steps": 7, "log_every_steps": 1}},
+    ),
+}  # fmt: skip
+FAST = "lora-dropout-qwen2"
 LAUNCH = {1: None, 2: "launch/cpu-2.yaml"}
 LONGEST_START_SECONDS = 12.0
 MOST_STEPS = 10.0
@@ -45,7 +61,37 @@ console.main(train.train)
 """
 
 
-class Killed:
+@pytest.mark.fault("A01 E34", "killed and started again: the same weights and losses, bit for bit")
+@pytest.mark.parametrize("case", [pytest.param(name, marks=() if name == FAST else pytest.mark.slow) for name in CASES])
+def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, case: str) -> None:
+    model_type, sections = CASES[case]
+    model = add_weights(write_checkpoint(tmp_path / "model", model_type))
+    recipe = write_recipe(tmp_path, model, **sections)
+    run = tmp_path / "run"
+
+    finished = train(recipe)
+    assert finished.returncode == 0, finished.stderr
+    undisturbed = tmp_path / "undisturbed"
+    shutil.move(run, undisturbed)
+
+    assert train(recipe, kill_at=25).returncode == KILLED
+    assert len(loss_history(run)) == 25
+    resumed = train(recipe)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resuming {run} from step 20" in resumed.stderr
+
+    history = loss_history(run)
+    assert [row[0] for row in history] == list(range(1, 41))
+    assert history == loss_history(undisturbed)
+    assert final_weights(run) == final_weights(undisturbed)
+
+    if case != FAST:
+        return
+    again = train(recipe)
+    assert (again.returncode, "already complete" in again.stderr) == (0, True)
+
+
+class Attempt:
     """A training process in a session of its own, whose lines can be waited for and which can be killed as a whole."""
 
     def __init__(self, recipe: Path, ranks: int, script: Path, order: Path) -> None:
@@ -126,14 +172,14 @@ def kill_until_done(folder: Path, kind: str, ranks: int, kills: int, seed: int) 
     run, chance = folder / "run", random.Random(seed)
     print(f"seed {seed}")
 
-    undisturbed = Killed(recipe, ranks, script, folder / "order.jsonl")
+    undisturbed = Attempt(recipe, ranks, script, folder / "order.jsonl")
     assert undisturbed.process.wait(timeout=900) == 0, undisturbed.said
     expected = loss_history(run), final_weights(run), order_of(folder / "order.jsonl")
     run.rename(folder / "undisturbed")
 
     order, moments = folder / "order-killed.jsonl", []
     for number in range(kills):
-        attempt = Killed(recipe, ranks, script, order)
+        attempt = Attempt(recipe, ranks, script, order)
         after_the_resume_line = number % 2 == 1
         seconds, steps = chance.uniform(0, LONGEST_START_SECONDS), chance.uniform(0, MOST_STEPS)
         if number == 0:  # the first leaves a checkpoint, so that there is something to resume from
@@ -148,7 +194,7 @@ def kill_until_done(folder: Path, kind: str, ranks: int, kills: int, seed: int) 
         moments.append(f"{steps:.1f} steps" if after_the_resume_line or number == 0 else f"{seconds:.1f} s")
     print(f"killed after {', '.join(moments)}")
 
-    last = Killed(recipe, ranks, script, order)
+    last = Attempt(recipe, ranks, script, order)
     assert last.process.wait(timeout=900) == 0, last.said
     assert "resuming" in last.said
     assert loss_history(run) == expected[0]

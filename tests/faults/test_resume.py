@@ -117,7 +117,8 @@ def test_settings_resume_exactly(tmp_path: Path, warm: Warm, model: Path, cell: 
 @pytest.mark.fault("E36", "the best step and the patience of early stopping go on, they do not start anew")
 def test_early_stopping_counts_on_after_a_kill(tmp_path: Path, warm: Warm, model: Path) -> None:
     recipe = recipe_of(
-        tmp_path, model, data={"eval_fraction": 0.2}, optimizer={"max_steps": 40, "learning_rate": 0.05},
+        tmp_path, model, data={"eval_fraction": 0.2},
+        optimizer={"max_steps": 40, "learning_rate": 0.3, "schedule": "constant"},  # so much that the eval loss rises
         output={"save_every_steps": 1, "eval_every_steps": 2, "keep": 1, "best": "loss", "early_stopping": 3},
     )  # fmt: skip
     assert warm.train(recipe, f"output.dir={tmp_path / 'whole'}").code == 0
