@@ -7,6 +7,7 @@ import typer
 from qwentune import __version__
 from qwentune.chat import chat
 from qwentune.export import export
+from qwentune.init import init
 from qwentune.plan import plan
 from qwentune.preview import preview
 from qwentune.supervise import train
@@ -16,9 +17,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help=f"Fine-tune Qwen models (version {__version__}). First preview, then plan, then train.",
+    help=f"Fine-tune Qwen models (version {__version__}). First init, then preview, plan and train.",
 )
-for verb in (preview, plan, train, export, chat):
+for verb in (init, preview, plan, train, export, chat):
     app.command()(verb)
 
 

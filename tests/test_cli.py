@@ -20,7 +20,7 @@ def printed(*arguments: str) -> str:
 def test_help_names_every_verb_in_the_order_of_the_walk() -> None:
     lines = printed("--help").splitlines()
     verbs = [line.split()[0] for line in lines if line.startswith("  ") and line.split()[0].isalpha()]
-    assert verbs[-8:] == ["preview", "plan", "train", "export", "chat", "models", "gpus", "keys"]
+    assert verbs[-9:] == ["init", "preview", "plan", "train", "export", "chat", "models", "gpus", "keys"]
 
 
 @pytest.mark.parametrize(("verb", "names"), [("models", MODELS), ("gpus", GPUS)])

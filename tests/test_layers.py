@@ -26,7 +26,7 @@ LAYERS = (
     "exporting",
     "html_report",
 )
-COMMANDS = {"train", "supervise", "preview", "plan", "export", "chat", "cli"}
+COMMANDS = {"init", "train", "supervise", "preview", "plan", "export", "chat", "cli"}
 TORCH_FREE = ("errors", "redaction", "durable", "shipped", "recipe", "facts", "memory")
 TORCH = {"torch", "peft", "accelerate", "bitsandbytes", "trl", "deepspeed"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,168 @@
+"""`qwentune init`: a first recipe for a model, a data file and a GPU, with settings that fit."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwentune import console
+from qwentune.errors import EXIT_OK, DataError, DoesNotFitError, Problem, UsageError
+
+if TYPE_CHECKING:
+    from qwentune.facts.architecture import ModelSpec
+
+TEMPLATE = Path(__file__).with_name("recipe.yaml.jinja")
+KINDS = ("full", "lora", "qlora")
+NUM_ROWS_LOOKED_AT = 20_000  # of each file
+# Qwen's vocabulary takes 3 to 4.5 bytes of UTF-8 for a token of prose, code or Chinese; fewer bytes mean more tokens.
+BYTES_PER_TOKEN = 3.0
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+SHARES = (0.99, 0.95)  # of the rows that are not cut; the smaller only where the larger does not fit
+BATCHES = (16, 8, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A data file: its format, the guessed tokens of the rows looked at, and whether there are more rows."""
+
+    path: str
+    format: str
+    tokens: list[int]
+    has_more: bool
+
+    @property
+    def count(self) -> str:
+        """How many rows, in words."""
+        rows = "1 row" if len(self.tokens) == 1 else f"{len(self.tokens)} rows"
+        return f"more than {rows}" if self.has_more else rows
+
+
+def init(
+    model: Annotated[str, typer.Option(help="A hub id, a local folder, or builtin:tiny-qwen3.")],
+    data: Annotated[list[str], typer.Option(help="A data file; give it again for more.")],
+    gpu: Annotated[
+        str | None, typer.Option(help="A name that `qwentune gpus` lists, or cpu; else what is here.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Look at data and GPU, write a commented recipe that fits."""
+    console.end(console.run(lambda: run(model, data, gpu, output)))
+
+
+def run(model: str, paths: Sequence[str], gpu: str | None, output: Path) -> int:
+    """Writes the recipe; the exit code. Raises UserError where data, model, GPU or file do not do."""
+    from qwentune.durable import write_text
+    from qwentune.facts.models import model_spec
+
+    if output.exists() or not output.absolute().parent.is_dir():
+        what = "it exists" if output.exists() else "there is no such folder"
+        raise UsageError(Problem(str(output), f"{what}; nothing is overwritten", "Name another file with -o."))
+    spec = model_spec(model)
+    files = look_at(paths)
+    text = draft(model, spec, files, gpu, str(output))
+    write_text(output, text)
+    console.say(f"wrote {output}; next: qwentune preview {output}")
+    return EXIT_OK
+
+
+def look_at(paths: Sequence[str]) -> list[Seen]:
+    """What the first rows of each file are. Raises DataError with every problem of all files."""
+    from qwentune.data.files import read_rows
+    from qwentune.data.formats import detect
+    from qwentune.data.read import read_samples
+
+    problems: list[Problem] = []
+    found: list[Seen] = []
+    for path in paths:
+        try:
+            first = [row.value for row in islice(read_rows(path, []), 20)]
+            format = detect(first) or "auto"
+            samples = read_samples(path, format, problems)
+            tokens = [_guessed_tokens(asdict(sample)) for sample in islice(samples, NUM_ROWS_LOOKED_AT)]
+            found.append(Seen(path, format, tokens, next(samples, None) is not None))
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return found
+
+
+def draft(model: str, spec: ModelSpec, files: Sequence[Seen], gpu: str | None, path: str) -> str:
+    """The text of the recipe: the richest kind of tuning that fits, at a length that few rows exceed.
+
+    Raises:
+        DoesNotFitError: not even 4-bit weights fit.
+    """
+    from qwentune.memory.judge import device_of, judge, refusal
+    from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
+    from qwentune.recipe.schema import EPOCHS, FULL_LEARNING_RATE, LEARNING_RATE
+
+    tokens = sorted(number for file in files for number in file.tokens)
+    device, ranks, sharding = device_of(Hardware(gpu=gpu or "auto"), here=False)
+    folder = f"runs/{Path(path).stem}"
+    plan = None
+    for max_tokens in dict.fromkeys(_length(tokens, share, spec.max_positions) for share in SHARES):
+        kept = [number for number in tokens if number <= max_tokens]
+        packing, batch, steps = _batch(kept, max_tokens, ranks, EPOCHS)
+        needs: list[str] = []
+        for kind in KINDS:
+            plan = judge(
+                spec, tuning=Tuning(kind=kind), max_tokens=max_tokens, batch=BatchOptions(sequences_per_step=batch),
+                precision=Precision(), memory=MemoryOptions(), output=OutputOptions(dir=folder),
+                device=device, num_ranks=ranks, sharding=sharding,
+            )  # fmt: skip
+            needs.append(f"{kind} ({plan.peak_bytes / 2**30:.1f} GiB)")
+            if plan.fits:
+                many = len(tokens)
+                return _render(
+                    model=model, recipe=path, kind=kind, files=files, max_tokens=max_tokens, packing=packing,
+                    shorter=len(kept) / many, sequences_per_step=batch, steps=steps, gpu=gpu, folder=folder,
+                    device=plan.gpu if ranks == 1 else f"{ranks} × {plan.gpu}", needs=", ".join(needs),
+                    peak=f"{plan.peak_bytes / 2**30:.1f}", usable=f"{plan.usable_bytes / 2**30:.1f}",
+                    learning_rate=FULL_LEARNING_RATE if kind == "full" else LEARNING_RATE, epochs=EPOCHS,
+                    eval_fraction=0.02 if many >= 2000 else 0.05 if many >= 200 else None,
+                )  # fmt: skip
+    assert plan is not None
+    raise DoesNotFitError(refusal(plan))
+
+
+def _guessed_tokens(sample: object) -> int:
+    return math.ceil(len(json.dumps(sample, ensure_ascii=False).encode()) / BYTES_PER_TOKEN)
+
+
+def _length(tokens: Sequence[int], share: float, most: int) -> int:
+    """The shortest usual length that this share of the rows does not exceed."""
+    wanted = tokens[math.ceil(share * len(tokens)) - 1]
+    return min(next((length for length in LENGTHS if length >= wanted), LENGTHS[-1]), most)
+
+
+def _batch(tokens: Sequence[int], max_tokens: int, ranks: int, epochs: float) -> tuple[bool, int, int]:
+    """Whether to pack, rows per step and steps: the largest usual batch that still makes the fewest useful steps."""
+    from qwentune.memory.plan import FEWEST_USEFUL_STEPS
+
+    sizes = [size for size in BATCHES if size % ranks == 0] or [ranks]
+    packed_rows = math.ceil(sum(tokens) / max_tokens)
+    for packing, rows in ((True, packed_rows), (False, len(tokens))):
+        for size in sizes:
+            steps = math.ceil(rows * epochs / size)
+            if steps >= FEWEST_USEFUL_STEPS:
+                return packing, size, steps
+    return False, sizes[-1], math.ceil(len(tokens) * epochs / sizes[-1])
+
+
+def _render(**values: object) -> str:
+    import jinja2
+    import yaml
+
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["scalar"] = lambda value: yaml.safe_dump(
+        [value], default_flow_style=True, width=10**6, allow_unicode=True
+    )[1:-2]
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values) + "\n"
