@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
+import hypothesis
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from qwentune.errors import ResumeError, UsageError
 from qwentune.facts.architecture import ModelSpec
-from qwentune.facts.gpus import gpu_spec
-from qwentune.facts.models import model_spec
+from qwentune.facts.gpus import GPUS, GpuSpec, gpu_spec
+from qwentune.facts.models import MODELS, model_spec
 from qwentune.memory import HostMemory, PlanRequest, RunPlan, make_plan, pinned, plan_warnings, render_plan
 from qwentune.memory.activations import layer_activations
 from qwentune.memory.adapters import adapter_parameters
 from qwentune.memory.closed_form import base_weight_bytes, disk_bytes, phases
 from qwentune.memory.roofline import step_seconds
-from qwentune.memory.settings import GIB, MIB, Overheads, Settings, Sharding
+from qwentune.memory.search import MAX_FORWARD_TOKENS, fastest, usable_bytes
+from qwentune.memory.settings import GIB, MIB, Attention, Overheads, Settings, Sharding, device_overheads
 
 QWEN3_8B = model_spec("Qwen/Qwen3-8B")
 MOE = model_spec("Qwen/Qwen3-30B-A3B")
@@ -287,7 +290,55 @@ def test_qlora_of_an_8b_model_fits_24_gb() -> None:
 def test_a_large_gpu_keeps_activations_instead_of_recomputing_them() -> None:
     request = PlanRequest("lora", 2048, 16)
     assert make_plan(QWEN3_8B, H200, request).choices.gradient_checkpointing is False
-    assert make_plan(QWEN3_8B, RTX_4090, request).choices.gradient_checkpointing is True
+    recomputed = make_plan(QWEN3_8B, RTX_4090, request).choices.gradient_checkpointing
+    assert 1 < recomputed < QWEN3_8B.num_layers
+    fewer = replace(request, micro_batch=1, gradient_checkpointing=recomputed - 1)
+    assert not make_plan(QWEN3_8B, RTX_4090, fewer).fits
+
+
+requests = st.builds(
+    PlanRequest,
+    kinds,
+    st.sampled_from([512, 1024, 2048, 4096, 8192, 16384, 32768]),
+    st.sampled_from([1, 4, 8, 16, 48, 64]),
+    rank=st.sampled_from([8, 16, 64]),
+    headroom=st.sampled_from([0.0, 0.03, 0.1]),
+    optimizer_state=st.sampled_from(["auto", "8bit"]),
+)
+any_gpu = st.sampled_from(sorted(GPUS.values(), key=lambda gpu: gpu.name))
+any_spec = st.sampled_from(sorted(MODELS.values(), key=lambda spec: spec.id))
+
+
+def neighbours(spec: ModelSpec, gpu: GpuSpec, settings: Settings) -> Iterator[Settings]:
+    """The settings that run on the GPU and differ from these by one step in one of them."""
+    rows = settings.micro_batch * settings.accumulation
+    sizes = [size for size in range(1, rows + 1) if rows % size == 0]
+    here = sizes.index(settings.micro_batch)
+    for size in {*sizes[max(0, here - 1) : here], *sizes[here + 1 : here + 2]}:
+        yield replace(settings, micro_batch=size, accumulation=rows // size)
+    count = settings.num_checkpointed(spec.num_layers)
+    for other in {max(0, count - 1), min(spec.num_layers, count + 1)} - {count}:
+        yield replace(settings, gradient_checkpointing=other)
+    yield replace(settings, loss="full" if settings.loss == "supervised" else "supervised")
+    kernels: set[Attention] = {"sdpa", "eager", "flex_attention"} if gpu.has_bf16 else {"sdpa", "eager"}
+    for attention in kernels - {settings.attention}:
+        yield replace(settings, attention=attention)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@given(any_spec, any_gpu, requests)
+def test_a_plan_fits_and_no_neighbour_that_is_faster_does(spec: ModelSpec, gpu: GpuSpec, request: PlanRequest) -> None:
+    chosen = fastest(spec, gpu, request)
+    assume(chosen is not None)
+    assert chosen is not None
+    usable = usable_bytes(gpu, request)
+    assert chosen.peak_bytes <= usable
+    seconds = step_seconds(spec, chosen.settings, gpu)
+    for near in neighbours(spec, gpu, chosen.settings):
+        if near.forward_tokens > MAX_FORWARD_TOKENS or step_seconds(spec, near, gpu) >= seconds:
+            continue
+        peaks = phases(spec, near, device_overheads(gpu), False).values()
+        assert max(terms.total for terms in peaks) > usable, near
 
 
 def test_pinned_values_are_respected() -> None:

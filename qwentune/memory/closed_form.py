@@ -170,7 +170,8 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
     num_checkpointed = settings.num_checkpointed(spec.num_layers)
     num_saved = spec.num_layers - num_checkpointed
     saved = num_checkpointed * layer.boundary_bytes + num_saved * layer.saved_bytes + mask_bytes(settings)
-    recomputed = layer.saved_bytes if num_checkpointed else 0
+    # The first layers are the recomputed ones: where a layer after them keeps what it saved, it is free by then.
+    recomputed = 0 if num_saved else layer.saved_bytes
     last_layer_bytes = saved + recomputed + layer.backward_bytes
     first_layer_bytes = layer.saved_bytes + layer.backward_bytes + mask_bytes(settings)
 

@@ -21,6 +21,8 @@ _BANDWIDTH_EFFICIENCY = 0.9
 _SECONDS_PER_KERNEL = 20e-6
 _SECONDS_BETWEEN_KERNELS = 3e-6
 _RECOMPUTE_SHARE = 0.36  # of a layer's traffic and kernels belongs to its forward pass
+# Of the tokens of a dialogue, taken; the supervised loss computes their logits alone, twice.
+_TRAINED_SHARE = 0.5
 # What sharding costs where links are fast; only the order of the four matters.
 _SHARDING_COST = {"none": 1.0, "ddp": 1.02, "zero2": 1.04, "fsdp2": 1.08, "zero3": 1.12}
 # A desktop CPU; plans for a CPU are ranked with it, and no time is promised.
@@ -64,6 +66,6 @@ def _flops_per_token(spec: ModelSpec, settings: Settings, recomputed: float) -> 
     attention = 2 * spec.num_layers * spec.query_size * settings.max_tokens
     adapters = 2 * adapter_parameters(spec, settings)
     passes = 3 if settings.kind == "full" else 2
-    head_passes = passes + (1 if settings.loss == "supervised" else 0)
+    head_passes = (passes + 1) * _TRAINED_SHARE if settings.loss == "supervised" else passes
     forward = body + attention + adapters
     return passes * body + head_passes * head + 3 * (attention + adapters) + recomputed * forward

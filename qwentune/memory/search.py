@@ -113,13 +113,12 @@ def request_problems(request: PlanRequest) -> list[Problem]:
 
 
 def candidates(spec: ModelSpec, device: Device, request: PlanRequest) -> Iterator[Candidate]:
-    """Every choice of settings that the request leaves open.
+    """Every choice of settings that the request leaves open, of checkpointing only all layers or none.
 
     Raises:
         UsageError: the batch cannot be shared among the ranks.
     """
-    if problems := request_problems(request):
-        raise UsageError(problems)
+    _check(request)
     for micro_batch in _micro_batches(request):
         for checkpointing in _checkpointing(request):
             for sharding in _shardings(device, request):
@@ -141,9 +140,18 @@ def leanest(spec: ModelSpec, device: Device, request: PlanRequest) -> Candidate:
 
 
 def fastest(spec: ModelSpec, device: Device, request: PlanRequest) -> Candidate | None:
-    """The fastest choice that fits the device; among equals the leanest. None where none fits."""
-    usable = usable_bytes(device, request)
-    fitting = [found for found in candidates(spec, device, request) if found.peak_bytes <= usable]
+    """The fastest choice that fits the device; among equals the leanest. None where none fits.
+
+    Raises:
+        UsageError: the batch cannot be shared among the ranks.
+    """
+    _check(request)
+    fitting = [
+        found
+        for micro_batch in _micro_batches(request)
+        for sharding in _shardings(device, request)
+        if (found := _least_recomputing(spec, device, request, micro_batch, sharding)) is not None
+    ]
     return min(
         fitting,
         key=lambda found: (step_seconds(spec, found.settings, device), found.peak_bytes),
@@ -170,6 +178,11 @@ def shortages(spec: ModelSpec, device: Device, request: PlanRequest, candidate: 
     if request.disk_free_bytes is not None and disk > request.disk_free_bytes:
         found.append("disk")
     return found
+
+
+def _check(request: PlanRequest) -> None:
+    if problems := request_problems(request):
+        raise UsageError(problems)
 
 
 def _candidate(
@@ -203,6 +216,33 @@ def _candidate(
     overheads = device_overheads(device)
     merges_here = isinstance(device, HostMemory)
     return Candidate(settings, phases(spec, settings, overheads, merges_here))
+
+
+def _least_recomputing(
+    spec: ModelSpec, device: Device, request: PlanRequest, micro_batch: int, sharding: Sharding
+) -> Candidate | None:
+    """The choice that fits and recomputes the fewest layers; None where even recomputing all does not fit."""
+    usable = usable_bytes(device, request)
+
+    def tried(checkpointing: bool | int) -> Candidate | None:
+        found = _candidate(spec, device, request, micro_batch, checkpointing, sharding)
+        return found if found.peak_bytes <= usable else None
+
+    if request.gradient_checkpointing != "auto":
+        return tried(request.gradient_checkpointing)
+    if (found := tried(False)) is not None:
+        return found
+    if (found := tried(True)) is None:
+        return None
+    # Each layer more that is recomputed takes fewer bytes.
+    too_few, enough = 0, spec.num_layers
+    while enough - too_few > 1:
+        between = (too_few + enough) // 2
+        if (fewer := tried(between)) is None:
+            too_few = between
+        else:
+            enough, found = between, fewer
+    return found
 
 
 def _attention(has_bf16: bool) -> Attention:
