@@ -264,6 +264,7 @@ class _Training:
         """Trains until nothing is left to do; the exit code where a signal stopped it before that, else None."""
         from torch import OutOfMemoryError
 
+        from qwentune.memory.judge import ran_out
         from qwentune.training.progress import Recorder
 
         recorder = Recorder(self.folder, self.schedule.num_steps, start.step) if self.ranks.leads else None
@@ -272,10 +273,11 @@ class _Training:
             with recorder or nullcontext():
                 trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint.folder))
         except OutOfMemoryError as error:
-            what = f"the GPU's memory ran out, though the plan fits: {str(error).splitlines()[0]}"
-            fix = "The last checkpoint is kept. Lower batch.micro_batch or data.max_tokens, or raise memory.headroom."
             raise DoesNotFitError(
-                Problem(f"step {trainer.state.global_step + 1}", what, fix), "Training ended."
+                ran_out(
+                    self.plan, f"step {trainer.state.global_step + 1}", str(error), self.loaded.recipe.data.max_tokens
+                ),
+                "Training ended; the last checkpoint is kept.",
             ) from None
         step = trainer.state.global_step
         if stop.agreed and step < self.schedule.num_steps:
@@ -327,6 +329,7 @@ class _Training:
         from qwentune.data.batch import EvalBatches, TrainBatches
         from qwentune.model.head import LossHead
         from qwentune.training.learning_rate import learning_rate_factor
+        from qwentune.training.probe import Probe
         from qwentune.training.stop import StopOnSignal
         from qwentune.training.trackers import continue_record
         from qwentune.training.trainer import SftTrainer, training_arguments
@@ -379,6 +382,7 @@ class _Training:
             recorder=recorder,
             output=recipe.output,
         )
+        trainer.add_callback(Probe(trainer, self._measured))
         return trainer, stop
 
     def _model(self, base: Path, checkpoint: Checkpoint | None) -> PreTrainedModel | PeftModel:
@@ -415,6 +419,15 @@ class _Training:
         if self.dataset.report["trained_turns"] == 0 or eos in stops:
             return []
         return list(self.dataset.control_ids_used)
+
+    def _measured(self, peaks: dict[str, int]) -> None:
+        """Says what the GPU's memory really took beside what the plan reckoned, and keeps it with the plan."""
+        from qwentune.memory.judge import compared
+
+        if self.ranks.leads:
+            console.say(compared(self.plan, peaks))
+            plan = {**self.plan.to_json(), "measured": peaks}
+            self.folder.write("plan.json", json.dumps(plan, indent=2) + "\n")
 
     def _publish(self, checkpoints: Checkpoints, base: Path) -> None:
         """Copies the weights of the last checkpoint, or of the best, out with all that stands around them."""

@@ -17,6 +17,7 @@ from qwentune.memory.search import Auto, Device, PlanRequest
 from qwentune.memory.settings import HostMemory
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
 
+FEWEST_SPARE = 0.03  # of the usable bytes
 PLAN_KEYS = ("plan", "batch", "memory", "precision", "tuning")
 
 
@@ -112,3 +113,41 @@ def refusal(plan: RunPlan) -> list[Problem]:
     }.get(plan.limiting_phase, f"needs {needed:.1f} of {usable:.1f} GiB in the phase {plan.limiting_phase}")
     fixes = [f"{mend.change}: {' '.join(mend.overrides)}" for mend in plan.mends[:3]]
     return [Problem(plan.gpu, f"the run does not fit: it {shortage}", "\n    ".join(fixes))]
+
+
+def compared(plan: RunPlan, measured: Mapping[str, int]) -> str:
+    """What torch handed out at its worst beside what the plan reckoned, in words; a warning where little is left.
+
+    `measured` has bytes of `max_memory_allocated`: of the longest training batch (`train`) and evaluation batch
+    (`evaluate`) before the first step, and of the first two steps (`steps`).
+    """
+    what = {"train": "the longest batch", "evaluate": "the longest evaluation", "steps": "the first two steps"}
+    parts = [f"{what[name]} {_gib(peak)}" for name, peak in measured.items()]
+    said = f"GPU memory: plan {_gib(plan.allocated_peak_bytes)}, {', '.join(parts)}"
+    left = plan.usable_bytes - (plan.peak_bytes - plan.allocated_peak_bytes) - max(measured.values(), default=0)
+    if left < FEWEST_SPARE * plan.usable_bytes:
+        said += f"; warning: {max(left, 0) / 2**30:.2f} GiB are left: lower batch.micro_batch or data.max_tokens"
+    return said
+
+
+def ran_out(plan: RunPlan, where: str, said: str, max_tokens: int) -> Problem:
+    """A GPU whose memory ran out although the plan fits: the plan's terms, what torch said, what to lower."""
+    terms = plan.phases["train_step"].terms
+    reckoned = ", ".join(f"{name} {_gib(size)}" for name, size in terms.items() if size >= 2**27)
+    choices = plan.choices
+    lower = [
+        *([f"batch.micro_batch={choices.micro_batch // 2}"] if choices.micro_batch % 2 == 0 else []),
+        *(["memory.gradient_checkpointing=true"] if choices.gradient_checkpointing is not True else []),
+        *(["memory.loss=supervised"] if choices.loss == "full" else []),
+    ]
+    fixes = [
+        f"The plan reckoned {reckoned or _gib(plan.peak_bytes)}. The same command goes on with one of:",
+        *(f"{override} --allow-change {override.partition('=')[0]}" for override in lower),
+        f"data.max_tokens={max_tokens // 2} --fresh",
+    ]
+    what = f"the GPU's memory ran out, though the plan fits: {said.splitlines()[0]}"
+    return Problem(where, what, "\n    ".join(fixes))
+
+
+def _gib(number: int) -> str:
+    return f"{number / 2**30:.2f} GiB"

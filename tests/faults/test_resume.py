@@ -255,8 +255,29 @@ def test_out_of_memory_keeps_the_checkpoint_and_says_what_to_lower(tmp_path: Pat
     ended = warm.train(recipe, code=OUT_OF_MEMORY + TRAIN)
     assert ended.code == 4, ended.said
     assert "step 5  the GPU's memory ran out" in ended.said
-    assert "batch.micro_batch" in ended.said
-    assert "from step 4" in warm.train(recipe).said
+    assert "The plan reckoned" in ended.said
+    mend = "batch.micro_batch=2 --allow-change batch.micro_batch"
+    assert mend in ended.said
+    again = warm.train(recipe, *mend.split())
+    assert again.code == 0, again.said
+    assert "from step 4" in again.said
+
+
+WITHOUT_A_PROBE = """
+from qwentune.training.probe import Probe
+Probe.on_train_begin = lambda *arguments, **named: None
+"""
+
+
+@pytest.mark.fault("G46", "the longest batches are tried before step 1, and leave no trace in weights or losses")
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_batch_that_is_tried_leaves_no_trace(tmp_path: Path, warm: Warm, model: Path, kind: str) -> None:
+    tuning = LORA if kind == "lora" else {"kind": "full"}
+    recipe = recipe_of(tmp_path, model, tuning=tuning, data={"eval_fraction": 0.1}, batch={"micro_batch": 2})
+    assert warm.train(recipe, f"output.dir={tmp_path / 'whole'}", code=WITHOUT_A_PROBE + TRAIN).code == 0
+    killed(warm, recipe, 5)
+    assert warm.train(recipe).code == 0
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
 
 
 @pytest.mark.fault("K79", "export and chat beside a run that is not done: refused, nothing is read or written")
