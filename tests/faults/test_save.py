@@ -14,7 +14,8 @@ import pytest
 
 from qwentune.training.checkpoints import MANIFEST, Checkpoints
 from tests.checkpoints import add_weights, write_checkpoint
-from tests.runs import KILLED, final_weights, loss_history, train, write_recipe
+from tests.runs import KILL_AT, KILLED, final_weights, loss_history, train, write_recipe
+from tests.warm import Warm
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}  # that Python announces to an audit hook
 
@@ -140,23 +141,23 @@ def test_a_full_disk_ends_the_run_with_the_reason_and_the_same_command_goes_on(t
 
 @pytest.mark.fault("B14", "no checkpoint verifies: each with its reason, exit 5; --fresh moves the folder aside")
 @pytest.mark.slow
-def test_a_run_whose_checkpoints_are_all_damaged_is_refused_with_each_reason(tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_with_each_reason(tmp_path: Path, warm: Warm) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
     recipe = write_recipe(tmp_path, model)
     run = tmp_path / "run"
-    assert train(recipe, kill_at=25).returncode == KILLED
+    assert warm.train(recipe, code=KILL_AT, given=["25"]).code == KILLED
     for folder in (run / "checkpoints").iterdir():
         weights = folder / "model.safetensors"
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
         weights.write_bytes(content)
-    refused = train(recipe)
-    assert refused.returncode == 5
+    refused = warm.train(recipe)
+    assert refused.code == 5
     for step in (10, 20):
-        assert f"step-{step}/model.safetensors" in refused.stderr
-    assert "--fresh" in refused.stderr
+        assert f"step-{step}/model.safetensors" in refused.said
+    assert "--fresh" in refused.said
 
-    anew = train(recipe, "--fresh", "optimizer.max_steps=2")
-    assert anew.returncode == 0, anew.stderr
+    anew = warm.train(recipe, "--fresh", "optimizer.max_steps=2")
+    assert anew.code == 0, anew.said
     assert len(loss_history(run)) == 2
     assert [path.name for path in tmp_path.glob("run.*")], "the old folder was moved aside"
