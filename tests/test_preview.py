@@ -408,6 +408,43 @@ def test_evaluation_takes_whole_dialogues_away_from_what_is_trained(
     assert report["eval_examples"] == of_all.total() - trained.total()
 
 
+@pytest.mark.parametrize("name", ["preference", "retrieval"])
+def test_rows_that_are_not_trained_yet_are_previewed(
+    tmp_path: Path, models: dict[str, Path], tokenizers: Tokenizers, name: str
+) -> None:
+    rows = read_jsonl(ROOT / f"data_templates/{name}.jsonl")
+    write_recipe(tmp_path, models["qwen3"], f"data_templates/{name}.jsonl", max_tokens=2048)
+    examples, report = previewed(tmp_path)
+    assert report["samples"] == len(rows)
+    tokenizer = tokenizers["qwen3"]
+    if name == "preference":
+        ends = [{"messages": row["prompt"] + row[end]} for row in rows for end in ("chosen", "rejected")]
+        wanted = [example for end in ends for example in expected("", [end], tokenizer)]
+        assert [e["input_ids"] for e in examples] == [e["input_ids"] for e in wanted]
+        assert [e["labels"] for e in examples] == [e["labels"] for e in wanted]
+    else:
+        texts = [
+            text
+            for row in rows
+            for text in (
+                f"Instruct: {row['instruction']}\nQuery:{row['query']}" if "instruction" in row else row["query"],
+                row["positive"],
+                *row.get("negatives", []),
+            )
+        ]
+        assert [tokenizer.decode(e["input_ids"]) for e in examples] == [f"{text}<|endoftext|>" for text in texts]
+        assert {label for e in examples for label in e["labels"]} == {UNTRAINED}
+    trained = subprocess.run(
+        [sys.executable, "-m", "qwentune.train", "recipe.yaml"],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"QWENTUNE_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (trained.returncode, "not trained on yet" in trained.stderr) == (3, True), trained.stderr
+
+
 # --- the terminal
 
 

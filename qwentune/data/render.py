@@ -16,7 +16,7 @@ from qwentune.data.dialogue import Dialogue, RenderOptions, Turn
 from qwentune.data.fim import FillInTheMiddle, Form, Order
 from qwentune.data.grammar import Grammar, learn, same
 from qwentune.data.pieces import Encoder, Piece, ids_of
-from qwentune.data.sample import Code, Conversation, Message, RowError, Sample, Source, Text
+from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, RowError, Sample, Source, Text
 from qwentune.data.template import ChatTemplate, Mode
 from qwentune.data.tokenizer import Tokenizer
 from qwentune.errors import DataError, Problem
@@ -167,7 +167,7 @@ class Renderer:
 
     def _plan(self, sample: Sample, number: int, source_number: int) -> _Planned:
         planned = _Planned(sample, Outcome())
-        if isinstance(sample, Text):
+        if isinstance(sample, Text | Pair | Retrieval):
             return planned
         try:
             if isinstance(sample, Code):
@@ -207,6 +207,10 @@ class Renderer:
                     self._add_text(one.sample.source, ids, one.outcome)
                 elif isinstance(one.sample, Code):
                     self._add_code(one.sample, one.forms, encoded, one.outcome)
+                elif isinstance(one.sample, Pair):
+                    self._add_pair(one.sample, one.outcome)
+                elif isinstance(one.sample, Retrieval):
+                    self._add_retrieval(one.sample, one.outcome)
                 elif one.dialogue is not None:
                     self._add_turns(one.dialogue, one.turns, encoded, one.outcome)
             except RowError as error:
@@ -246,6 +250,29 @@ class Renderer:
             else:
                 reason = f"{num_tokens} tokens, more than data.max_tokens={self.options.max_tokens}"
                 outcome.dropped.append(Dropped(sample.source, None, reason, num_tokens))
+
+    def _add_pair(self, pair: Pair, outcome: Outcome) -> None:
+        for name, conversation in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            end = self.render(conversation)
+            outcome.problems += [Problem(p.where, f"{name}: {p.what}", p.fix) for p in end.problems]
+            outcome.dropped += end.dropped
+            outcome.examples += end.examples
+            outcome.modes += end.modes
+            outcome.turns_with_reasoning += end.turns_with_reasoning
+            outcome.forged_control_tokens += end.forged_control_tokens
+            outcome.rendering_tokens += end.rendering_tokens
+        if outcome.problems or outcome.dropped:  # one end alone says nothing
+            outcome.examples.clear()
+            outcome.modes.clear()
+
+    def _add_retrieval(self, sample: Retrieval, outcome: Outcome) -> None:
+        # The layout of Qwen3-Embedding's model card; nothing carries a token loss.
+        query = f"Instruct: {sample.instruction}\nQuery:{sample.query}" if sample.instruction else sample.query
+        texts = (query, sample.positive, *sample.negatives)
+        for ids in self.tokenizer.encode(texts):
+            tokens = [*ids, self.tokenizer.end_of_text_id][-self.options.max_tokens :]
+            outcome.rendering_tokens += len(tokens)
+            outcome.examples.append(Rendered(sample.source, tokens, ()))
 
     def _add_turns(
         self, dialogue: Dialogue, turns: list[Turn], encoded: dict[str, list[int]], outcome: Outcome
