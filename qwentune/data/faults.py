@@ -52,7 +52,8 @@ class Faults:
         try:
             value = parse_json(text)
         except JsonFaultError as fault:
-            self.add(f"{path} is a text that is no JSON, at column {fault.column or 1}: {fault.what}", fault.fix)
+            fix = fault.fix or "Write it with json.dumps, or give the value itself."
+            self.add(f"{path} is a text that is no JSON, at column {fault.column or 1}: {fault.what}", fix)
             return None
         if value is None:
             self.add(f"{path} is the text 'null'", "Leave it out instead.")

@@ -7,7 +7,7 @@ from itertools import islice
 
 from qwentune.data.faults import described
 from qwentune.data.files import read_rows
-from qwentune.data.formats import FORMATS, NOT_TRAINED, SIGNATURES, detect, suggestion
+from qwentune.data.formats import FORMATS, NOT_TRAINED, SIGNATURES, detect, format_of, suggestion
 from qwentune.data.sample import Sample
 from qwentune.errors import DataError, Problem, nearest
 
@@ -28,6 +28,12 @@ def read_samples(path: str, format: str, problems: list[Problem]) -> Iterator[Sa
             continue
         parsed = FORMATS[format](row.value, row.source)
         if isinstance(parsed, list):
+            own = format_of(row.value)
+            if own not in (None, format):
+                what = f"the row has the keys of the format {own}, in a file of the format {format}"
+                parsed = [
+                    Problem(str(row.source), what, "Give rows of another format a file and a source of their own.")
+                ]
             problems.extend(parsed)
         else:
             yield parsed

@@ -16,6 +16,7 @@ from qwentune.data.dialogue import Dialogue, RenderOptions, Turn
 from qwentune.data.fim import FillInTheMiddle, Form, Order
 from qwentune.data.grammar import Grammar, learn, same
 from qwentune.data.pieces import Encoder, Piece, ids_of
+from qwentune.data.remarks import remarks
 from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, RowError, Sample, Source, Text
 from qwentune.data.template import ChatTemplate, Mode
 from qwentune.data.tokenizer import Tokenizer
@@ -93,6 +94,8 @@ class Outcome:
     forged_control_tokens: int = 0  # control tokens spelled by texts of the row, encoded as plain text
     rendering_tokens: int = 0  # of one rendering of the dialogue: what a naive trainer would process
     orders: list[Order] = field(default_factory=list[Order])  # of code, one per example of the first epoch
+    remarks: list[str] = field(default_factory=list[str])  # what deserves a second look
+    identity: int = 0  # a hash, the same for samples that train the same
     checked_turns: int = 0  # turns read off one rendering that the rule confirmed
 
 
@@ -177,6 +180,7 @@ class Renderer:
                 fix = "Give one with data.chat_template, or train on rows of the format text."
                 raise RowError("the checkpoint has no chat template to render messages with", fix)
             dialogue = Dialogue.of(sample, self.template, self.options, self.encoder)
+            planned.outcome.remarks = list(remarks(sample))
             planned.outcome.unstructured_reasoning = dialogue.unstructured_reasoning
             planned.outcome.forged_control_tokens = dialogue.count_forged()
             planned.outcome.unreachable_turns = len(dialogue.candidates) - len(dialogue.trained)
@@ -216,6 +220,7 @@ class Renderer:
             except RowError as error:
                 one.outcome.examples.clear()
                 one.outcome.problems.append(Problem(str(one.sample.source), error.what, error.fix))
+            one.outcome.identity = _identity(one.sample, one.outcome.examples)
             yield one.outcome
 
     def _add_text(self, source: Source, ids: list[int], outcome: Outcome, version: int = -1) -> None:
@@ -312,6 +317,12 @@ class Renderer:
                 if len(context) + len(target) <= self.options.max_tokens:
                     return context, target
         return None
+
+
+def _identity(sample: Sample, examples: Sequence[Rendered]) -> int:
+    if isinstance(sample, Code):  # each row is cut at other places
+        return hash((sample.repo, sample.files, sample.cut))
+    return hash(tuple(tuple(example.input_ids) for example in examples))
 
 
 def _histories(turns: Sequence[Turn]) -> dict[int, Sequence[Piece]]:

@@ -55,7 +55,7 @@ OTHER_NAMES: tuple[tuple[str, dict[str, tuple[str, ...]]], ...] = (
 
 def detect(rows: Sequence[Json]) -> str | None:
     """The format whose keys most of the rows have; None where no row has those of any."""
-    found = [name for row in rows if isinstance(row, dict) and (name := _format_of(row))]
+    found = [name for row in rows if isinstance(row, dict) and (name := format_of(row))]
     return max(found, key=found.count, default=None)
 
 
@@ -73,5 +73,6 @@ def suggestion(keys: Sequence[str], path: str) -> str:
     return ""
 
 
-def _format_of(row: dict[str, Json]) -> str | None:
+def format_of(row: dict[str, Json]) -> str | None:
+    """The format whose keys a row has; None where it has those of none."""
     return next((name for name, keys in SIGNATURES if keys <= row.keys()), None)
