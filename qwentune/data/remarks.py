@@ -10,6 +10,7 @@ SAYS_NOTHING = "assistant turns say nothing: the model learns to end at once. Le
 UNKNOWN_TOOL = "calls are of tools that their row's tools do not have. Add those tools, or leave the rows out."
 NO_CALL = "tool results follow no tool call. Give the call in the assistant's message before."
 SAME_SPEAKER = "messages follow another of the same speaker. Join them, unless it is meant."
+FILE_LEFT_OUT = "files of repositories do not fit before the file that is cut. Raise data.max_tokens to have them read."
 
 
 def remarks(conversation: Conversation) -> Iterator[str]:

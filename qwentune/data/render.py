@@ -16,7 +16,7 @@ from qwentune.data.dialogue import Dialogue, RenderOptions, Turn
 from qwentune.data.fim import FillInTheMiddle, Form, Order
 from qwentune.data.grammar import Grammar, learn, same
 from qwentune.data.pieces import Encoder, Piece, ids_of
-from qwentune.data.remarks import remarks
+from qwentune.data.remarks import FILE_LEFT_OUT, remarks
 from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, RowError, Sample, Source, Text
 from qwentune.data.template import ChatTemplate, Mode
 from qwentune.data.tokenizer import Tokenizer
@@ -240,6 +240,7 @@ class Renderer:
             num_tokens = len(context) + len(target)
             if form.version <= 0:
                 outcome.orders.append(form.order)
+                outcome.remarks += [FILE_LEFT_OUT] * form.left_out
                 texts = (piece for piece in (*form.context, *form.target) if isinstance(piece, str))
                 outcome.forged_control_tokens += sum(len(forged.findall(text)) for text in texts)
             if form.order == "plain":
