@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 
@@ -33,7 +34,7 @@ class UserError(Exception):
 
     def __init__(self, problems: Problem | Sequence[Problem], closing: str | None = None) -> None:
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
-        lines = [str(problem) for problem in self.problems]
+        lines = grouped(self.problems)
         count = len(self.problems)
         lines.append(f"{count} problem{'s' if count != 1 else ''}. {self.closing if closing is None else closing}")
         super().__init__("\n".join(lines))
@@ -89,6 +90,30 @@ class RunInUseError(UserError):
 
     exit_code = 7
     closing = "Nothing was changed."
+
+
+NUM_PLACES = 10  # shown of each kind of problem
+_PARTICULAR = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+(?:\.\d+)?")  # a value in a message
+
+
+def grouped(problems: Iterable[Problem]) -> list[str]:
+    """The problems in words, those of a kind in one file together, with one fix; of many the first."""
+    kinds: dict[tuple[str, str, str], list[Problem]] = {}
+    for problem in problems:
+        kind = problem.where.split(":")[0], _PARTICULAR.sub("*", problem.what), problem.fix
+        kinds.setdefault(kind, []).append(problem)
+    return [_kind_in_words(kind) for kind in kinds.values()]
+
+
+def _kind_in_words(kind: Sequence[Problem]) -> str:
+    *heads, last = kind[:NUM_PLACES]
+    lines = [str(replace(problem, fix="")) for problem in heads]
+    if len(kind) > NUM_PLACES:
+        more = f"    … and {len(kind) - NUM_PLACES} more of this kind, the last at {kind[-1].where}"
+        lines += [str(replace(last, fix="")), more, *([f"    {last.fix}"] if last.fix else [])]
+    else:
+        lines.append(str(last))
+    return "\n".join(lines)
 
 
 EXIT_OK = 0

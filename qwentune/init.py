@@ -76,7 +76,7 @@ def look_at(paths: Sequence[str]) -> list[Seen]:
     """What the first rows of each file are. Raises DataError with every problem of all files."""
     from qwentune.data.files import read_rows
     from qwentune.data.formats import detect
-    from qwentune.data.read import read_samples
+    from qwentune.data.read import read_samples, refuse_untrained
 
     problems: list[Problem] = []
     found: list[Seen] = []
@@ -84,6 +84,7 @@ def look_at(paths: Sequence[str]) -> list[Seen]:
         try:
             first = [row.value for row in islice(read_rows(path, []), 20)]
             format = detect(first) or "auto"
+            refuse_untrained([(path, format)])
             samples = read_samples(path, format, problems)
             tokens = [_guessed_tokens(asdict(sample)) for sample in islice(samples, NUM_ROWS_LOOKED_AT)]
             found.append(Seen(path, format, tokens, next(samples, None) is not None))

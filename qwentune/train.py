@@ -141,6 +141,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     """From a loaded recipe to a trained model; the exit code."""
     from qwentune.data.checkpoint import checkpoint_folder
     from qwentune.data.dataset import chat_template, prepare
+    from qwentune.data.read import refuse_untrained
     from qwentune.data.schedule import Schedule
     from qwentune.data.tokenizer import load_tokenizer
     from qwentune.facts.models import model_spec
@@ -174,6 +175,8 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))
     template = chat_template(recipe.data, tokenizer)
     shares = recipe.memory.shares_prefixes
+    sources = [*recipe.data.train, *(recipe.data.evaluation or ())]
+    refuse_untrained((source.path, source.format) for source in sources)
     dataset = prepare(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=shares)
     for warning in dataset.report["warnings"]:
         console.say(f"warning: {warning}")

@@ -150,6 +150,17 @@ def test_of_a_long_repository_the_first_files_are_left_out(tokenizer: Tokenizer,
         paths = [name for name in "abc" if f"src/{name}.py" in text]
         assert "abc".endswith("".join(paths))
         assert "c" in paths
+    left_out = [3 - tokenizer.decode(e.input_ids).count("<|file_sep|>") for e in found.examples if e.version == 0]
+    assert len(found.remarks) in (left_out[0], 2)  # where the last file is cut into windows, all others are left out
+
+
+def test_a_row_that_is_cut_already_and_too_long_is_left_out_with_a_record(tokenizer: Tokenizer) -> None:
+    row = {"prefix": "x = 1\n" * 50, "middle": "y = 2\n", "suffix": ""}
+    found = outcome(tokenizer, code(**row), Fim(), 64)
+    assert not found.examples
+    (drop,) = found.dropped
+    assert (drop.source, drop.turn, drop.num_tokens > 64) == (SOURCE, None, True)
+    assert "more than data.max_tokens=64" in drop.reason
 
 
 @IDEAL

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwentune.data.formats import FORMATS, detect
-from qwentune.data.read import read_samples
-from qwentune.data.sample import Code, Conversation, Message, Source, Text, ToolCall
+from qwentune.data.read import read_samples, refuse_untrained
+from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, Source, Text, ToolCall
 from qwentune.errors import DataError, Problem
 
 TEMPLATES = Path(__file__).parents[1] / "data_templates"
@@ -52,9 +52,10 @@ def message(**fields: Any) -> Message:
 
 
 @pytest.mark.parametrize(
-    "name", ["chat", "dialogue", "thinking", "tool_call", "sharegpt", "instruction", "fim", "text"]
+    "name",
+    ["chat", "dialogue", "thinking", "tool_call", "sharegpt", "instruction", "fim", "text", "preference", "retrieval"],
 )
-def test_every_template_of_a_format_that_trains_parses(name: str) -> None:
+def test_every_row_template_parses(name: str) -> None:
     problems: list[Problem] = []
     path = TEMPLATES / f"{name}.jsonl"
     samples = list(read_samples(str(path), "auto", problems))
@@ -64,8 +65,8 @@ def test_every_template_of_a_format_that_trains_parses(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["preference", "retrieval"])
 def test_a_format_that_is_not_trained_yet_is_refused_by_name(name: str) -> None:
-    with pytest.raises(DataError, match=f"{name} cannot be trained on yet"):
-        list(read_samples(str(TEMPLATES / f"{name}.jsonl"), "auto", []))
+    with pytest.raises(DataError, match=f"format {name} can be previewed, but not trained on yet"):
+        refuse_untrained([("data_templates/chat.jsonl", "auto"), (f"data_templates/{name}.jsonl", "auto")])
 
 
 def test_keys_that_no_format_has_are_named_with_the_nearest(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_everything_that_is_wrong_with_a_row_is_said_at_once() -> None:
         {"role": "user", "content": 5},
         {"role": "assistant", "content": "x", "tool_calls": [{"arguments": {}}, {"name": "f", "arguments": "{"}]},
         {"role": "robot", "content": "x"},
-        {**ANSWER, "loss": True},
+        {**ANSWER, "loss_scale": 1},
         tools=["not a tool"],
     )
     words = " | ".join(faults("chat", row))
@@ -150,7 +151,7 @@ def test_everything_that_is_wrong_with_a_row_is_said_at_once() -> None:
         "messages[1].tool_calls[0] has no name",
         "messages[1].tool_calls[1].arguments is a text that is no JSON",
         "messages[2] has the unknown role 'robot'",
-        "messages[3] has the unknown key 'loss'",
+        "messages[3] has the unknown key 'loss_scale'",
         "tools[0] is the text 'not a tool'",
     ):
         assert expected in words
@@ -228,9 +229,127 @@ near_rows = st.recursive(
 )
 
 
-@given(row=st.dictionaries(st.sampled_from(["messages", "conversations", "tools", "text", "history"]), near_rows))
+PLACES = ("messages", "conversations", "tools", "text", "history", "prompt", "chosen", "rejected")
+SAMPLES = Conversation | Text | Code | Pair | Retrieval
+
+
+@given(row=st.dictionaries(st.sampled_from(PLACES), near_rows))
 def test_no_row_makes_a_format_fail(row: dict[str, Any]) -> None:
     for parse in FORMATS.values():
         result = parse(row, SOURCE)
-        assert isinstance(result, Conversation | Text | Code) or all(isinstance(problem, Problem) for problem in result)
+        assert isinstance(result, SAMPLES) or all(isinstance(problem, Problem) for problem in result)
         assert result != []
+
+
+# --- the files of other toolkits, unchanged
+
+CALL = {"name": "get_weather", "arguments": {"city": "Oslo"}}
+ASKED = [("user", "q"), ("assistant", "a")]
+
+
+def said(format: str, row: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(m.role, m.content) for m in parsed(format, row).messages]
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("instruction", {"instruction": "q", "input": "", "output": "a"}),
+        ("instruction", {"query": "q", "response": "a"}),
+        ("instruction", {"system": "", "query": "q", "response": "a", "history": []}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}),
+        ("sharegpt", {"conversation": [{"human": "q", "assistant": "a"}]}),
+        ("sharegpt", {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}),
+        ("sharegpt", {"conversations": [{"from": "user", "value": "q"}, {"from": "model", "value": "a"}], "id": "7"}),
+        ("chat", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss": True}]}),
+        ("chat", {"messages": json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])}),
+    ],
+)
+def test_dialects_are_recognised_and_read_as_one_dialogue(format: str, row: dict[str, Any]) -> None:
+    assert detect([row]) == format
+    assert said(format, row) == ASKED
+
+
+def test_calls_as_messages_of_their_own_are_the_calls_of_the_assistant() -> None:
+    text = json.dumps(CALL)
+    swift = chat(USER, {"role": "tool_call", "content": text}, {"role": "tool_response", "content": "r"}, ANSWER)
+    factory = {
+        "conversations": [
+            {"from": "human", "value": "hi"},
+            {"from": "function_call", "value": text},
+            {"from": "observation", "value": "r"},
+            {"from": "gpt", "value": "hello"},
+        ],
+        "tools": "",
+    }
+    plain = chat(
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {**CALL, "arguments": text[37:-1]}}]},
+        {"role": "tool", "content": "r"},
+        ANSWER,
+    )
+    assert plain["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"city": "Oslo"}'
+    assert parsed("chat", swift).messages == parsed("sharegpt", factory).messages == parsed("chat", plain).messages
+
+
+def test_a_message_whose_loss_is_false_is_context() -> None:
+    assert message(loss=False).weight == 0
+    assert parsed("chat", chat({**USER, "loss": False}, ANSWER)).messages[0].role == "user"
+
+
+def test_an_answer_that_was_judged_bad_is_not_taken_for_one_to_learn() -> None:
+    assert "label false" in faults("chat", chat(USER, ANSWER, label=False))[0]
+    parsed("chat", chat(USER, ANSWER, label=True))
+
+
+HUMAN = {"from": "human", "value": "q"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [{"role": "user", "content": "q"}], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "no"}]},
+        {"prompt": "q", "chosen": "hello", "rejected": "no"},
+        {"instruction": "q", "input": "", "chosen": "hello", "rejected": "no"},
+        {
+            "conversations": [HUMAN],
+            "chosen": {"from": "gpt", "value": "hello"},
+            "rejected": {"from": "gpt", "value": "no"},
+        },
+        {
+            "chosen": [{"role": "user", "content": "q"}, ANSWER],
+            "rejected": [{"role": "user", "content": "q"}, {**ANSWER, "content": "no"}],
+        },
+        {"messages": [{"role": "user", "content": "q"}, ANSWER], "rejected_response": "no"},
+    ],
+)
+def test_preferences_come_in_many_layouts(row: dict[str, Any]) -> None:
+    assert detect([row]) == "preference"
+    pair = parsed("preference", row)
+    for end, answer in ((pair.chosen, "hello"), (pair.rejected, "no")):
+        assert [(m.role, m.content) for m in end.messages] == [("user", "q"), ("assistant", answer)]
+
+
+def test_two_answers_that_are_the_same_are_no_preference() -> None:
+    assert "the same" in faults("preference", {"prompt": "q", "chosen": "a", "rejected": "a"})[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        (
+            {"question": "q", "answer": "a"},
+            "rename 'question' to 'instruction', 'answer' to 'output'",
+        ),
+        ({"prompt": "q", "completion": "a"}, "format instruction: rename 'prompt' to 'instruction'"),
+        ({"dialogue": []}, "format chat: rename 'dialogue' to 'messages'"),
+        ({"content": "t"}, "format text: rename 'content' to 'text'"),
+        ({"anchor": "t", "pos": "u"}, "format retrieval: rename 'anchor' to 'query', 'pos' to 'positive'"),
+    ],
+)
+def test_columns_by_other_names_are_answered_with_a_renaming(tmp_path: Path, row: dict[str, Any], hint: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError) as refused:
+        list(read_samples(str(file), "auto", []))
+    assert hint in str(refused.value)

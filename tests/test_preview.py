@@ -20,6 +20,7 @@ from qwentune.data.batch import TrainBatches
 from qwentune.data.dataset import chat_template, prepare
 from qwentune.data.schedule import Schedule
 from qwentune.data.tokenizer import load_tokenizer
+from qwentune.errors import NUM_PLACES
 from qwentune.recipe import load_recipe
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.dialogues import random_rows
@@ -253,7 +254,9 @@ def test_rows_that_first_principles_cannot_train_are_the_rows_that_are_refused(
     write_recipe(tmp_path, models["qwen2.5"], file)
     finished = preview(tmp_path, "--jsonl", "refused.jsonl")
     assert finished.returncode == 3
-    assert [int(line) for line in re.findall(r"^rows\.jsonl:(\d+)", finished.stderr, re.M)] == refused
+    assert [int(line) for line in re.findall(r"^rows\.jsonl:(\d+)", finished.stderr, re.M)] == refused[:NUM_PLACES]
+    more = f"… and {len(refused) - NUM_PLACES} more of this kind, the last at rows.jsonl:{refused[-1]}"
+    assert more in finished.stderr
     assert not (tmp_path / "refused.jsonl").exists()
 
     write_recipe(tmp_path, models["qwen2.5"], file, bad_rows="skip", max_dropped_fraction=0.99)
@@ -406,6 +409,43 @@ def test_evaluation_takes_whole_dialogues_away_from_what_is_trained(
     assert trained == {line: of_all[line] for line in trained}
     assert (report["train_examples"], report["examples"]) == (trained.total(), of_all.total())
     assert report["eval_examples"] == of_all.total() - trained.total()
+
+
+@pytest.mark.parametrize("name", ["preference", "retrieval"])
+def test_rows_that_are_not_trained_yet_are_previewed(
+    tmp_path: Path, models: dict[str, Path], tokenizers: Tokenizers, name: str
+) -> None:
+    rows = read_jsonl(ROOT / f"data_templates/{name}.jsonl")
+    write_recipe(tmp_path, models["qwen3"], f"data_templates/{name}.jsonl", max_tokens=2048)
+    examples, report = previewed(tmp_path)
+    assert report["samples"] == len(rows)
+    tokenizer = tokenizers["qwen3"]
+    if name == "preference":
+        ends = [{"messages": row["prompt"] + row[end]} for row in rows for end in ("chosen", "rejected")]
+        wanted = [example for end in ends for example in expected("", [end], tokenizer)]
+        assert [e["input_ids"] for e in examples] == [e["input_ids"] for e in wanted]
+        assert [e["labels"] for e in examples] == [e["labels"] for e in wanted]
+    else:
+        texts = [
+            text
+            for row in rows
+            for text in (
+                f"Instruct: {row['instruction']}\nQuery:{row['query']}" if "instruction" in row else row["query"],
+                row["positive"],
+                *row.get("negatives", []),
+            )
+        ]
+        assert [tokenizer.decode(e["input_ids"]) for e in examples] == [f"{text}<|endoftext|>" for text in texts]
+        assert {label for e in examples for label in e["labels"]} == {UNTRAINED}
+    trained = subprocess.run(
+        [sys.executable, "-m", "qwentune.train", "recipe.yaml"],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"QWENTUNE_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (trained.returncode, "not trained on yet" in trained.stderr) == (3, True), trained.stderr
 
 
 # --- the terminal

@@ -32,7 +32,7 @@ from qwentune.durable import replace_folder
 from qwentune.errors import DataError, Problem, RecipeError
 from qwentune.recipe import DataOptions
 
-CACHE_FORMAT = 5  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 7  # raise it whenever rendering or storing changes what stands in the cache
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,26 @@ def _fingerprint(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate
     parts = {
         "format": CACHE_FORMAT,
         "options": {k: v for k, v in data.model_dump(mode="json").items() if k not in {"packing", "chat_template"}},
-        "contents": [content_sha256(source.path) for source in sources],
+        "contents": _contents([source.path for source in sources]),
         "tokenizer": tokenizer.fingerprint,
         "template": None if template is None else template.text,
         "seed": seed,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _contents(paths: Sequence[str]) -> list[str]:
+    """The hash of each file; DataError with every file that cannot be read."""
+    hashes: list[str] = []
+    problems: list[Problem] = []
+    for path in paths:
+        try:
+            hashes.append(content_sha256(path))
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return hashes
 
 
 def _publish(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int, folder: Path) -> None:
@@ -184,6 +198,7 @@ def _build(
     dropped: list[Dropped] = []
     refused: list[Dropped] = []  # rows that are wrong
     versions = array("h")  # of the examples
+    identities = array("q")  # of the samples that have examples
     for number, source in enumerate([*data.train, *(data.evaluation or ())]):
         begins = array("q", [writer.num_examples])
         faults: list[Problem] = []
@@ -195,6 +210,7 @@ def _build(
                 writer.add(outcome.examples)
                 versions.extend(example.version for example in outcome.examples)
                 begins.append(writer.num_examples)
+                identities.append(outcome.identity)
         groups.append(np.asarray(begins, dtype=np.int64))
         # Rows are read ahead of what is rendered.
         faults.sort(key=lambda problem: _source_of(problem, source.path).line)
@@ -209,11 +225,12 @@ def _build(
     evaluation = evaluation[once[evaluation]]
     if not len(train):
         raise DataError(Problem(data.train[0].path, "no row is left to train on", "See the problems above."))
+    copies = _copies(np.asarray(identities), groups, evaluation)
     return {
         "content": writer.finish(train, evaluation),
         "file_names": list(writer.file_names),
         "control_ids_used": sorted(writer.control_ids_used - {tokenizer.end_of_text_id}),
-        "report": report.finish(int(once[train].sum()), len(evaluation), dropped),
+        "report": report.finish(int(once[train].sum()), len(evaluation), dropped, copies),
         "dropped": [{**asdict(drop), "source": asdict(drop.source)} for drop in dropped],
     }
 
@@ -251,6 +268,16 @@ def _split(
         evaluation.append(_examples_of(begins, np.flatnonzero(out)))
         train.append(_examples_of(begins, _repeated(np.flatnonzero(~out), source.repeat, seed + number)))
     return np.concatenate(train), np.concatenate(evaluation)
+
+
+def _copies(
+    identities: NDArray[np.int64], groups: Sequence[NDArray[np.int64]], evaluation: NDArray[np.int64]
+) -> dict[str, int]:
+    """How many samples train what an earlier one trains, and how many are evaluated though they are trained too."""
+    is_evaluated = np.isin(np.concatenate([begins[:-1] for begins in groups]), evaluation)
+    trained, evaluated = identities[~is_evaluated], identities[is_evaluated]
+    overlap = np.isin(evaluated, trained)
+    return {"duplicates": len(trained) - len(np.unique(trained)), "eval_overlap": int(overlap.sum())}
 
 
 def _examples_of(begins: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -52,11 +52,18 @@ class Faults:
         try:
             value = parse_json(text)
         except JsonFaultError as fault:
-            self.add(f"{path} is a text that is no JSON, at column {fault.column or 1}: {fault.what}", fault.fix)
+            fix = fault.fix or "Write it with json.dumps, or give the value itself."
+            self.add(f"{path} is a text that is no JSON, at column {fault.column or 1}: {fault.what}", fix)
             return None
         if value is None:
             self.add(f"{path} is the text 'null'", "Leave it out instead.")
         return value
+
+    def refuse_judged_bad(self, row: Mapping[str, Json]) -> None:
+        """Note that a row is one of answers judged good or bad, and a bad one: trained as it is, it would be taught."""
+        for key in ("label", "kto_tag"):
+            if row.get(key) is False:
+                self.add(f"the row has {key} false: its answer was judged bad", "Leave the row out, or remove the key.")
 
     def misspelt(self, row: Mapping[str, Json], known: tuple[str, ...], allowed: tuple[str, ...], path: str) -> None:
         """Note keys that are nearly a known one: taken for unknown, they would silently change what is trained."""

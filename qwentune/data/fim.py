@@ -8,7 +8,7 @@ with the suffix first is not Qwen's own; it is the one of Bavarian et al., arXiv
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -37,6 +37,7 @@ class Form:
     order: Order
     context: tuple[Piece, ...]
     target: tuple[Piece, ...]
+    left_out: int = 0  # files of the repository for which the context has no room
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class FillInTheMiddle:
             for window in windows:
                 parts = cut(window, random)
                 form = self._spm if random.random() < self.options.spm_rate else self._psm
-                yield form(version, (*opening, *_joined(kept), *header), parts)
+                made = form(version, (*opening, *_joined(kept), *header), parts)
+                yield replace(made, left_out=len(before) - len(kept))
 
     def _psm(self, version: int, head: tuple[Piece, ...], parts: tuple[str, str, str]) -> Form:
         prefix, middle, suffix = parts

@@ -45,7 +45,7 @@ def _read_lines(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterato
         where = f"{path}:{number}"
         if len(line) > LARGEST_ROW_BYTES:
             what = f"the line is longer than {LARGEST_ROW_BYTES // 2**20} MiB"
-            problems.append(Problem(where, what, "Put each row on a line of its own."))
+            problems.append(Problem(where, what, "Put each row on a line of its own; cut a row that is longer."))
             continue
         try:
             text = line.decode().rstrip("\r\n")  # a value that is cut ends in this line

@@ -15,11 +15,14 @@ ROLES = {
     "assistant": "assistant",
     "tool": "tool",
     "function": "tool",
+    "tool_response": "tool",
+    "tool_call": "assistant",  # ms-swift: its content is the JSON of the call
 }
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 MESSAGE_KEYS = ("role", "content", *REASONING_KEYS, "tool_calls", "train", "weight")
 EXTRA_KEYS = ("name", "tool_call_id", "function_call")  # close to known keys, but no mistakes
-MASK_KEYS = {"loss": "train", "loss_weight": "weight"}  # of other toolkits: swallowed, they would train the wrong turns
+# Of other toolkits: swallowed, they would train the wrong turns.
+MASK_KEYS = {"loss_weight": "weight", "loss_scale": "weight"}
 CALL_KEYS = ("name", "arguments")
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # beside a function they would be lost
 LARGEST_WEIGHT = 1e6  # losses are 32-bit floats
@@ -32,6 +35,11 @@ def read_message(value: Json, path: str, faults: Faults) -> Message | None:
         return None
     num_problems = len(faults.problems)
     fields = _without_nulls(value)
+    if fields.get("role") == "tool_call" and isinstance(fields.get("content"), str):
+        value = {**value, "role": "assistant", "content": "", "tool_calls": fields["content"]}
+        fields = _without_nulls(value)
+    if isinstance(fields.get("loss"), bool):  # ms-swift's name
+        fields.setdefault("train", fields.pop("loss"))
     role = _role(fields, path, faults)
     is_assistant = role == "assistant"
     calls = _tool_calls(fields, path, faults)
@@ -40,6 +48,8 @@ def read_message(value: Json, path: str, faults: Faults) -> Message | None:
     reasoning = _reasoning(fields, path, faults)
     if role and not is_assistant:
         for key in (*REASONING_KEYS, "tool_calls", "function_call", "train", "weight"):
+            if key == "train" and fields.get(key) is False:  # as it is
+                continue
             if fields.get(key) not in (None, "", []):
                 faults.add(f"{path} has {key}, but its role is {fields['role']!r}", "Only the assistant has it.")
     weight = _weight(fields, path, faults)
@@ -172,11 +182,19 @@ def _weight(fields: Mapping[str, Json], path: str, faults: Faults) -> float:
 
 def _tool_calls(fields: Mapping[str, Json], path: str, faults: Faults) -> list[ToolCall]:
     calls: list[ToolCall | None] = []
-    for i, value in enumerate(faults.listed(fields, "tool_calls", f"{path}.tool_calls")):
+    for i, value in enumerate(_listed_calls(fields, f"{path}.tool_calls", faults)):
         calls.append(read_call(value, f"{path}.tool_calls[{i}]", faults))
     if "function_call" in fields:  # what tool_calls were called before there could be several
         calls.append(read_call(fields["function_call"], f"{path}.function_call", faults))
     return [call for call in calls if call]
+
+
+def _listed_calls(fields: Mapping[str, Json], path: str, faults: Faults) -> list[Json]:
+    """The calls as values; a text of JSON, as table files store them, may also hold one alone."""
+    value = fields.get("tool_calls")
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        return [parsed] if (parsed := faults.parsed(value, path)) is not None else []
+    return faults.listed(fields, "tool_calls", path)
 
 
 def _arguments(value: Json, path: str, faults: Faults) -> dict[str, Json]:

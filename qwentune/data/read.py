@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from qwentune.data.faults import described
 from qwentune.data.files import read_rows
-from qwentune.data.formats import FORMATS, SIGNATURES, detect
+from qwentune.data.formats import FORMATS, NOT_TRAINED, SIGNATURES, detect, format_of, suggestion
 from qwentune.data.sample import Sample
 from qwentune.errors import DataError, Problem, nearest
 
 NUM_ROWS_LOOKED_AT = 20  # to recognise a format
+_TRAINED = f"What is trained: {', '.join(name for name in FORMATS if name not in NOT_TRAINED)}."
 
 
 def read_samples(path: str, format: str, problems: list[Problem]) -> Iterator[Sample]:
     """The samples of a file in its order; rows that are wrong go to `problems` and reading goes on.
 
-    `format` is a key of `FORMATS`, or `auto`. Raises DataError where no format is recognised, or one that is not
-    trained on yet.
+    `format` is a key of `FORMATS`, or `auto`. Raises DataError where no format is recognised.
     """
     if format == "auto":
-        format = _detected(path)
-    if format not in FORMATS:
-        what = f"rows of the format {format} cannot be trained on yet"
-        raise DataError(Problem(path, what, f"The formats are {', '.join(FORMATS)}."))
+        format = detected(path)
     for row in read_rows(path, problems):
         if not isinstance(row.value, dict):
             problems.append(Problem(str(row.source), f"the row is {described(row.value)}", "A row is an object."))
             continue
         parsed = FORMATS[format](row.value, row.source)
         if isinstance(parsed, list):
+            own = format_of(row.value)
+            if own not in (None, format):
+                what = f"the row has the keys of the format {own}, in a file of the format {format}"
+                parsed = [
+                    Problem(str(row.source), what, "Give rows of another format a file and a source of their own.")
+                ]
             problems.extend(parsed)
         else:
             yield parsed
 
 
-def _detected(path: str) -> str:
+def refuse_untrained(sources: Iterable[tuple[str, str]]) -> None:
+    """Raises DataError naming every source, a path and a format, whose rows cannot be trained on yet."""
+    formats = {path: detected(path) if format == "auto" else format for path, format in sources}
+    problems = [
+        Problem(path, f"rows of the format {format} can be previewed, but not trained on yet", _TRAINED)
+        for path, format in formats.items()
+        if format in NOT_TRAINED
+    ]
+    if problems:
+        raise DataError(problems)
+
+
+def detected(path: str) -> str:
+    """The format of a file by its first rows; DataError, with a suggested renaming, where none is recognised."""
     problems: list[Problem] = []
     values = [row.value for row in islice(read_rows(path, problems), NUM_ROWS_LOOKED_AT)]
     format = detect(values)
@@ -48,5 +64,6 @@ def _detected(path: str) -> str:
     known = sorted({key for _, signature in SIGNATURES for key in signature})
     hint = next(filter(None, (nearest(key, known).strip() for key in keys)), "")
     signatures = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, keys in SIGNATURES if name in FORMATS)
+    hint = suggestion(keys, path) or hint
     what = f"no row format is recognised by the keys {', '.join(map(repr, keys[:10])) or 'of the first rows'}"
     raise DataError(Problem(path, what, f"{hint} The keys of {signatures}.".strip()))

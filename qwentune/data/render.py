@@ -16,7 +16,8 @@ from qwentune.data.dialogue import Dialogue, RenderOptions, Turn
 from qwentune.data.fim import FillInTheMiddle, Form, Order
 from qwentune.data.grammar import Grammar, learn, same
 from qwentune.data.pieces import Encoder, Piece, ids_of
-from qwentune.data.sample import Code, Conversation, Message, RowError, Sample, Source, Text
+from qwentune.data.remarks import FILE_LEFT_OUT, remarks
+from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, RowError, Sample, Source, Text
 from qwentune.data.template import ChatTemplate, Mode
 from qwentune.data.tokenizer import Tokenizer
 from qwentune.errors import DataError, Problem
@@ -93,6 +94,8 @@ class Outcome:
     forged_control_tokens: int = 0  # control tokens spelled by texts of the row, encoded as plain text
     rendering_tokens: int = 0  # of one rendering of the dialogue: what a naive trainer would process
     orders: list[Order] = field(default_factory=list[Order])  # of code, one per example of the first epoch
+    remarks: list[str] = field(default_factory=list[str])  # what deserves a second look
+    identity: int = 0  # a hash, the same for samples that train the same
     checked_turns: int = 0  # turns read off one rendering that the rule confirmed
 
 
@@ -167,7 +170,7 @@ class Renderer:
 
     def _plan(self, sample: Sample, number: int, source_number: int) -> _Planned:
         planned = _Planned(sample, Outcome())
-        if isinstance(sample, Text):
+        if isinstance(sample, Text | Pair | Retrieval):
             return planned
         try:
             if isinstance(sample, Code):
@@ -177,6 +180,7 @@ class Renderer:
                 fix = "Give one with data.chat_template, or train on rows of the format text."
                 raise RowError("the checkpoint has no chat template to render messages with", fix)
             dialogue = Dialogue.of(sample, self.template, self.options, self.encoder)
+            planned.outcome.remarks = list(remarks(sample))
             planned.outcome.unstructured_reasoning = dialogue.unstructured_reasoning
             planned.outcome.forged_control_tokens = dialogue.count_forged()
             planned.outcome.unreachable_turns = len(dialogue.candidates) - len(dialogue.trained)
@@ -207,11 +211,16 @@ class Renderer:
                     self._add_text(one.sample.source, ids, one.outcome)
                 elif isinstance(one.sample, Code):
                     self._add_code(one.sample, one.forms, encoded, one.outcome)
+                elif isinstance(one.sample, Pair):
+                    self._add_pair(one.sample, one.outcome)
+                elif isinstance(one.sample, Retrieval):
+                    self._add_retrieval(one.sample, one.outcome)
                 elif one.dialogue is not None:
                     self._add_turns(one.dialogue, one.turns, encoded, one.outcome)
             except RowError as error:
                 one.outcome.examples.clear()
                 one.outcome.problems.append(Problem(str(one.sample.source), error.what, error.fix))
+            one.outcome.identity = _identity(one.sample, one.outcome.examples)
             yield one.outcome
 
     def _add_text(self, source: Source, ids: list[int], outcome: Outcome, version: int = -1) -> None:
@@ -231,6 +240,7 @@ class Renderer:
             num_tokens = len(context) + len(target)
             if form.version <= 0:
                 outcome.orders.append(form.order)
+                outcome.remarks += [FILE_LEFT_OUT] * form.left_out
                 texts = (piece for piece in (*form.context, *form.target) if isinstance(piece, str))
                 outcome.forged_control_tokens += sum(len(forged.findall(text)) for text in texts)
             if form.order == "plain":
@@ -246,6 +256,29 @@ class Renderer:
             else:
                 reason = f"{num_tokens} tokens, more than data.max_tokens={self.options.max_tokens}"
                 outcome.dropped.append(Dropped(sample.source, None, reason, num_tokens))
+
+    def _add_pair(self, pair: Pair, outcome: Outcome) -> None:
+        for name, conversation in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            end = self.render(conversation)
+            outcome.problems += [Problem(p.where, f"{name}: {p.what}", p.fix) for p in end.problems]
+            outcome.dropped += end.dropped
+            outcome.examples += end.examples
+            outcome.modes += end.modes
+            outcome.turns_with_reasoning += end.turns_with_reasoning
+            outcome.forged_control_tokens += end.forged_control_tokens
+            outcome.rendering_tokens += end.rendering_tokens
+        if outcome.problems or outcome.dropped:  # one end alone says nothing
+            outcome.examples.clear()
+            outcome.modes.clear()
+
+    def _add_retrieval(self, sample: Retrieval, outcome: Outcome) -> None:
+        # The layout of Qwen3-Embedding's model card; nothing carries a token loss.
+        query = f"Instruct: {sample.instruction}\nQuery:{sample.query}" if sample.instruction else sample.query
+        texts = (query, sample.positive, *sample.negatives)
+        for ids in self.tokenizer.encode(texts):
+            tokens = [*ids, self.tokenizer.end_of_text_id][-self.options.max_tokens :]
+            outcome.rendering_tokens += len(tokens)
+            outcome.examples.append(Rendered(sample.source, tokens, ()))
 
     def _add_turns(
         self, dialogue: Dialogue, turns: list[Turn], encoded: dict[str, list[int]], outcome: Outcome
@@ -285,6 +318,12 @@ class Renderer:
                 if len(context) + len(target) <= self.options.max_tokens:
                     return context, target
         return None
+
+
+def _identity(sample: Sample, examples: Sequence[Rendered]) -> int:
+    if isinstance(sample, Code):  # each row is cut at other places
+        return hash((sample.repo, sample.files, sample.cut))
+    return hash(tuple(tuple(example.input_ids) for example in examples))
 
 
 def _histories(turns: Sequence[Turn]) -> dict[int, Sequence[Piece]]:

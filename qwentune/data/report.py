@@ -14,6 +14,11 @@ from qwentune.data.render import Dropped, Outcome
 from qwentune.data.template import ChatTemplate
 from qwentune.data.tokenizer import Tokenizer
 
+NUM_PLACES = 3
+FORGED = (
+    "control tokens are spelled in texts of the data: they are encoded as plain text, a server may read them as "
+    "control tokens. Remove them, unless the text is about them."
+)
 LENGTH_EDGES = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
@@ -28,10 +33,17 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter[str])
     orders: Counter[str] = field(default_factory=Counter[str])  # in which code was written
     lengths: array[int] = field(default_factory=lambda: array("q"))  # of the examples, in tokens
+    remarks: Counter[str] = field(default_factory=Counter[str])
+    places: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # of remarks, the first few
     last_tokens: Counter[int] = field(default_factory=Counter[int])  # of trained spans
 
     def add(self, outcome: Outcome) -> None:
         """Counts one sample in."""
+        self.remarks.update(outcome.remarks)
+        for remark in {*outcome.remarks, *([FORGED] if outcome.forged_control_tokens else [])}:
+            places = self.places.setdefault(remark, [])
+            if len(places) < NUM_PLACES and outcome.examples:
+                places.append(str(outcome.examples[0].source))
         self.modes.update(outcome.modes)
         self.counts["samples"] += 1
         self.counts["rows_with_problems"] += bool(outcome.problems)
@@ -56,8 +68,13 @@ class Report:
         """Trained turns of conversations, and pieces of texts."""
         return sum(self.modes.values()) + self.counts["texts"]
 
-    def finish(self, num_train: int, num_evaluation: int, dropped: Sequence[Dropped]) -> dict[str, Any]:
-        """The report as JSON: numbers of the whole dataset as the first epoch sees it, no text of any row."""
+    def finish(
+        self, num_train: int, num_evaluation: int, dropped: Sequence[Dropped], copies: Mapping[str, int]
+    ) -> dict[str, Any]:
+        """The report as JSON: numbers of the whole dataset as the first epoch sees it, no text of any row.
+
+        `copies` counts samples that train what another does: `duplicates` and `eval_overlap`.
+        """
         lengths = np.asarray(self.lengths, dtype=np.int64)
         tokens = int(lengths.sum())
         report: dict[str, Any] = {
@@ -77,6 +94,7 @@ class Report:
             "turns_with_reasoning": self.counts["turns_with_reasoning"],
             "unreachable_turns": self.counts["unreachable_turns"],
             "forged_control_tokens": self.counts["forged_control_tokens"],
+            **copies,
             "checked_turns": self.counts["checked_turns"],
             "stop_tokens": self._stop_tokens(),
             "dropped": dict(Counter(_kind(drop) for drop in dropped)),
@@ -133,11 +151,19 @@ class Report:
                 f"{self.counts['unstructured_reasoning']} turns hold <think> blocks that this chat template does not "
                 "treat as reasoning: they are trained as written"
             )
-        if report["forged_control_tokens"]:
+        if report["duplicates"]:
             warnings.append(
-                f"{report['forged_control_tokens']} control tokens are spelled in texts of the data: they are encoded "
-                "as plain text, a server may read them as control tokens"
+                f"{report['duplicates']} rows train exactly what an earlier row trains; leave them out, or weigh whole "
+                "files with repeat"
             )
+        if report["eval_overlap"]:
+            warnings.append(
+                f"{report['eval_overlap']} evaluation rows are trained as well: the evaluation loss says too little "
+                "about unseen data. Remove them from one side"
+            )
+        for remark, count in (self.remarks + Counter({FORGED: report["forged_control_tokens"]})).items():
+            places = ", ".join(self.places[remark])
+            warnings.append(f"{count} {remark}" + (f" First: {places}" if places else ""))
         if report["unreachable_turns"]:
             warnings.append(f"{report['unreachable_turns']} turns have no user turn before them: not trained")
         return warnings

@@ -87,7 +87,27 @@ class Code:
     cut: tuple[str, str, str] | None = None
 
 
-Sample: TypeAlias = Conversation | Text | Code
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two dialogues that differ in their end: the one preferred, and the other."""
+
+    source: Source
+    chosen: Conversation
+    rejected: Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """A query, a text that answers it, and texts that do not; `instruction` is empty where the row gives none."""
+
+    source: Source
+    query: str
+    positive: str
+    negatives: tuple[str, ...] = ()
+    instruction: str = ""
+
+
+Sample: TypeAlias = Conversation | Text | Code | Pair | Retrieval
 
 
 class RowError(Exception):

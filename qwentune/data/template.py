@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal, cast
 
 import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template  # pyright: ignore[reportUnknownVariableType]
+from transformers.utils.chat_template_utils import (
+    _compile_jinja_template,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
+    render_jinja_template,  # pyright: ignore[reportUnknownVariableType]
+)
 
 from qwentune.data.sample import Json, Message
 
@@ -16,6 +20,9 @@ Mode = Literal["thinking", "non_thinking", "default"]
 ReasoningForm = Literal["field", "inline"]
 TemplateMessage = dict[str, Json]
 
+
+LONGEST_RENDERING = 2**27  # characters: more than any row has, less than memory
+_NUM_JOINED = 4096  # pieces of a rendering between two looks at its size
 
 # Of the template's own `raise_exception`, of operations that its values do not take, and of the sandbox's bounds.
 TEMPLATE_ERRORS = (
@@ -26,6 +33,7 @@ TEMPLATE_ERRORS = (
     LookupError,
     ArithmeticError,
     RecursionError,
+    MemoryError,
 )
 
 
@@ -58,6 +66,7 @@ class ChatTemplate:
         if mode != "default":
             args["enable_thinking"] = mode == "thinking"
         try:
+            cast(Any, _compile_jinja_template)(self.text).environment.concat = _joined  # cached: the one rendered below
             rendered = render_jinja_template(
                 conversations=[list(messages) for messages in conversations],
                 tools=[dict(tool) for tool in tools] or None,
@@ -115,6 +124,17 @@ class ChatTemplate:
             return self.render([[{"role": "user", "content": "question"}]], mode=mode, generation_prompt=True)[0]
         except TemplateRefusalError:
             return ""
+
+
+def _joined(pieces: Iterable[str]) -> str:
+    """What Jinja joins a rendering with, but for its bound."""
+    rest, parts, size = iter(pieces), list[str](), 0
+    while some := list(islice(rest, _NUM_JOINED)):
+        parts.append("".join(some))
+        size += len(parts[-1])
+        if size > LONGEST_RENDERING:
+            raise jinja2.TemplateError(f"it writes more than {LONGEST_RENDERING} characters")
+    return "".join(parts)
 
 
 def inline_reasoning(reasoning: str, answer: str) -> str:

@@ -21,6 +21,7 @@ GROUPS = {
     "E": "Exact resume",
     "F": "Changes since the checkpoint",
     "G": "Numbers and memory",
+    "H": "Data files",
     "I": "Mistakes and services",
     "J": "Security",
     "K": "Several at once",

@@ -18,4 +18,5 @@ def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
     check_dialogue(messages, "messages", faults)
     tools = read_tools(row, faults)
     faults.misspelt(row, KEYS, (), "the row has ")
+    faults.refuse_judged_bad(row)
     return faults.problems or Conversation(source, tuple(message for message in messages if message), tuple(tools))

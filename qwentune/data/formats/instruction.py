@@ -1,4 +1,7 @@
-"""The `instruction` format: `{"instruction", "input"?, "output", "system"?, "history"?}`."""
+"""The `instruction` format: `{"instruction", "input"?, "output", "system"?, "history"?}`.
+
+`query` and `response`, ms-swift's names, are read as `instruction` and `output`.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,16 @@ from qwentune.data.sample import Conversation, Json, Message, Source
 from qwentune.errors import Problem
 
 KEYS = ("instruction", "input", "output", "system", "history")
+NAMES = {"query": "instruction", "response": "output"}
 
 
 def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
     """The dialogue: system text, earlier exchanges, the instruction with its input below, and the output."""
     faults = Faults(source)
-    instruction = faults.text(row, "instruction", "instruction", required=True)
+    asked, answered = NAMES if "query" in row and "instruction" not in row else NAMES.values()
+    instruction = faults.text(row, asked, asked, required=True)
     details = faults.text(row, "input", "input")
-    output = faults.text(row, "output", "output", required=True)
+    output = faults.text(row, answered, answered, required=True)
     system = faults.text(row, "system", "system")
     messages = [Message("system", system)] if system else []
     for i, exchange in enumerate(faults.listed(row, "history", "history")):
@@ -23,7 +28,8 @@ def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
                 messages += [Message("user", question), Message("assistant", answer)]
             case _:
                 faults.add(f"history[{i}] is {described(exchange)}", "It is a list of a question and its answer.")
-    faults.misspelt(row, KEYS, (), "the row has ")
+    faults.misspelt(row, KEYS, tuple(NAMES), "the row has ")
+    faults.refuse_judged_bad(row)
     if instruction is None or output is None or faults.problems:
         return faults.problems
     question = f"{instruction}\n{details}" if details else instruction

@@ -1,4 +1,8 @@
-"""The `sharegpt` format: `{"conversations": [{"from", "value"}], "system"?, "tools"?}`."""
+"""The `sharegpt` format: `{"conversations": [{"from", "value"}], "system"?, "tools"?}`.
+
+Turns with role and content are read as those of the format chat; `conversation` as a list of pairs
+`{"human", "assistant"}`, as ms-swift writes it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from qwentune.data.normalise import check_dialogue, read_message, read_tools
 from qwentune.data.sample import Conversation, Json, Message, Source
 from qwentune.errors import Problem, nearest
 
-KEYS = ("conversations", "system", "tools")
+KEYS = ("conversations", "conversation", "system", "tools")
 SPEAKERS = {
     "system": "system",
     "human": "user",
@@ -18,18 +22,25 @@ SPEAKERS = {
     "assistant": "assistant",
     "chatgpt": "assistant",
     "bard": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
     "observation": "tool",
 }
+CALLS = ("function_call", "tool_call")
 
 
 def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
     """The dialogue, or everything that is wrong with the row."""
     faults = Faults(source)
-    turns = faults.listed(row, "conversations", "conversations", required=True)
-    messages = [_read_turn(turn, f"conversations[{i}]", faults) for i, turn in enumerate(turns)]
-    check_dialogue(messages, "conversations", faults)
+    key = "conversation" if "conversation" in row and "conversations" not in row else "conversations"
+    turns = _spoken(faults.listed(row, key, key, required=True))
+    messages = [read_turn(turn, f"{key}[{i}]", faults) for i, turn in enumerate(turns)]
+    check_dialogue(messages, key, faults)
     system = faults.text(row, "system", "system")
     if system:
         if messages and messages[0] and messages[0].role == "system":
@@ -37,23 +48,35 @@ def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
         messages.insert(0, Message("system", system))
     tools = read_tools(row, faults)
     faults.misspelt(row, KEYS, (), "the row has ")
+    faults.refuse_judged_bad(row)
     return faults.problems or Conversation(source, tuple(message for message in messages if message), tuple(tools))
 
 
-def _read_turn(turn: Json, path: str, faults: Faults) -> Message | None:
+def _spoken(turns: list[Json]) -> list[Json]:
+    """The turns one by one, where the row gives them as pairs of a question and its answer."""
+    spoken: list[Json] = []
+    for turn in turns:
+        if isinstance(turn, dict) and turn.keys() == {"human", "assistant"}:
+            spoken += [{"from": speaker, "value": turn[speaker]} for speaker in ("human", "assistant")]
+        else:
+            spoken.append(turn)
+    return spoken
+
+
+def read_turn(turn: Json, path: str, faults: Faults) -> Message | None:
+    """One turn, `{"from", "value"}` or a message of the format chat; None where something is wrong with it."""
     if not isinstance(turn, dict):
         faults.add(f"{path} is {described(turn)}", "A turn is an object with from and value.")
         return None
     speaker = turn.get("from")
     if speaker is None and "role" in turn:
-        faults.add(f"{path} has role and content", "That is the format chat: name the list messages.")
-        return None
+        return read_message(turn, path, faults)
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         hint = nearest(speaker.lower(), SPEAKERS).strip() if isinstance(speaker, str) else ""
         faults.add(f"{path}.from is {described(speaker)}", hint or f"It is one of {', '.join(SPEAKERS)}.")
     fields: dict[str, Json] = {key: item for key, item in turn.items() if key not in ("from", "value")}
     message = {**fields, "role": SPEAKERS.get(speaker) if isinstance(speaker, str) else None}
-    if speaker == "function_call":
+    if speaker in CALLS:
         calls = _read_calls(turn, f"{path}.value", faults)
         message |= {"content": "" if calls else None, "tool_calls": calls}
     else:

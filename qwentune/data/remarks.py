@@ -1,0 +1,36 @@
+"""What deserves a second look in a dialogue that can be trained as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qwentune.data.sample import Conversation, Json
+
+SAYS_NOTHING = "assistant turns say nothing: the model learns to end at once. Leave them out, or give their text."
+UNKNOWN_TOOL = "calls are of tools that their row's tools do not have. Add those tools, or leave the rows out."
+NO_CALL = "tool results follow no tool call. Give the call in the assistant's message before."
+SAME_SPEAKER = "messages follow another of the same speaker. Join them, unless it is meant."
+FILE_LEFT_OUT = "files of repositories do not fit before the file that is cut. Raise data.max_tokens to have them read."
+
+
+def remarks(conversation: Conversation) -> Iterator[str]:
+    """A constant of this module for each place that deserves it."""
+    tools = {_name(tool) for tool in conversation.tools}
+    before = ""
+    for message in conversation.messages:
+        is_answer = message.role == "assistant"
+        if is_answer and not message.content and not message.tool_calls and not message.reasoning:
+            yield SAYS_NOTHING
+        if tools:
+            yield from (UNKNOWN_TOOL for call in message.tool_calls if call.name not in tools)
+        if message.role == "tool" and before not in ("call", "tool"):
+            yield NO_CALL
+        if message.role == before and message.role in ("user", "assistant"):
+            yield SAME_SPEAKER
+        before = "call" if message.tool_calls else message.role
+
+
+def _name(tool: dict[str, Json]) -> str | None:
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
