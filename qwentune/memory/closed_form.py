@@ -205,7 +205,8 @@ def _logit_bytes(spec: ModelSpec, settings: Settings) -> int:
     tokens = settings.forward_tokens
     if settings.loss == "full":
         return tokens * spec.vocab_rows * FULL_LOSS_BYTES_PER_LOGIT
-    chunk = min(tokens, LOSS_CHUNK_TOKENS) * spec.vocab_rows * (settings.weight_bytes + 4 + 4)
+    # Logits in fp32, and of the same size their log-softmax or their gradient; the 16-bit ones are gone by then.
+    chunk = min(tokens, LOSS_CHUNK_TOKENS) * spec.vocab_rows * (4 + 4)
     head_gradient = settings.weight_bytes * spec.head_parameters if settings.kind == "full" else 0
     return chunk + head_gradient + tokens * spec.hidden_size * settings.weight_bytes
 

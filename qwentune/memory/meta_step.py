@@ -5,6 +5,8 @@ Kernels that do not run on meta are replaced by functions that save the same ten
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import cache
 from typing import Any, cast
@@ -20,7 +22,7 @@ from qwentune.memory.closed_form import Terms
 from qwentune.memory.settings import Settings
 from qwentune.memory.trace import Step, peak, trace
 from qwentune.model.adapters import add_adapters
-from qwentune.model.attention import IMPLEMENTATIONS
+from qwentune.model.attention import IMPLEMENTATIONS, Visibility
 from qwentune.model.head import LossHead
 from qwentune.model.load import DTYPES, recompute_layers
 from qwentune.recipe import Tuning
@@ -34,7 +36,8 @@ def traced_peak(spec: ModelSpec, settings: Settings) -> Terms:
     def build(recomputed: int, kept: int) -> Step:
         return meta_step(config, settings, recomputed, kept)
 
-    _, terms = peak(trace(build, num_recomputed, spec.num_layers - num_recomputed))
+    with _no_autocast():
+        _, terms = peak(trace(build, num_recomputed, spec.num_layers - num_recomputed))
     return Terms(
         weights=terms.get("weights", 0),
         adapters=terms.get("adapters", 0),
@@ -49,22 +52,25 @@ def traced_peak(spec: ModelSpec, settings: Settings) -> Terms:
 def meta_step(config: PreTrainedConfig, settings: Settings, num_recomputed: int, num_kept: int) -> Step:
     """One step of a model with as many layers, the first `num_recomputed` of them recomputed."""
     network = meta_network(config, settings, num_recomputed + num_kept)
-    recompute_layers(network, num_recomputed if num_kept else bool(num_recomputed))
-    layers = list(cast(Any, network).model.layers)
+    return step_of(network, settings, num_recomputed, meta_batch(settings))
+
+
+def step_of(network: Any, settings: Settings, num_recomputed: int, batch: dict[str, Tensor]) -> Step:
+    """One step of a network whose base weights are there, on meta or not; its optimizer makes no temporaries."""
+    layers = list(network.model.layers)
+    recompute_layers(network, num_recomputed if num_recomputed < len(layers) else True)
     if settings.kind != "full":
         targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
-        # Where the base is on meta PEFT would leave adapters in fp32 whatever is asked; ours are cast after.
         tuning = Tuning.model_validate({"kind": settings.kind, "rank": settings.rank, "targets": targets})
-        network = cast(Any, add_adapters(network, tuning, settings.adapters))
+        network = add_adapters(network, tuning, settings.adapters)
     network.train()
     head = LossHead(network, settings.loss)
+    head.attention = IMPLEMENTATIONS["eager"]  # so that probes hear of the batch's trees too
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     states = [state for parameter in trained for state in _states(parameter, settings)]
     if settings.accumulation > 1:
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-    batch = meta_batch(settings)
-    # A fused optimizer and the clipping of gradients make nothing of a parameter's size.
     return Step(network, layers, lambda: head.loss(network, batch), lambda: None, states)
 
 
@@ -124,6 +130,17 @@ def _states(parameter: Tensor, settings: Settings) -> list[Tensor]:
     return [*moments, *(torch.zeros(-(-size // 256), device=meta) for _ in range(2))]
 
 
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    """PEFT switches autocast off around experts' weights, and the meta device knows none."""
+    autocast = torch.autocast
+    torch.autocast = lambda *_, **__: nullcontext()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        torch.autocast = autocast  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class _FlashAttention(torch.autograd.Function):
     """Saves q, k, v, the output and a fp32 log-sum per query and head, as flash, cuDNN and FlexAttention do."""
 
@@ -150,9 +167,13 @@ def _grouped_attention(_module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: 
     return _FlashAttention.apply(q, k, v).transpose(1, 2).contiguous(), None
 
 
-def _repeated_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+def _repeated_attention(
+    _module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: Any, visibility: Visibility, **__: Any
+) -> tuple[Tensor, None]:
     groups = q.shape[1] // k.shape[1]
-    return _grouped_attention(module, q, repeat_kv(k, groups), repeat_kv(v, groups))
+    sizes = [size for size, _ in visibility.trees]
+    spans = zip(*(x.split(sizes, 2) for x in (q, repeat_kv(k, groups), repeat_kv(v, groups))), strict=True)
+    return torch.cat([_FlashAttention.apply(*span) for span in spans], dim=2).transpose(1, 2).contiguous(), None
 
 
 class _FourBitProduct(torch.autograd.Function):
