@@ -74,7 +74,7 @@ def measured_bytes(spec: Any, settings: Settings) -> int:
     real["position_ids"] = torch.arange(num_tokens)[None] % settings.max_tokens
     real["predict_from"] = torch.arange(num_tokens)
     num_recomputed = settings.num_checkpointed(spec.num_layers)
-    step = step_of(network, replace(settings, optimizer_state="fp32"), num_recomputed, real)
+    step = step_of(network, settings, num_recomputed, real)
     trained = [parameter for parameter in step.network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     step.loss().backward()
@@ -95,8 +95,9 @@ def test_a_real_step_on_the_cpu_takes_what_the_trace_says(
 ) -> None:
     changes = {"kind": kind, "attention": attention, "gradient_checkpointing": checkpointing}
     settings, spec = replace(SETTINGS, **cast(Any, changes)), tiny(name)
-    if spec.moe:  # grouped products run on meta in bf16 only
-        settings = replace(settings, weights="bf16")
+    if spec.moe:  # grouped products run on meta in bf16 only, where the CPU's own SDPA takes a workspace more
+        settings = replace(settings, weights="bf16", attention="eager")
+        settings = replace(settings, optimizer_state="bf16" if kind == "full" else "fp32")
     assert traced_peak(spec, settings).allocated == pytest.approx(measured_bytes(spec, settings), rel=0.005)
 
 
