@@ -12,7 +12,10 @@ from qwentune import console
 from qwentune.errors import EXIT_OK, DoesNotFitError
 
 if TYPE_CHECKING:
+    from qwentune.memory import RunPlan
     from qwentune.recipe import Recipe
+
+LARGEST_DISAGREEMENT = 0.03
 
 
 def plan(
@@ -20,13 +23,14 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as often as needed.")] = None,
     gpu: Annotated[str | None, typer.Option(help="A name that `qwentune gpus` lists, or cpu.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many of them.")] = None,
+    trace: Annotated[bool, typer.Option(help="Trace the real step on meta tensors too; it has the last word.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Judge memory by phase and term, choose settings, name the cheapest changes that fit."""
-    console.end(console.run(lambda: run(recipe, overrides or [], gpu, gpus, as_json)))
+    console.end(console.run(lambda: run(recipe, overrides or [], gpu, gpus, as_json, trace)))
 
 
-def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | None, as_json: bool) -> int:
+def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | None, as_json: bool, trace: bool) -> int:
     """Prints the plan; the exit code says whether it fits."""
     from qwentune.facts.models import model_spec
     from qwentune.memory import render_plan
@@ -58,7 +62,37 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     else:
         kind = recipe.tuning.kind + ("" if recipe.tuning.kind == "full" else f" r{recipe.tuning.rank}")
         print(render_plan(verdict, f"{recipe.model} · {kind} · {recipe.data.max_tokens} tokens"))
-    return EXIT_OK if verdict.fits else DoesNotFitError.exit_code
+    fits = verdict.fits and (not trace or _traced_fits(recipe, verdict))
+    return EXIT_OK if fits else DoesNotFitError.exit_code
+
+
+def _traced_fits(recipe: Recipe, verdict: RunPlan) -> bool:
+    """Whether the training step fits by the trace too, which is said beside the plan's figure."""
+    from dataclasses import asdict
+
+    from qwentune.facts.models import model_spec
+    from qwentune.memory.settings import MIB, Settings
+
+    settings = Settings(
+        kind=recipe.tuning.kind,
+        max_tokens=recipe.data.max_tokens,
+        num_ranks=verdict.gpus,
+        rank=recipe.tuning.rank,
+        targets=recipe.tuning.targets if isinstance(recipe.tuning.targets, str) else tuple(recipe.tuning.targets),
+        **asdict(verdict.choices),
+    )
+    if settings.sharding != "none":
+        console.say(f"The trace knows one rank that shares nothing; this plan has {settings.sharding}.")
+        return True
+    from qwentune.memory.meta_step import traced_peak
+
+    traced = traced_peak(model_spec(recipe.model), settings).allocated
+    planned = verdict.phases["train_step"]
+    closed = planned.total - sum(planned.terms[name] for name in ("workspaces", "allocator", "context"))
+    console.say(f"The training step's tensors: {traced / MIB:.0f} MiB by the trace, {closed / MIB:.0f} by the plan.")
+    if abs(closed / traced - 1) > LARGEST_DISAGREEMENT:
+        console.say("They differ by more than 3 %, which is a bug of qwentune; please report it with the recipe.")
+    return planned.total - closed + traced <= verdict.usable_bytes
 
 
 def _optimizer_steps(recipe: Recipe) -> int | None:

@@ -180,15 +180,18 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
     starts_without = settings.accumulation == 1 and settings.sharding == "none"
     head_gradient = settings.weight_bytes * spec.head_parameters if settings.kind == "full" else 0
     early = min(gradients, head_gradient) if starts_without else gradients
+    at_head = 0 if starts_without else gradients  # the head's own is counted with the logits
     # The embedding's gradient comes after the first layer's, unless the tied head has made it.
     embedding_gradient = head_gradient if starts_without and not spec.tied else 0
+    # A tied head's gradient waits for the embedding's; both wait where there is one already.
+    waiting = head_gradient * (1 if starts_without else 2) if spec.tied else head_gradient
     # bitsandbytes unpacks the weight that it multiplies with.
     unpacked = 2 * spec.hidden_size * max(spec.dense_intermediate, spec.query_size)
     temporaries = static.temporaries + (unpacked if settings.kind == "qlora" else 0)
 
     final_norm = settings.forward_tokens * spec.hidden_size * (4 + settings.weight_bytes)
     return [
-        replace(static, gradients=early, activations=saved + final_norm, logits=_logit_bytes(spec, settings)),
+        replace(static, gradients=at_head, activations=saved + final_norm, logits=_logit_bytes(spec, settings)),
         replace(static, gradients=early, activations=last_layer_bytes, temporaries=temporaries),
         replace(
             static,
@@ -196,7 +199,7 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
             activations=first_layer_bytes,
             temporaries=temporaries,
         ),
-        replace(static, gradients=gradients),
+        replace(static, gradients=gradients, temporaries=static.temporaries + waiting - embedding_gradient),
     ]
 
 
@@ -205,7 +208,9 @@ def _logit_bytes(spec: ModelSpec, settings: Settings) -> int:
     tokens = settings.forward_tokens
     if settings.loss == "full":
         return tokens * spec.vocab_rows * FULL_LOSS_BYTES_PER_LOGIT
-    chunk = min(tokens, LOSS_CHUNK_TOKENS) * spec.vocab_rows * (settings.weight_bytes + 4 + 4)
+    # Logits in fp32, and of the same size their log-softmax or their slope; the slope of the chunk before is there too.
+    before = settings.weight_bytes if tokens > LOSS_CHUNK_TOKENS else 0
+    chunk = min(tokens, LOSS_CHUNK_TOKENS) * spec.vocab_rows * (4 + 4 + before)
     head_gradient = settings.weight_bytes * spec.head_parameters if settings.kind == "full" else 0
     return chunk + head_gradient + tokens * spec.hidden_size * settings.weight_bytes
 

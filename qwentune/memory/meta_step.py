@@ -1,0 +1,218 @@
+"""The training step of a recipe on meta tensors: the real model class, adapters, checkpointing and loss head.
+
+Kernels that do not run on meta are replaced by functions that save the same tensors for the backward pass.
+"""
+# torch leaves many of its types unknown
+# pyright: standard
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from qwentune.facts.architecture import ModelSpec
+from qwentune.facts.models import config_of
+from qwentune.memory.closed_form import Terms
+from qwentune.memory.settings import Settings
+from qwentune.memory.trace import Step, peak, trace
+from qwentune.model.adapters import add_adapters
+from qwentune.model.attention import IMPLEMENTATIONS, Visibility
+from qwentune.model.head import LossHead
+from qwentune.model.load import DTYPES, recompute_layers
+from qwentune.recipe import Tuning
+
+
+def traced_peak(spec: ModelSpec, settings: Settings) -> Terms:
+    """The worst moment of the training step of one unsharded rank, device workspaces left out."""
+    num_recomputed = settings.num_checkpointed(spec.num_layers)
+    config = AutoConfig.for_model(**config_of(spec))  # pyright: ignore[reportArgumentType]
+
+    def build(recomputed: int, kept: int) -> Step:
+        return meta_step(config, settings, recomputed, kept)
+
+    with _no_autocast():
+        _, terms = peak(trace(build, num_recomputed, spec.num_layers - num_recomputed))
+    return Terms(
+        weights=terms.get("weights", 0),
+        adapters=terms.get("adapters", 0),
+        gradients=terms.get("gradients", 0),
+        optimizer=terms.get("optimizer", 0),
+        activations=terms.get("activations", 0) + terms.get("recomputed", 0),
+        logits=terms.get("logits", 0),
+        temporaries=terms.get("temporaries", 0),
+    )
+
+
+def meta_step(config: PreTrainedConfig, settings: Settings, num_recomputed: int, num_kept: int) -> Step:
+    """One step of a model with as many layers, the first `num_recomputed` of them recomputed."""
+    network = meta_network(config, settings, num_recomputed + num_kept)
+    return step_of(network, settings, num_recomputed, meta_batch(settings))
+
+
+def step_of(network: Any, settings: Settings, num_recomputed: int, batch: dict[str, Tensor]) -> Step:
+    """One step of a network whose base weights are there, on meta or not; its optimizer makes no temporaries."""
+    layers = list(network.model.layers)
+    recompute_layers(network, num_recomputed if num_recomputed < len(layers) else True)
+    if settings.kind != "full":
+        targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
+        tuning = Tuning.model_validate({"kind": settings.kind, "rank": settings.rank, "targets": targets})
+        network = add_adapters(network, tuning, settings.adapters)
+    network.train()
+    head = LossHead(network, settings.loss)
+    head.attention = IMPLEMENTATIONS["eager"]  # so that probes hear of the batch's trees too
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    states = [state for parameter in trained for state in _states(parameter, settings)]
+    if settings.accumulation > 1:
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+    return Step(network, layers, lambda: head.loss(network, batch), lambda: None, states)
+
+
+def meta_network(config: PreTrainedConfig, settings: Settings, num_layers: int) -> Any:
+    """The model class of the configuration with random nothing in it, cut to `num_layers`."""
+    config = deepcopy(config)
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+    dtype = DTYPES[settings.weights]
+    _register_probes()
+    attention = IMPLEMENTATIONS["eager"] if settings.attention == "eager" else f"traced_{settings.attention}"
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        if settings.kind == "qlora":
+            hold_in_4_bits(network, dtype)
+    network.config.use_cache = False
+    return network
+
+
+def meta_batch(settings: Settings) -> dict[str, Tensor]:
+    """A micro-batch of full rows, every token trained."""
+    num_tokens, meta = settings.forward_tokens, torch.device("meta")
+    row = torch.empty((1, num_tokens), dtype=torch.int64, device=meta)
+    flat = row[0]
+    return {
+        "input_ids": row,
+        "position_ids": row,
+        "visible_until": row,
+        "predict_from": flat,
+        "target": flat,
+        "weight": flat.float(),
+        "trees": torch.tensor([[settings.max_tokens, 0]] * settings.micro_batch),
+    }
+
+
+def hold_in_4_bits(network: nn.Module, dtype: torch.dtype) -> None:
+    """Replaces the linear modules of all layers by 4-bit ones, as loading with a quantisation configuration does."""
+    probe = _four_bit_linear()
+    for layer in cast(Any, network).model.layers:
+        for parent in layer.modules():
+            for name, module in list(parent.named_children()):
+                if type(module) is nn.Linear:
+                    setattr(parent, name, probe(module, dtype))
+    cast(Any, network).is_loaded_in_4bit = True  # what PEFT asks
+
+
+def _states(parameter: Tensor, settings: Settings) -> list[Tensor]:
+    """AdamW's two moments; in 8 bits with an fp32 scale per 256 values."""
+    if settings.optimizer_state != "8bit":
+        return [torch.zeros_like(parameter, dtype=DTYPES[settings.optimizer_state]) for _ in range(2)]
+    size = parameter.numel()
+    if size < 4096:
+        return [torch.zeros_like(parameter, dtype=torch.float32) for _ in range(2)]
+    meta = parameter.device
+    moments = [torch.zeros(size, dtype=torch.uint8, device=meta) for _ in range(2)]
+    return [*moments, *(torch.zeros(-(-size // 256), device=meta) for _ in range(2))]
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    """PEFT switches autocast off around experts' weights, and the meta device knows none."""
+    autocast = torch.autocast
+    torch.autocast = lambda *_, **__: nullcontext()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        torch.autocast = autocast  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _FlashAttention(torch.autograd.Function):
+    """Saves q, k, v, the output and a fp32 log-sum per query and head, as flash, cuDNN and FlexAttention do."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, output, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, _, logsum = ctx.saved_tensors
+        delta = torch.empty_like(logsum)  # noqa: F841 - alive beside the three gradients
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+@cache
+def _register_probes() -> None:
+    for name in ("sdpa", "flex_attention", "flash_attention_2"):
+        AttentionInterface.register(f"traced_{name}", _repeated_attention if name == "sdpa" else _grouped_attention)
+
+
+def _grouped_attention(_module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    return _FlashAttention.apply(q, k, v).transpose(1, 2).contiguous(), None
+
+
+def _repeated_attention(
+    _module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: Any, visibility: Visibility, **__: Any
+) -> tuple[Tensor, None]:
+    groups = q.shape[1] // k.shape[1]
+    sizes = [size for size, _ in visibility.trees]
+    spans = zip(*(x.split(sizes, 2) for x in (q, repeat_kv(k, groups), repeat_kv(v, groups))), strict=True)
+    return torch.cat([_FlashAttention.apply(*span) for span in spans], dim=2).transpose(1, 2).contiguous(), None
+
+
+class _FourBitProduct(torch.autograd.Function):
+    """Unpacks the weight forward and again backward; saves nothing of the input's size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: Any) -> Tensor:
+        ctx.module = module
+        return nn.functional.linear(x, module.unpacked(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] @ ctx.module.unpacked(gradients[0].dtype), None
+
+
+@cache
+def _four_bit_linear() -> Any:
+    """A stand-in for bitsandbytes' module, which PEFT takes for it; NF4 with its scales quantised too."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    class FourBitLinear(Linear4bit):
+        def __init__(self, module: nn.Linear, dtype: torch.dtype) -> None:
+            nn.Module.__init__(self)
+            self.in_features, self.out_features = module.in_features, module.out_features
+            self.compute_dtype, self.bias = dtype, module.bias
+            size = module.weight.numel()
+            weight: Any = nn.Parameter(torch.empty((size // 2, 1), dtype=torch.uint8), requires_grad=False)
+            weight.compress_statistics, weight.quant_type = True, "nf4"
+            self.weight = weight
+            self.register_buffer("scales", torch.empty(size // 64, dtype=torch.uint8))
+            self.register_buffer("scales_of_scales", torch.empty(-(-size // (64 * 256))))
+
+        def unpacked(self, dtype: torch.dtype) -> Tensor:
+            return torch.empty((self.out_features, self.in_features), dtype=dtype, device=self.weight.device)
+
+        def forward(self, x: Tensor) -> Tensor:
+            product = _FourBitProduct.apply(x, self)
+            return product if self.bias is None else product + self.bias
+
+    return FourBitLinear

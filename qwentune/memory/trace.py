@@ -1,0 +1,187 @@
+"""Live bytes of a real training step by region and term, traced at three and four layers and exact at any depth.
+
+The caller builds the step, on meta tensors or real ones. A region is the forward or the backward pass of a layer, the
+embedding, the head, or the optimizer step. In each region the peak is linear in the number of layers, so that two
+shallow copies give every deeper model; layers that are recomputed and layers that are not count separately.
+"""
+# torch leaves many of its types unknown
+# pyright: standard
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# The unit in which CUDA's allocator hands out memory and torch counts it.
+BLOCK_BYTES = 512
+# Layers of a kind that are traced as they are: a first one, a last one, and one between.
+FEWEST_LAYERS = 3
+
+Bytes: TypeAlias = Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One training step.
+
+    `states` are the optimizer's, as they are between steps; gradients that earlier micro-batches left lie in `.grad`.
+    """
+
+    network: nn.Module
+    layers: Sequence[nn.Module]
+    loss: Callable[[], Tensor]
+    optimize: Callable[[], None]
+    states: Sequence[Tensor]
+
+
+def trace(build: Callable[[int, int], Step], num_recomputed: int, num_kept: int) -> dict[str, dict[str, int]]:
+    """Bytes by term at the worst moment of each region of a step.
+
+    Args:
+        build: Makes the step of a model whose first layers are recomputed and whose other layers are kept.
+        num_recomputed, num_kept: How many layers the true model has of each.
+    """
+    counts = (min(num_recomputed, FEWEST_LAYERS), min(num_kept, FEWEST_LAYERS))
+    shallow = live_bytes(build(*counts), counts[0])
+    found = {region: Counter(terms) for region, terms in shallow.items()}
+    for more, count, whole in (((1, 0), counts[0], num_recomputed), ((0, 1), counts[1], num_kept)):
+        if whole == count:
+            continue
+        deeper = live_bytes(build(counts[0] + more[0], counts[1] + more[1]), counts[0] + more[0])
+        for region, terms in deeper.items():
+            for term in {*terms, *shallow[region]}:
+                found[region][term] += (whole - count) * (terms.get(term, 0) - shallow[region].get(term, 0))
+    return {region: dict(terms) for region, terms in found.items()}
+
+
+def peak(moments: Mapping[str, Bytes]) -> tuple[str, Bytes]:
+    """The region with the most bytes, and what they are for."""
+    region = max(moments, key=lambda name: sum(moments[name].values()))
+    return region, moments[region]
+
+
+def live_bytes(step: Step, num_recomputed: int) -> dict[str, dict[str, int]]:
+    """Bytes by term at the worst moment of each region of the step, which is run once."""
+    live = _LiveStorage()
+    trained = [parameter for parameter in step.network.parameters() if parameter.requires_grad]
+    is_adapted = len(trained) < sum(1 for _ in step.network.parameters())
+    live.hold("adapters" if is_adapted else "weights", trained)
+    live.hold("weights", (*step.network.parameters(), *step.network.buffers()))
+    live.hold("optimizer", step.states)
+    live.hold("gradients", (parameter.grad for parameter in trained if parameter.grad is not None))
+    hooks = [parameter.register_post_accumulate_grad_hook(live.holds_gradient) for parameter in trained]
+    names = _layer_names(num_recomputed, len(step.layers))
+    for name, layer in zip(names, step.layers, strict=True):
+        hooks += _mark(live, layer, name)
+    hooks.append(step.layers[-1].register_forward_hook(lambda *_: live.enter("head")))
+    with live:
+        live.enter("embedding")
+        step.loss().backward()
+        live.enter("optimizer")
+        step.optimize()
+    for hook in hooks:
+        hook.remove()
+    return live.moments
+
+
+def _layer_names(num_recomputed: int, num_layers: int) -> list[str]:
+    """Names that copies of different depth share: all layers between a first and a last one have the same."""
+    names: list[str] = []
+    for kind, count in (("recomputed", num_recomputed), ("kept", num_layers - num_recomputed)):
+        places = ["first", *["middle"] * (count - 2), "last"] if count > 1 else ["first"] * count
+        names += [f"{place} {kind}" for place in places]
+    return names
+
+
+def _mark(live: _LiveStorage, layer: nn.Module, name: str) -> list[Any]:
+    """Hooks that tell when the forward and the backward pass of a layer begin."""
+
+    def begin_forward(*_: Any) -> None:
+        if not live.is_backward:  # else the layer is being recomputed
+            live.enter(f"forward {name}")
+
+    def end_forward(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not live.is_backward and hidden.requires_grad:
+            hidden.register_hook(lambda _gradient: live.enter(f"backward {name}"))
+
+    return [layer.register_forward_pre_hook(begin_forward), layer.register_forward_hook(end_forward)]
+
+
+class _LiveStorage(TorchDispatchMode):
+    """Counts the bytes of all storages that operators made and nobody has released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.region = ""
+        self.moments: dict[str, dict[str, int]] = {}
+        self._now: Counter[str] = Counter()
+        self._total = 0
+        self._peak = 0
+        self._terms: dict[weakref.ref[Any], tuple[str, int]] = {}
+
+    @property
+    def is_backward(self) -> bool:
+        return self.region.startswith(("backward", "optimizer"))
+
+    def enter(self, region: str) -> None:
+        self.region = region
+        self._peak = sum(self.moments.get(region, {}).values())
+        self._look()
+
+    def hold(self, term: str, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            self._add(tensor, term)
+
+    def holds_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        key = weakref.ref(parameter.grad.untyped_storage())
+        if key in self._terms:
+            term, size = self._terms[key]
+            self._now[term] -= size
+            self._now["gradients"] += size
+            self._terms[key] = "gradients", size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._add(leaf, self._term())
+        # Without a mode that watches, the engine adds up gradients of one tensor in place.
+        if not (func is torch.ops.aten.add.Tensor and self.is_backward and not torch.is_grad_enabled()):
+            self._look()
+        return out
+
+    def _term(self) -> str:
+        if self.region.startswith("backward"):
+            # Only what is recomputed runs with gradients in the backward pass.
+            return "recomputed" if torch.is_grad_enabled() else "temporaries"
+        return {"head": "logits", "optimizer": "temporaries"}.get(self.region, "activations")
+
+    def _add(self, tensor: Tensor, term: str) -> None:
+        storage = tensor.untyped_storage()
+        if weakref.ref(storage) in self._terms:
+            return
+        key = weakref.ref(storage, self._released)
+        size = -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
+        self._terms[key] = term, size
+        self._now[term] += size
+        self._total += size
+
+    def _released(self, key: weakref.ref[Any]) -> None:
+        term, size = self._terms.pop(key)
+        self._now[term] -= size
+        self._total -= size
+
+    def _look(self) -> None:
+        if self._total > self._peak or self.region not in self.moments:
+            self._peak = self._total
+            self.moments[self.region] = dict(self._now)
