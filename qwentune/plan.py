@@ -12,10 +12,7 @@ from qwentune import console
 from qwentune.errors import EXIT_OK, DoesNotFitError
 
 if TYPE_CHECKING:
-    from qwentune.memory import RunPlan
     from qwentune.recipe import Recipe
-
-LARGEST_DISAGREEMENT = 0.03
 
 
 def plan(
@@ -44,8 +41,9 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     ]
     recipe = load_recipe(recipe_path, overrides).recipe
     device, count, sharding = device_of(recipe.hardware, here=False)
+    spec = model_spec(recipe.model)
     verdict = judge(
-        model_spec(recipe.model),
+        spec,
         tuning=recipe.tuning,
         max_tokens=recipe.data.max_tokens,
         batch=recipe.batch,
@@ -56,43 +54,14 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
         num_ranks=count,
         sharding=sharding,
         optimizer_steps=_optimizer_steps(recipe),
+        tell=console.say if trace else None,
     )
     if as_json:
         print(json.dumps(verdict.to_json(), indent=2))
     else:
         kind = recipe.tuning.kind + ("" if recipe.tuning.kind == "full" else f" r{recipe.tuning.rank}")
-        print(render_plan(verdict, f"{recipe.model} · {kind} · {recipe.data.max_tokens} tokens"))
-    fits = verdict.fits and (not trace or _traced_fits(recipe, verdict))
-    return EXIT_OK if fits else DoesNotFitError.exit_code
-
-
-def _traced_fits(recipe: Recipe, verdict: RunPlan) -> bool:
-    """Whether the training step fits by the trace too, which is said beside the plan's figure."""
-    from dataclasses import asdict
-
-    from qwentune.facts.models import model_spec
-    from qwentune.memory.settings import MIB, Settings
-
-    settings = Settings(
-        kind=recipe.tuning.kind,
-        max_tokens=recipe.data.max_tokens,
-        num_ranks=verdict.gpus,
-        rank=recipe.tuning.rank,
-        targets=recipe.tuning.targets if isinstance(recipe.tuning.targets, str) else tuple(recipe.tuning.targets),
-        **asdict(verdict.choices),
-    )
-    if settings.sharding != "none":
-        console.say(f"The trace knows one rank that shares nothing; this plan has {settings.sharding}.")
-        return True
-    from qwentune.memory.meta_step import traced_peak
-
-    traced = traced_peak(model_spec(recipe.model), settings).allocated
-    planned = verdict.phases["train_step"]
-    closed = planned.total - sum(planned.terms[name] for name in ("workspaces", "allocator", "context"))
-    console.say(f"The training step's tensors: {traced / MIB:.0f} MiB by the trace, {closed / MIB:.0f} by the plan.")
-    if abs(closed / traced - 1) > LARGEST_DISAGREEMENT:
-        console.say("They differ by more than 3 %, which is a bug of qwentune; please report it with the recipe.")
-    return planned.total - closed + traced <= verdict.usable_bytes
+        print(render_plan(verdict, spec.num_layers, f"{recipe.model} · {kind} · {recipe.data.max_tokens} tokens"))
+    return EXIT_OK if verdict.fits else DoesNotFitError.exit_code
 
 
 def _optimizer_steps(recipe: Recipe) -> int | None:

@@ -60,8 +60,9 @@ def run(recipe_path: str, overrides: list[str], arguments: list[str], force_memo
     recipe = load_recipe(recipe_path, overrides).recipe
     device, count, sharding = device_of(recipe.hardware, here=True)
     launch = recipe.hardware.launch
+    spec = model_spec(recipe.model)
     plan = judge(
-        model_spec(recipe.model),
+        spec,
         tuning=recipe.tuning,
         max_tokens=recipe.data.max_tokens,
         batch=recipe.batch,
@@ -73,7 +74,7 @@ def run(recipe_path: str, overrides: list[str], arguments: list[str], force_memo
         sharding=sharding,
         stored=None if replan else RunFolder(Path(recipe.output.dir)).stored_plan(),
     )
-    console.say(render_plan(plan, f"{recipe.model} · {recipe.tuning.kind}"))
+    console.say(render_plan(plan, spec.num_layers, f"{recipe.model} · {recipe.tuning.kind}"))
     if not plan.fits and not force_memory:
         raise DoesNotFitError(refusal(plan))
     if launch == "auto":

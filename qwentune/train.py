@@ -144,6 +144,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     from qwentune.data.read import refuse_untrained
     from qwentune.data.schedule import Schedule
     from qwentune.data.tokenizer import load_tokenizer
+    from qwentune.facts.gpus import GpuSpec
     from qwentune.facts.models import model_spec
     from qwentune.memory.judge import changes_the_plan, device_of, judge, refusal
     from qwentune.training.ranks import Ranks, expand_segments
@@ -155,6 +156,8 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     ranks = Ranks.of_environment(on_cpu=recipe.hardware.gpu == "cpu")
     replan = request.fresh or changes_the_plan(request.allow_change)
     device, _, _ = device_of(recipe.hardware, here=True)
+    stored = None if replan else folder.stored_plan()
+    is_first_start_on_gpu = stored is None and isinstance(device, GpuSpec)
     plan = judge(
         model_spec(recipe.model),
         tuning=recipe.tuning,
@@ -166,7 +169,8 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
         device=device,
         num_ranks=ranks.num_ranks,
         sharding=ranks.sharding,
-        stored=None if replan else folder.stored_plan(),
+        stored=stored,
+        tell=(lambda said: console.say(said) if ranks.leads else None) if is_first_start_on_gpu else None,
     )
     if not plan.fits and not request.force_memory:
         raise DoesNotFitError(refusal(plan))

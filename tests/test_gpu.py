@@ -12,12 +12,14 @@ import torch
 
 from qwentune.data.batch import collate
 from qwentune.facts.gpus import gpu_spec
-from qwentune.memory.closed_form import phases
+from qwentune.memory.allocator import LARGE_PAGE_BYTES, CardIsFullError
+from qwentune.memory.meta_step import recorded_step
+from qwentune.memory.replay import replay
 from qwentune.memory.settings import device_overheads
 from qwentune.model.attention import IMPLEMENTATIONS
 from qwentune.model.head import LossHead
 from qwentune.model.load import load_model
-from tests.bench.memory_grid import GPU, Case, measured
+from tests.bench.memory_grid import GPU, Case, measured, traced_bytes
 from tests.checkpoints import ModelType, add_weights, write_checkpoint
 from tests.dialogues import random_rows
 from tests.runs import KILLED, final_weights, loss_history, train, write_recipe
@@ -98,17 +100,32 @@ def test_the_allocator_grows_its_segments() -> None:
     ids=lambda case: case.kind,
 )
 def test_the_verdict_holds_on_both_sides_of_a_smaller_card(case: Case) -> None:
-    """A card that has just what the plan asks of torch trains; one with 3 % less than its tensors does not."""
+    """A card with the least that the replay fits into trains; one with 3 % less than the tensors does not."""
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # as runs are launched
     card = torch.cuda.get_device_properties(0).total_memory
-    step = phases(case.spec, case.settings, device_overheads(gpu_spec(GPU)), False)["train_step"]
+    tensors, _ = traced_bytes(case)
     try:
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction((step.allocated + step.allocator) / card)
+        torch.cuda.set_per_process_memory_fraction(least_capacity(case) / card)
         measured(case, "cuda")
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(0.97 * step.allocated / card)
+        torch.cuda.set_per_process_memory_fraction(0.97 * tensors / card)
         with pytest.raises(torch.OutOfMemoryError):
             measured(case, "cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def least_capacity(case: Case) -> int:
+    """The smallest card, to a page, that holds the replayed steps."""
+    recording, layers = recorded_step(case.spec, case.settings)
+    libraries = [device_overheads(gpu_spec(GPU)).workspace_bytes]
+    too_little, enough = traced_bytes(case)
+    while enough - too_little > LARGE_PAGE_BYTES:
+        between = (too_little + enough) // 2
+        try:
+            replay(recording, layers, libraries, between)
+            enough = between
+        except CardIsFullError:
+            too_little = between
+    return enough

@@ -393,7 +393,7 @@ def test_host_memory_and_disk_are_judged_too(field: str, phase: str) -> None:
     plan = make_plan(QWEN3_8B, H200, request)
     assert not plan.fits
     assert plan.limiting_phase == phase
-    assert "DOES NOT FIT" in render_plan(plan)
+    assert "DOES NOT FIT" in render_plan(plan, 36)
 
 
 def test_fewer_checkpoints_mend_a_full_disk() -> None:
@@ -447,7 +447,7 @@ def test_too_few_steps_are_warned_of() -> None:
     request = PlanRequest("lora", 2048, 16, optimizer_steps=49)
     few = make_plan(QWEN3_8B, H200, request)
     assert "49 optimizer steps" in plan_warnings(few)[0]
-    assert "[!]" in render_plan(few)
+    assert "[!]" in render_plan(few, 36)
     assert plan_warnings(replace(few, optimizer_steps=50)) == ()
 
 
@@ -456,10 +456,17 @@ def test_too_few_steps_are_warned_of() -> None:
 def test_a_drawn_plan_stays_within_80_columns_and_says_the_verdict(name: str, kind: str) -> None:
     request = PlanRequest(kind, 8192, 16, loss="full", micro_batch=8, gradient_checkpointing=False)  # type: ignore[arg-type]
     plan = make_plan(QWEN3_8B, gpu_spec(name), request)
-    text = render_plan(plan, "Qwen3-8B · " + "a long title " * 8)
+    text = render_plan(plan, 36, "Qwen3-8B · " + "a long title " * 8)
     assert max(len(line) for line in text.splitlines()) <= 80
     assert ("DOES NOT FIT" not in text) == plan.fits
     assert all(override in text for mend in plan.mends for override in mend.overrides)
+
+
+@pytest.mark.parametrize(("checkpointing", "count"), [(True, 36), (False, 0), (1, 1), (25, 25)])
+def test_a_drawn_plan_says_how_many_layers_it_recomputes_and_why(checkpointing: bool | int, count: int) -> None:
+    plan = make_plan(QWEN3_8B, H200, PlanRequest("lora", 2048, 16, gradient_checkpointing=checkpointing))
+    text = " ".join(render_plan(plan, 36).split())
+    assert f"{count} of 36 layers recomputed: the fastest that fits, peak {plan.peak_bytes / GIB:.2f} of " in text
 
 
 def test_a_plan_is_made_in_less_than_a_second_of_a_processor() -> None:

@@ -81,7 +81,7 @@ def measured_bytes(spec: Any, settings: Settings) -> int:
     optimizer.step()
     if settings.accumulation == 1:
         optimizer.zero_grad()
-    states = [x for state in optimizer.state.values() for x in state.values()]
+    states = {parameter: list(state.values()) for parameter, state in optimizer.state.items()}
     step = replace(step, states=states, optimize=lambda: optimizer.step() and None)
     return sum(peak(live_bytes(step, num_recomputed))[1].values())
 

@@ -12,10 +12,11 @@ _BAR_COLUMNS = 50
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
-def render_plan(plan: RunPlan, title: str = "") -> str:
+def render_plan(plan: RunPlan, num_layers: int, title: str = "") -> str:
     """The verdict as text: a bar per term against the device, the choices, then the mends; no line over 80 columns.
 
     Args:
+        num_layers: How many layers the model has.
         title: A line that names the model and the tuning, such as "Qwen3-8B · qlora r32 · 4096 tokens".
     """
     device = f"{plan.gpu} × {plan.gpus}" if plan.gpus > 1 else plan.gpu
@@ -26,7 +27,7 @@ def render_plan(plan: RunPlan, title: str = "") -> str:
             lines.append(f"{term:<12} {_gib(num_bytes):>8} GiB  {_bar(num_bytes, plan.usable_bytes)}".rstrip())
     totals = " · ".join(f"{name} {_gib(phase.total)}" for name, phase in plan.phases.items() if phase.total)
     lines += ["", *_wrap(f"GiB by phase: {totals}"), *_wrap(_total(plan)), "", *_wrap(_verdict(plan))]
-    lines += [line for sentence in _explanation(plan) for line in _wrap(sentence)]
+    lines += [line for sentence in _explanation(plan, num_layers) for line in _wrap(sentence)]
     lines += [line for warning in plan_warnings(plan) for line in _wrap(f"[!] {warning}")]
     if not plan.fits:
         lines += ["", *_mends(plan)]
@@ -60,18 +61,14 @@ def _verdict(plan: RunPlan) -> str:
     return f"DOES NOT FIT, {_gib(-spare)} GiB too much in {plan.limiting_phase}."
 
 
-def _explanation(plan: RunPlan) -> tuple[str, str]:
+def _explanation(plan: RunPlan, num_layers: int) -> tuple[str, str]:
     """Two sentences: the shape of a step, and the kernels and types in it."""
     choices = plan.choices
-    recomputed = {True: "recomputed", False: "kept"}
     checkpointing = choices.gradient_checkpointing
-    activations = (
-        f"activations {recomputed[checkpointing]}"
-        if isinstance(checkpointing, bool)
-        else f"activations of {checkpointing} layers recomputed"
-    )
+    recomputed = num_layers * checkpointing if isinstance(checkpointing, bool) else checkpointing
     sharding = "" if choices.sharding == "none" else f", sharding {choices.sharding}"
     reason = "the fastest that fits" if plan.fits else "the leanest that the recipe allows"
+    peak = f"peak {_gib(plan.peak_bytes)} of {_gib(plan.usable_bytes)} GiB"
     run = ""
     if plan.optimizer_steps is not None:
         run = f" {plan.optimizer_steps} steps"
@@ -79,8 +76,8 @@ def _explanation(plan: RunPlan) -> tuple[str, str]:
     has_adapters = plan.phases["train_step"].terms["adapters"] > 0
     adapters = f" adapters {choices.adapters}," if has_adapters else ""
     return (
-        f"Micro-batch {choices.micro_batch} × accumulation {choices.accumulation}, {activations}{sharding}: "
-        f"{reason}.{run}",
+        f"Micro-batch {choices.micro_batch} × accumulation {choices.accumulation}, {recomputed} of {num_layers} "
+        f"layers recomputed{sharding}: {reason}, {peak}.{run}",
         f"Loss {choices.loss}, attention {choices.attention}, weights {choices.weights},{adapters} optimizer "
         f"{choices.optimizer_state}; host {_gib(plan.host_bytes)} GiB, "
         f"disk {_gib(plan.disk_bytes)} GiB.",

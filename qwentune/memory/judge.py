@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,8 +35,12 @@ def judge(
     sharding: Sharding | Auto = "auto",
     optimizer_steps: int | None = None,
     stored: Mapping[str, Json] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> RunPlan:
     """The plan of a run; with the plan `stored` by an earlier start its choices are judged again, not made anew.
+
+    With `tell` the training step is traced too, which takes torch and some seconds, and the trace has the last word;
+    `tell` gets the figures in words.
 
     Raises UsageError where the batch cannot be shared among the ranks, or for an optimizer state that AdamW never has.
     """
@@ -66,6 +70,10 @@ def judge(
         if sharding != "auto":
             request = replace(request, sharding=sharding)
     plan = make_plan(spec, device, request)
+    if tell is not None:
+        from qwentune.memory.cross_check import cross_checked
+
+        plan = cross_checked(spec, device, request, plan, tell)
     _refuse_state_of_another_dtype(plan, tuning)
     return plan
 

@@ -7,7 +7,7 @@ Kernels that do not run on meta are replaced by functions that save the same ten
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import cache
@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.models import config_of
 from qwentune.memory.closed_form import Terms
+from qwentune.memory.replay import LAYERS_OF_A_KIND, Recording, depth, record
 from qwentune.memory.settings import Settings
 from qwentune.memory.trace import Step, peak, trace
 from qwentune.model.adapters import add_adapters
@@ -32,14 +33,9 @@ from qwentune.recipe import Tuning
 
 def traced_peak(spec: ModelSpec, settings: Settings) -> Terms:
     """The worst moment of the training step of one unsharded rank, device workspaces left out."""
-    num_recomputed = settings.num_checkpointed(spec.num_layers)
-    config = AutoConfig.for_model(**config_of(spec))  # pyright: ignore[reportArgumentType]
-
-    def build(recomputed: int, kept: int) -> Step:
-        return meta_step(config, settings, recomputed, kept)
-
-    with _no_autocast():
-        _, terms = peak(trace(build, num_recomputed, spec.num_layers - num_recomputed))
+    build, num_recomputed, num_kept = _steps(spec, settings)
+    with no_autocast():
+        _, terms = peak(trace(build, num_recomputed, num_kept))
     return Terms(
         weights=terms.get("weights", 0),
         adapters=terms.get("adapters", 0),
@@ -49,6 +45,25 @@ def traced_peak(spec: ModelSpec, settings: Settings) -> Terms:
         logits=terms.get("logits", 0),
         temporaries=terms.get("temporaries", 0),
     )
+
+
+def recorded_step(spec: ModelSpec, settings: Settings) -> tuple[Recording, list[int]]:
+    """The same step as the allocator sees it, and which recorded layer each layer of the model is like."""
+    build, num_recomputed, num_kept = _steps(spec, settings)
+    counts = min(num_recomputed, LAYERS_OF_A_KIND), min(num_kept, LAYERS_OF_A_KIND)
+    with no_autocast():
+        return record(build(*counts), counts[0]), depth(num_recomputed, num_kept)
+
+
+def _steps(spec: ModelSpec, settings: Settings) -> tuple[Callable[[int, int], Step], int, int]:
+    """What makes the step of so many recomputed and kept layers, and how many the model has of each."""
+    num_recomputed = settings.num_checkpointed(spec.num_layers)
+    config = AutoConfig.for_model(**config_of(spec))  # pyright: ignore[reportArgumentType]
+
+    def build(recomputed: int, kept: int) -> Step:
+        return meta_step(config, settings, recomputed, kept)
+
+    return build, num_recomputed, spec.num_layers - num_recomputed
 
 
 def meta_step(config: PreTrainedConfig, settings: Settings, num_recomputed: int, num_kept: int) -> Step:
@@ -69,7 +84,7 @@ def step_of(network: Any, settings: Settings, num_recomputed: int, batch: dict[s
     head = LossHead(network, settings.loss)
     head.attention = IMPLEMENTATIONS["eager"]  # so that probes hear of the batch's trees too
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    states = [state for parameter in trained for state in _states(parameter, settings)]
+    states = {parameter: _states(parameter, settings) for parameter in trained}
     if settings.accumulation > 1:
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
@@ -133,7 +148,7 @@ def _states(parameter: Tensor, settings: Settings) -> list[Tensor]:
 
 
 @contextmanager
-def _no_autocast() -> Iterator[None]:
+def no_autocast() -> Iterator[None]:
     """PEFT switches autocast off around experts' weights, and the meta device knows none."""
     autocast = torch.autocast
     torch.autocast = lambda *_, **__: nullcontext()  # pyright: ignore[reportAttributeAccessIssue]

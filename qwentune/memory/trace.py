@@ -26,20 +26,22 @@ BLOCK_BYTES = 512
 FEWEST_LAYERS = 3
 
 Bytes: TypeAlias = Mapping[str, int]
+Key: TypeAlias = weakref.ref[Any]  # to a storage
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One training step.
 
-    `states` are the optimizer's, as they are between steps; gradients that earlier micro-batches left lie in `.grad`.
+    `states` are the optimizer's by parameter, as they are between steps; gradients that earlier micro-batches left lie
+    in `.grad`.
     """
 
     network: nn.Module
     layers: Sequence[nn.Module]
     loss: Callable[[], Tensor]
     optimize: Callable[[], None]
-    states: Sequence[Tensor]
+    states: Mapping[Tensor, Sequence[Tensor]]
 
 
 def trace(build: Callable[[int, int], Step], num_recomputed: int, num_kept: int) -> dict[str, dict[str, int]]:
@@ -70,12 +72,18 @@ def peak(moments: Mapping[str, Bytes]) -> tuple[str, Bytes]:
 
 def live_bytes(step: Step, num_recomputed: int) -> dict[str, dict[str, int]]:
     """Bytes by term at the worst moment of each region of the step, which is run once."""
-    live = _LiveStorage()
+    live = LiveStorage()
+    watch(step, num_recomputed, live)
+    return live.moments
+
+
+def watch(step: Step, num_recomputed: int, live: LiveStorage) -> None:
+    """Runs the step once under a mode that sees every storage come and go."""
     trained = [parameter for parameter in step.network.parameters() if parameter.requires_grad]
     is_adapted = len(trained) < sum(1 for _ in step.network.parameters())
     live.hold("adapters" if is_adapted else "weights", trained)
     live.hold("weights", (*step.network.parameters(), *step.network.buffers()))
-    live.hold("optimizer", step.states)
+    live.hold("optimizer", (state for states in step.states.values() for state in states))
     live.hold("gradients", (parameter.grad for parameter in trained if parameter.grad is not None))
     hooks = [parameter.register_post_accumulate_grad_hook(live.holds_gradient) for parameter in trained]
     names = _layer_names(num_recomputed, len(step.layers))
@@ -89,7 +97,6 @@ def live_bytes(step: Step, num_recomputed: int) -> dict[str, dict[str, int]]:
         step.optimize()
     for hook in hooks:
         hook.remove()
-    return live.moments
 
 
 def _layer_names(num_recomputed: int, num_layers: int) -> list[str]:
@@ -101,7 +108,7 @@ def _layer_names(num_recomputed: int, num_layers: int) -> list[str]:
     return names
 
 
-def _mark(live: _LiveStorage, layer: nn.Module, name: str) -> list[Any]:
+def _mark(live: LiveStorage, layer: nn.Module, name: str) -> list[Any]:
     """Hooks that tell when the forward and the backward pass of a layer begin."""
 
     def begin_forward(*_: Any) -> None:
@@ -116,8 +123,8 @@ def _mark(live: _LiveStorage, layer: nn.Module, name: str) -> list[Any]:
     return [layer.register_forward_pre_hook(begin_forward), layer.register_forward_hook(end_forward)]
 
 
-class _LiveStorage(TorchDispatchMode):
-    """Counts the bytes of all storages that operators made and nobody has released."""
+class LiveStorage(TorchDispatchMode):
+    """Counts the bytes of all storages that operators made and nobody has released, by region and term."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +133,7 @@ class _LiveStorage(TorchDispatchMode):
         self._now: Counter[str] = Counter()
         self._total = 0
         self._peak = 0
-        self._terms: dict[weakref.ref[Any], tuple[str, int]] = {}
+        self._terms: dict[Key, tuple[str, int]] = {}
 
     @property
     def is_backward(self) -> bool:
@@ -155,10 +162,13 @@ class _LiveStorage(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._add(leaf, self._term())
-        # Without a mode that watches, the engine adds up gradients of one tensor in place.
-        if not (func is torch.ops.aten.add.Tensor and self.is_backward and not torch.is_grad_enabled()):
+        if not self.adds_in_place(func):
             self._look()
         return out
+
+    def adds_in_place(self, func: Any) -> bool:
+        """Whether the engine, which adds up gradients of one tensor, would do it in place if no mode watched."""
+        return func is torch.ops.aten.add.Tensor and self.is_backward and not torch.is_grad_enabled()
 
     def _term(self) -> str:
         if self.region.startswith("backward"):
@@ -170,13 +180,18 @@ class _LiveStorage(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if weakref.ref(storage) in self._terms:
             return
-        key = weakref.ref(storage, self._released)
+        key = weakref.ref(storage, self.released)
         size = -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
         self._terms[key] = term, size
         self._now[term] += size
         self._total += size
+        self.made(key, size)
 
-    def _released(self, key: weakref.ref[Any]) -> None:
+    def made(self, key: Key, size: int) -> None:
+        """Called for every storage that comes."""
+
+    def released(self, key: Key) -> None:
+        """Called for every storage that goes."""
         term, size = self._terms.pop(key)
         self._now[term] -= size
         self._total -= size

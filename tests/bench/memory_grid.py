@@ -1,11 +1,12 @@
-"""Peak memory of real training steps on one GPU beside what the plan says of them.
+"""Peak memory of real training steps on one GPU beside what the plan, the trace and the replay say of them.
 
     python tests/bench/memory_grid.py predict FILE            on any machine, before the run
     python tests/bench/memory_grid.py measure FILE [SECONDS]  on a GPU; goes on where it was stopped
     python tests/bench/memory_grid.py show FILE               the table, in Markdown
 
 Random weights of the true shapes, qwentune's own adapters, attention, loss head and optimizer; four optimizer steps of
-full rows, every token trained. Measured is torch's `max_memory_allocated`. FILE is a CSV with a row for each case.
+full rows, every token trained. Measured are torch's `max_memory_allocated`, beside the closed form (predicted) and the
+trace, and `max_memory_reserved`, beside the replay. FILE is a CSV with a row for each case.
 """
 
 from __future__ import annotations
@@ -23,10 +24,23 @@ from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.models import config_of, model_spec
 from qwentune.memory.closed_form import phases
+from qwentune.memory.meta_step import recorded_step, traced_peak
+from qwentune.memory.replay import replay
 from qwentune.memory.settings import GIB, Settings, device_overheads
 
 GPU = "h100-80gb"
-FIELDS = ("case", "predicted_bytes", "measured_bytes", "seconds_per_step", "tokens_per_second", "device", "versions")
+FIELDS = (
+    "case",
+    "predicted_bytes",
+    "traced_bytes",
+    "replayed_bytes",
+    "measured_bytes",
+    "reserved_bytes",
+    "seconds_per_step",
+    "tokens_per_second",
+    "device",
+    "versions",
+)
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,14 @@ def predicted_bytes(case: Case) -> int:
     return phases(case.spec, case.settings, device_overheads(gpu_spec(GPU)), False)["train_step"].allocated
 
 
+def traced_bytes(case: Case) -> tuple[int, int]:
+    """What the trace says of the tensors, and the replay of what the allocator reserves for them."""
+    workspaces = device_overheads(gpu_spec(GPU)).workspace_bytes
+    recording, layers = recorded_step(case.spec, case.settings)
+    reserved = replay(recording, layers, [workspaces]).peak_reserved
+    return traced_peak(case.spec, case.settings).allocated + workspaces, reserved
+
+
 def measured(case: Case, device: str) -> dict[str, Any]:
     """Peak bytes and seconds of an optimizer step."""
     import torch
@@ -133,6 +155,7 @@ def measured(case: Case, device: str) -> dict[str, Any]:
     best = min(seconds[1:])
     return {
         "measured_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
+        "reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else 0,
         "seconds_per_step": round(best, 4),
         "tokens_per_second": round(case.settings.forward_tokens * case.accumulation / best),
     }
@@ -232,11 +255,13 @@ def write(file: Path, rows: dict[str, dict[str, Any]]) -> None:
 
 
 def predict(file: Path) -> None:
-    """Writes what the plan says of every case, before anything is measured."""
+    """Writes what is reckoned of every case, before anything is measured."""
     rows = read(file)
     for case in CASES:
         if not rows.get(case.name, {}).get("measured_bytes"):
-            rows[case.name] = dict.fromkeys(FIELDS, "") | {"case": case.name, "predicted_bytes": predicted_bytes(case)}
+            traced, replayed = traced_bytes(case)
+            predicted = {"predicted_bytes": predicted_bytes(case), "traced_bytes": traced, "replayed_bytes": replayed}
+            rows[case.name] = dict.fromkeys(FIELDS, "") | {"case": case.name, **predicted}
     write(file, rows)
 
 
@@ -271,18 +296,30 @@ def measure(file: Path, seconds: float = 240.0, device: str = "cuda") -> None:
 
 def show(file: Path) -> None:
     """Prints the table and the errors' summary."""
-    errors: list[float] = []
-    print("| case | predicted GiB | measured GiB | error | tokens/s |\n|---|---|---|---|---|")
+    errors: dict[str, list[float]] = {"predicted": [], "traced": [], "replayed": []}
+    truths = {"predicted": "measured_bytes", "traced": "measured_bytes", "replayed": "reserved_bytes"}
+    print("| case | measured GiB | plan | trace | reserved GiB | replay | tokens/s |\n|---|---|---|---|---|---|---|")
     for row in read(file).values():
         if not row["measured_bytes"]:
             continue
-        predicted, found = int(row["predicted_bytes"]), int(row["measured_bytes"])
-        errors.append(100 * (predicted / found - 1))
-        sizes = f"{predicted / GIB:.2f} | {found / GIB:.2f} | {errors[-1]:+.2f} %"
-        print(f"| {row['case']} | {sizes} | {row['tokens_per_second']} |")
-    if errors:
-        sizes = [abs(error) for error in errors]
-        print(f"\n{len(errors)} cases: median error {statistics.median(sizes):.2f} %, worst {max(sizes):.2f} %")
+        found: dict[str, str] = {}
+        for name, truth in truths.items():
+            if row[f"{name}_bytes"] and row[truth]:
+                errors[name].append(100 * (int(row[f"{name}_bytes"]) / int(row[truth]) - 1))
+                found[name] = f"{errors[name][-1]:+.2f} %"
+        measured, reserved = (
+            f"{int(row[name]) / GIB:.2f}" if row[name] else "" for name in dict.fromkeys(truths.values())
+        )
+        plan, trace, replayed = (found.get(name, "") for name in errors)
+        print(
+            f"| {row['case']} | {measured} | {plan} | {trace} | {reserved} | {replayed} | {row['tokens_per_second']} |"
+        )
+    for name, sizes in errors.items():
+        if sizes:
+            sizes = [abs(error) for error in sizes]
+            print(
+                f"\n{name}: {len(sizes)} cases, median error {statistics.median(sizes):.2f} %, worst {max(sizes):.2f} %"
+            )
 
 
 if __name__ == "__main__":
