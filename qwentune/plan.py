@@ -45,7 +45,7 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     recipe = load_recipe(recipe_path, overrides).recipe
     device, count, sharding = device_of(recipe.hardware, here=False)
     verdict = judge(
-        model_spec(recipe.model),
+        model_spec(recipe.model, packing=recipe.data.packing),
         tuning=recipe.tuning,
         max_tokens=recipe.data.max_tokens,
         batch=recipe.batch,

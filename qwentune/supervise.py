@@ -61,7 +61,7 @@ def run(recipe_path: str, overrides: list[str], arguments: list[str], force_memo
     device, count, sharding = device_of(recipe.hardware, here=True)
     launch = recipe.hardware.launch
     plan = judge(
-        model_spec(recipe.model),
+        model_spec(recipe.model, packing=recipe.data.packing),
         tuning=recipe.tuning,
         max_tokens=recipe.data.max_tokens,
         batch=recipe.batch,

@@ -156,7 +156,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     replan = request.fresh or changes_the_plan(request.allow_change)
     device, _, _ = device_of(recipe.hardware, here=True)
     plan = judge(
-        model_spec(recipe.model),
+        model_spec(recipe.model, packing=recipe.data.packing),
         tuning=recipe.tuning,
         max_tokens=recipe.data.max_tokens,
         batch=recipe.batch,
