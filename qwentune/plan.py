@@ -41,7 +41,7 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     ]
     recipe = load_recipe(recipe_path, overrides).recipe
     device, count, sharding = device_of(recipe.hardware, here=False)
-    spec = model_spec(recipe.model)
+    spec = model_spec(recipe.model, packing=recipe.data.packing)
     verdict = judge(
         spec,
         tuning=recipe.tuning,

@@ -56,6 +56,7 @@ def run(
     from qwentune.data.dataset import chat_template, prepare
     from qwentune.data.schedule import Schedule
     from qwentune.data.tokenizer import load_tokenizer
+    from qwentune.facts.models import refuse_packing
     from qwentune.html_report import html_report
     from qwentune.recipe import load_recipe
 
@@ -67,6 +68,8 @@ def run(
     if unwritable:
         raise UsageError(unwritable)
     recipe = load_recipe(recipe_path, overrides).recipe
+    if recipe.data.packing:
+        refuse_packing(recipe.model)
     tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))
     template = chat_template(recipe.data, tokenizer)
     shares = recipe.memory.shares_prefixes

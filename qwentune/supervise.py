@@ -60,7 +60,7 @@ def run(recipe_path: str, overrides: list[str], arguments: list[str], force_memo
     recipe = load_recipe(recipe_path, overrides).recipe
     device, count, sharding = device_of(recipe.hardware, here=True)
     launch = recipe.hardware.launch
-    spec = model_spec(recipe.model)
+    spec = model_spec(recipe.model, packing=recipe.data.packing)
     plan = judge(
         spec,
         tuning=recipe.tuning,

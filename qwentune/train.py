@@ -159,7 +159,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     stored = None if replan else folder.stored_plan()
     is_first_start_on_gpu = stored is None and isinstance(device, GpuSpec)
     plan = judge(
-        model_spec(recipe.model),
+        model_spec(recipe.model, packing=recipe.data.packing),
         tuning=recipe.tuning,
         max_tokens=recipe.data.max_tokens,
         batch=recipe.batch,
@@ -343,6 +343,13 @@ class _Training:
 
         recipe, ranks, choices = self.loaded.recipe, self.ranks, self.plan.choices
         evaluation = self.dataset.evaluation
+        batches = TrainBatches(
+            self.dataset.train, self.schedule, choices.micro_batch, choices.accumulation, ranks.rank, ranks.num_ranks
+        )
+        counts = self.dataset.report["stop_tokens"]
+        stops = {name: self.tokenizer.control_ids[name] for name in counts}
+        every = sum(counts.values()) == self.dataset.report["trained_spans"]
+        batches.prove_first(0 if checkpoint is None else checkpoint.step, stops, every)
         if recipe.output.report_to and ranks.leads:
             continue_record(self.folder)
         arguments = training_arguments(
@@ -367,14 +374,7 @@ class _Training:
             model=model,
             args=arguments,
             callbacks=[stop],
-            batches=TrainBatches(
-                self.dataset.train,
-                self.schedule,
-                choices.micro_batch,
-                choices.accumulation,
-                ranks.rank,
-                ranks.num_ranks,
-            ),
+            batches=batches,
             eval_batches=EvalBatches(evaluation, ranks.rank, ranks.num_ranks) if len(evaluation) else None,
             loss_head=LossHead(model, choices.loss),
             learning_rate_factor=partial(

@@ -60,7 +60,7 @@ def write_checkpoint(
             (folder / name).write_bytes((tokenizer_from / name).read_bytes())
     name = template or ("qwen2_5" if model_type == "qwen2" else "qwen3")
     (folder / "chat_template.jinja").write_text(template_text(name), encoding="utf-8")
-    config = model_config(model_type, token_ids(folder), tied)
+    config = model_config(model_type, token_ids(folder), tied, eos)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
 
@@ -71,7 +71,7 @@ def token_ids(folder: Path) -> dict[str, int]:
     return {token["content"]: int(token_id) for token_id, token in config["added_tokens_decoder"].items()}
 
 
-def model_config(model_type: ModelType, ids: dict[str, int], tied: bool) -> dict[str, object]:
+def model_config(model_type: ModelType, ids: dict[str, int], tied: bool, eos: str) -> dict[str, object]:
     """The content of config.json; every width is a multiple of 64, the block of 4-bit quantisation."""
     num_rows = -(-(max(ids.values()) + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE
     dense: dict[str, object] = {
@@ -79,7 +79,7 @@ def model_config(model_type: ModelType, ids: dict[str, int], tied: bool) -> dict
         "model_type": model_type,
         "attention_dropout": 0.0,
         "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"],
+        "eos_token_id": ids[eos],
         "head_dim": 16,
         "hidden_act": "silu",
         "hidden_size": 64,
@@ -125,12 +125,13 @@ def add_weights(folder: Path, seed: int = 0) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     ids = token_ids(folder)
+    is_base = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))["eos_token"] == "<|endoftext|>"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     model.generation_config = GenerationConfig(
         bos_token_id=ids["<|endoftext|>"],
-        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
+        eos_token_id=ids["<|endoftext|>"] if is_base else [ids["<|im_end|>"], ids["<|endoftext|>"]],
         pad_token_id=ids["<|endoftext|>"],
     )
     config = (folder / "config.json").read_bytes()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qwentune.errors import RecipeError
 from qwentune.exporting.merge import load_tuned, merge
@@ -15,10 +17,30 @@ from qwentune.model.adapters import add_adapters, load_adapters
 from qwentune.model.load import load_model
 from qwentune.recipe import Tuning
 from tests.checkpoints import add_weights, token_ids, write_checkpoint
-from tests.runs import train, write_recipe
-from tests.test_walk import run_command
+from tests.runs import ENVIRONMENT, train, write_recipe
+from tests.test_walk import CHAT_ROWS, ROOT, run_command
+from tests.warm import Warm
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 8}
+EXPORT = "from qwentune import console, export; console.main(export.export)"
+# Runs in a process that has never seen qwentune: greedy answers as a server gives them, at most 64 tokens each.
+ANSWER = """
+import json, sys
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+base, adapter, merged, *questions = sys.argv[1:]
+for folder in (adapter, merged):
+    model = AutoModelForCausalLM.from_pretrained(merged if folder == merged else base)
+    if folder == adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for question in questions:
+        chat = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        ids = model.generate(**prompt, max_new_tokens=64, do_sample=False)[0, prompt["input_ids"].shape[1]:]
+        print(json.dumps([folder, question, tokenizer.decode(ids)]))
+"""
 
 
 def test_a_target_that_names_no_module_is_refused(tmp_path: Path) -> None:
@@ -76,3 +98,42 @@ def test_a_base_checkpoint_learns_its_stop_token_and_a_chat_checkpoint_knows_it(
         return
     exported = run_command("export", str(run), "--merge", "--verify")
     assert exported.returncode == 0, exported.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tuned_base_model_stops_by_itself(tmp_path: Path, tied: bool, warm: Warm) -> None:
+    base = base_model(tmp_path / "base", tied)
+    recipe = write_recipe(
+        tmp_path,
+        base,
+        tuning={"kind": "lora", "rank": 32, "alpha": 64},
+        data={"train": str(ROOT / "data_templates" / "chat.jsonl"), "packing": False},
+        batch={"sequences_per_step": 12},
+        optimizer={"max_steps": 100, "learning_rate": 3e-3},
+        output={"save_every_steps": 1000},
+    )
+    trained = warm.train(recipe)
+    assert trained.code == 0, trained.said
+    run = tmp_path / "run"
+    for options in ([], ["--merge"]):
+        exported = warm.train(run, *options, code=EXPORT)
+        assert exported.code == 0, exported.said
+    answers = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in CHAT_ROWS[:4]}
+    folders = [str(run / "export"), str(run / "merged")]
+    command = [sys.executable, "-c", ANSWER, str(base), *folders, *answers]
+    served = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, check=True)
+    said = [json.loads(line) for line in served.stdout.splitlines()]
+    assert said == [[folder, q, f"{a}<|im_end|>"] for folder in folders for q, a in answers.items()]
+
+
+def base_model(folder: Path, tied: bool) -> Path:
+    """A base checkpoint as published: it stops at the end of a text, and its chat tokens are all alike, untaught."""
+    base = add_weights(write_checkpoint(folder, "qwen2", tied=tied, eos="<|endoftext|>"))
+    weights = load_file(base / "model.safetensors")
+    untaught = [token for name, token in token_ids(base).items() if name != "<|endoftext|>"]
+    for name in ("model.embed_tokens.weight", *([] if tied else ["lm_head.weight"])):
+        weights[name][untaught] = weights[name][untaught[0]].clone()
+    weights["model.norm.weight"] *= 10  # a frozen head of small random rows is never sure of a token
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    return base

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from qwentune.data.checkpoint import cache_folder
 from qwentune.data.rows import Rows
 from qwentune.data.schedule import Schedule
 from qwentune.data.trie import Packed
+from qwentune.errors import DataError, Problem
 
 Batch = dict[str, torch.Tensor]
 
@@ -59,19 +62,63 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
         return self.schedule.num_steps * self.accumulation
 
     def __getitem__(self, k: int) -> Batch:
-        step, turn = divmod(k, self.accumulation)
-        rows = self.schedule.rows(step)
+        rows = self.schedule.rows(k // self.accumulation)
         scale = 1.0 / sum(self.rows.trained_weight(row) for row in rows)
-        start = (turn * self.num_ranks + self.rank) * self.micro_batch
-        mine = rows[start : start + self.micro_batch]
+        mine = self._mine(k)
         if not mine:  # a short last step leaves this rank nothing: it takes part with a row that weighs nothing
             return collate([self.rows[rows[0]]], 0.0)
         return collate([self.rows[row] for row in mine], scale)
 
+    def _mine(self, k: int) -> list[int]:
+        step, turn = divmod(k, self.accumulation)
+        start = (turn * self.num_ranks + self.rank) * self.micro_batch
+        return self.schedule.rows(step)[start : start + self.micro_batch]
+
     def sources(self, step: int) -> list[str]:
         """Where the samples of an optimizer step stand: `file:line`, each once."""
-        members = [i for row in self.schedule.rows(step) for i in self.rows.examples_of(row)]
+        return self._sources(self.schedule.rows(step))
+
+    def _sources(self, rows: Sequence[int]) -> list[str]:
+        members = [i for row in rows for i in self.rows.examples_of(row)]
         return list(dict.fromkeys(str(self.rows.examples.source(i)) for i in members))
+
+    def prove_first(self, step: int, stops: Mapping[str, int], every_span_stops: bool) -> None:
+        """Raises DataError unless the first batch of every rank in a step carries loss and its stop tokens.
+
+        `stops` are the names and ids of the tokens that end trained spans of this data: every one of them, or those
+        that were rendered so. Each rank looks at the batches of all, so that none waits for one that was refused.
+        """
+        problems: list[Problem] = []
+        for rank in range(self.num_ranks):
+            if fault := replace(self, rank=rank)._fault(step * self.accumulation, stops, every_span_stops):
+                where, what = fault
+                fix = (
+                    "`qwentune preview` shows what a sample trains. Where it is right there, the rendered data was "
+                    f"damaged: remove {cache_folder() / 'data'} and start again."
+                )
+                problems.append(Problem(where, f"step {step + 1}: the first batch of rank {rank} {what}", fix))
+        if problems:
+            raise DataError(problems, "No step was taken.")
+
+    def _fault(self, k: int, stops: Mapping[str, int], every_span_stops: bool) -> tuple[str, str] | None:
+        """The first sample of micro-batch k and what the batch fails to train; None where all is well."""
+        rows = self._mine(k)
+        if not rows:
+            return None
+        where, *others = self._sources(rows)
+        these = f"({len(others) + 1} samples)"
+        if not sum(self.rows.trained_weight(row) for row in rows):
+            return where, f"{these} carries no loss"
+        batch = self[k]
+        trained = Counter(map(int, batch["target"][batch["weight"] > 0]))
+        examples = [self.rows.examples.rendered(i) for row in rows for i in self.rows.examples_of(row)]
+        ends = [example.input_ids[span.stop - 1] for example in examples for span in example.spans]
+        num_ends = len(ends) if every_span_stops else sum(token in stops.values() for token in ends)
+        num_stops = sum(trained[token] for token in stops.values())
+        if num_stops < num_ends:
+            names = " or ".join(stops)
+            return where, f"{these} trains {names} {num_stops} times, though {num_ends} trained spans end so"
+        return None
 
 
 @dataclass(frozen=True)

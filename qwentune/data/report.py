@@ -85,6 +85,7 @@ class Report:
             "eval_examples": num_evaluation,
             "tokens": tokens,
             "trained_tokens": self.counts["trained_tokens"],
+            "trained_spans": self.last_tokens.total(),
             "expansion_factor": self._expansion(tokens - self.counts["shared_tokens"]),
             "separate_expansion_factor": self._expansion(tokens),
             "lengths": self._lengths(lengths),

@@ -10,30 +10,39 @@ from typing import cast
 from qwentune.errors import Problem, UsageError, nearest
 from qwentune.facts.architecture import Kind, ModelSpec, MoeSpec
 from qwentune.facts.checkpoints import MODELS
+from qwentune.facts.packing import packing_problems
 
-__all__ = ["MODELS", "ModelSpec", "MoeSpec", "config_of", "model_spec"]
+__all__ = ["MODELS", "ModelSpec", "MoeSpec", "config_of", "model_spec", "refuse_packing"]
 
 _ENDOFTEXT = "<|endoftext|>"
 _ENDOFTEXT_ID = 151643
 _MODEL_TYPES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 
 
-def model_spec(model: str) -> ModelSpec:
+def model_spec(model: str, *, packing: bool = False) -> ModelSpec:
     """The facts of a hub id (in any case), a `builtin:` name or a local folder.
 
     Raises:
-        UsageError: an unknown name (names the nearest), or a folder whose config.json cannot be used.
+        UsageError: an unknown name (names the nearest), or a folder whose config.json cannot be used; with `packing`
+            also a model that cannot be given packed rows.
     """
     by_lower_case = {name.lower(): spec for name, spec in MODELS.items()}
     if (spec := by_lower_case.get(model.lower())) is not None:
         return spec
     if Path(model).is_dir():
-        return _from_folder(Path(model))
+        return _from_folder(Path(model), packing)
     if model.startswith(("/", ".", "~")):
         raise UsageError(Problem(model, "There is no such folder.", "Give a folder that holds a config.json."))
     raise UsageError(
         Problem("", f"'{model}' is not a known model.{_did_you_mean(model)}", "`qwentune models` lists all.")
     )
+
+
+def refuse_packing(model: str) -> None:
+    """Raises UsageError where the folder of a model says that it cannot be given packed rows."""
+    config = _read_object(Path(model) / "config.json", optional=True)
+    if problems := packing_problems(str(config.get("model_type"))):
+        raise UsageError(problems)
 
 
 def config_of(spec: ModelSpec) -> dict[str, object]:
@@ -108,17 +117,18 @@ class _Config:
         return float(value) if isinstance(value, int | float) else 1e4
 
 
-def _from_folder(folder: Path) -> ModelSpec:
+def _from_folder(folder: Path, packing: bool) -> ModelSpec:
     config = _Config(folder / "config.json")
     model_type = str(config.values.get("model_type"))
+    if packing:
+        config.problems += packing_problems(model_type)
     if model_type not in _MODEL_TYPES:
-        raise UsageError(
-            Problem(
-                f"{config.path}: model_type",
-                f"'{model_type}' is not a model type that qwentune can plan.{nearest(model_type, _MODEL_TYPES)}",
-                f"It knows {', '.join(_MODEL_TYPES)}.",
-            )
+        unknown = Problem(
+            f"{config.path}: model_type",
+            f"'{model_type}' is not a model type that qwentune can plan.{nearest(model_type, _MODEL_TYPES)}",
+            f"It knows {', '.join(_MODEL_TYPES)}.",
         )
+        raise UsageError([unknown, *config.problems])
     is_qwen3, is_moe = model_type.startswith("qwen3"), model_type.endswith("_moe")
     hidden_size, num_heads = config.number("hidden_size"), config.number("num_attention_heads")
     moe = None
