@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,7 +16,8 @@ import pytest
 from hypothesis import settings
 
 from qwentune.data import vocabulary
-from tests.checkpoints import ModelType, write_checkpoint
+from tests import checkpoints, qwen3_5
+from tests.checkpoints import write_checkpoint
 from tests.warm import Warm
 
 # The same examples every time, so that what was green stays green; --hypothesis-profile=explore looks for new ones.
@@ -60,26 +61,32 @@ def qwen3_moe_folder(session_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def real_qwen2_folder(pytestconfig: pytest.Config) -> Path:
     """A tiny Qwen2.5 checkpoint with the real vocabulary, without weights. Do not write into it."""
-    return real_checkpoint(pytestconfig, "qwen2")
+    return cached(pytestconfig, "qwen2", lambda folder: write_checkpoint(folder, "qwen2", num_ranks=None))
 
 
 @pytest.fixture(scope="session")
 def real_qwen3_folder(pytestconfig: pytest.Config) -> Path:
     """A tiny Qwen3 checkpoint with the real vocabulary, without weights. Do not write into it."""
-    return real_checkpoint(pytestconfig, "qwen3")
+    return cached(pytestconfig, "qwen3", lambda folder: write_checkpoint(folder, "qwen3", num_ranks=None))
 
 
-def real_checkpoint(config: pytest.Config, model_type: ModelType) -> Path:
-    """A checkpoint with the real vocabulary, from pytest's cache if an earlier session built the same one.
+@pytest.fixture(scope="session")
+def real_qwen3_5_folder(pytestconfig: pytest.Config) -> Path:
+    """The two files of Qwen3.5's own tokenizer, with its real vocabulary. Do not write into it."""
+    return cached(pytestconfig, "qwen3_5", qwen3_5.write_tokenizer)
+
+
+def cached(config: pytest.Config, name: str, write: Callable[[Path], object]) -> Path:
+    """A folder with a real vocabulary, from pytest's cache if an earlier session built the same one.
 
     The key is the content of what builds it. The folder appears by a rename: sessions may run side by side.
     """
-    sources = (Path(vocabulary.__file__), Path(__file__).with_name("checkpoints.py"))
-    key = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
-    folder = cache_folder(config) / f"{model_type}-{key}"
+    sources = (vocabulary.__file__, checkpoints.__file__, qwen3_5.__file__)
+    key = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()[:16]
+    folder = cache_folder(config) / f"{name}-{key}"
     if not folder.exists():
         staging = Path(tempfile.mkdtemp(dir=folder.parent))
-        write_checkpoint(staging, model_type, num_ranks=None)
+        write(staging)
         try:
             staging.rename(folder)
         except OSError:  # another session was quicker

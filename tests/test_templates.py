@@ -41,6 +41,7 @@ PUBLISHED = sorted(
 )
 TEMPLATES = pytest.mark.parametrize("path", [*PUBLISHED, *WRITTEN], ids=lambda path: path.stem)
 NEVER_TRAINED = {"unclosed"}
+WITH_QWEN3_5_TOKENIZER = ("qwen3_5", "qwen3_6", "qwen3_8")
 
 
 class Both:
@@ -110,7 +111,7 @@ def agrees(of: Both, path: Path, num_examples: int) -> None:
     trained: list[bool] = []
 
     @settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(row=chat_rows(reasoning=of.form is not None))
+    @given(row=chat_rows(reasoning=of.form is not None, marks=True))
     def check(row: Row) -> None:
         trained.append(of.agree(row))
 
@@ -120,26 +121,31 @@ def agrees(of: Both, path: Path, num_examples: int) -> None:
     assert (share > 0.1) is (path.stem not in NEVER_TRAINED)
 
 
+@pytest.fixture
+def of(path: Path, request: pytest.FixtureRequest) -> Both:
+    """The template with the real vocabulary of its family."""
+    is_qwen3_5 = path.stem.startswith(WITH_QWEN3_5_TOKENIZER)
+    return both(request.getfixturevalue("real_qwen3_5_folder" if is_qwen3_5 else "real_qwen3_folder"), path)
+
+
 @TEMPLATES
-def test_a_dialogue_is_trained_as_the_oracle_says_or_refused_for_a_reason_it_sees(
-    path: Path, real_qwen3_folder: Path
-) -> None:
-    agrees(both(real_qwen3_folder, path), path, 100)
+def test_a_dialogue_is_trained_as_the_oracle_says_or_refused_for_a_reason_it_sees(path: Path, of: Both) -> None:
+    agrees(of, path, 100)
 
 
 @pytest.mark.parametrize(
     "num_examples", [pytest.param(200, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.soak)]
 )
 @TEMPLATES
-def test_many_dialogues_are_trained_as_the_oracle_says(path: Path, real_qwen3_folder: Path, num_examples: int) -> None:
-    agrees(both(real_qwen3_folder, path), path, num_examples)
+def test_many_dialogues_are_trained_as_the_oracle_says(path: Path, of: Both, num_examples: int) -> None:
+    agrees(of, path, num_examples)
 
 
 @TEMPLATES
-def test_what_is_read_off_one_rendering_is_what_the_rule_gives(path: Path, real_qwen3_folder: Path) -> None:
-    renderer = both(real_qwen3_folder, path).renderer
+def test_what_is_read_off_one_rendering_is_what_the_rule_gives(path: Path, of: Both) -> None:
+    renderer = of.renderer
     num_read = num_trained = 0
-    for row in random_rows(31, 150, reasoning=both(real_qwen3_folder, path).form is not None, lists=False):
+    for row in random_rows(31, 150, reasoning=of.form is not None, lists=False):
         dialogue = dialogue_of(renderer, row)
         if dialogue is None:
             continue

@@ -18,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from qwentune.data.vocabulary import NUM_BYTES, rank_file, read_ranks, write_tokenizer
+from qwentune.data.vocabulary import NUM_BYTES, byte_alphabet, rank_file, read_ranks, write_tokenizer
 from qwentune.errors import UsageError
 
 # SHA-256 of tokenizer.json in Qwen/Qwen2.5-7B-Instruct and Qwen/Qwen3-8B
 PUBLISHED_QWEN2_5 = "c0382117ea329cdf097041132f6d735924b697924d6f6fc3945713e96ce87539"
+PUBLISHED_QWEN3_5 = "5f9e4d4901a92b997e463c1f46055088b6cca5ca61a6522d1b9f64c4bb81cb42"  # Qwen/Qwen3.5-9B, and 3.6
 PUBLISHED_QWEN3 = "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4"
 
 
@@ -61,6 +62,18 @@ def test_the_qwen2_5_tokenizer_is_the_published_file_byte_for_byte(real_qwen2_fo
 
 def test_the_qwen3_tokenizer_is_the_published_file_byte_for_byte(real_qwen3_folder: Path) -> None:
     assert file_hash(real_qwen3_folder / "tokenizer.json") == PUBLISHED_QWEN3
+
+
+def test_the_qwen3_5_tokenizer_is_the_published_file_byte_for_byte(real_qwen3_5_folder: Path) -> None:
+    assert file_hash(real_qwen3_5_folder / "tokenizer.json") == PUBLISHED_QWEN3_5
+
+
+def test_some_ranks_of_qwen3_5_are_made_by_no_merge(real_qwen3_5_folder: Path) -> None:
+    model = json.loads((real_qwen3_5_folder / "tokenizer.json").read_text("utf-8"))["model"]
+    assert len(model["vocab"]) - NUM_BYTES - len(model["merges"]) == 201
+    ids = load(real_qwen3_5_folder).encode("俱乐部").ids
+    assert len(ids) > 1
+    assert "".join(byte_alphabet()[byte] for byte in "俱乐部".encode()) in model["vocab"]
 
 
 def test_the_real_vocabulary_gives_the_published_ids(real_qwen3_folder: Path) -> None:

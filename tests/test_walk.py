@@ -12,11 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from qwentune.data.tokenizer import split_pattern
 from qwentune.errors import UserError
 from qwentune.export import run_export
 from qwentune.exporting import merge as merging
-from tests.checkpoints import add_weights, write_checkpoint
+from tests import qwen3_5
+from tests.checkpoints import SMALL_NUM_RANKS, add_weights, write_checkpoint
 from tests.runs import ENVIRONMENT, final_weights, loss_history, train, write_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -57,8 +60,10 @@ def run_command(*arguments: str, cwd: Path | None = None) -> subprocess.Complete
 def test_a_merged_folder_is_the_adapter_on_its_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, kind: str
 ) -> None:
-    model = add_weights(write_checkpoint(tmp_path / "model", model_type))  # type: ignore[arg-type]
-    recipe = write_recipe(tmp_path, model, tuning={**LORA, "kind": kind}, optimizer={"max_steps": 8})
+    # Of another family, to see that its pattern survives in every folder.
+    tokenizer = qwen3_5.write_tokenizer(tmp_path / "tokenizer", SMALL_NUM_RANKS) if model_type == "qwen3" else None
+    model = write_checkpoint(tmp_path / "model", model_type, tokenizer_from=tokenizer)  # type: ignore[arg-type]
+    recipe = write_recipe(tmp_path, add_weights(model), tuning={**LORA, "kind": kind}, optimizer={"max_steps": 8})
     trained = train(recipe)
     assert trained.returncode == 0, trained.stderr
 
@@ -83,6 +88,13 @@ def test_a_merged_folder_is_the_adapter_on_its_base(
     assert tokens[str(generation["eos_token_id"][0])]["content"] == "<|im_end|>"
     for name in ("chat_template.jinja", "tokenizer.json"):
         assert (run / "merged" / name).read_bytes() == (model / name).read_bytes()
+
+    with_tokenizer = {file.parent for pattern in ("tokenizer*", "vocab*") for file in run.rglob(pattern)}
+    assert with_tokenizer == {run / "adapter", run / "merged"}
+    pattern = split_pattern(json.loads((model / "tokenizer.json").read_bytes()))
+    for folder in with_tokenizer:
+        loaded = AutoTokenizer.from_pretrained(folder)
+        assert split_pattern(json.loads(loaded.backend_tokenizer.to_str())) == pattern
 
     twice = run_command("export", str(run), "--merge")
     assert (twice.returncode, "exists already" in twice.stderr) == (2, True)

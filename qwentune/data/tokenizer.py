@@ -99,11 +99,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         special_tokens=_special_tokens(config),
         chat_template=_chat_template(folder, config),
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
-        cuts_after_newline=_split_pattern(document) in PATTERNS_THAT_CUT_AFTER_NEWLINE,
+        cuts_after_newline=split_pattern(document) in PATTERNS_THAT_CUT_AFTER_NEWLINE,
     )
 
 
-def _split_pattern(document: dict[str, Any]) -> str | None:
+def split_pattern(document: dict[str, Any]) -> str | None:
     """The pattern by which texts are cut before their bytes are merged, where nothing else cuts or normalises them."""
     match document:
         case {

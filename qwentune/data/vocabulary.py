@@ -111,21 +111,20 @@ def added_tokens(family: Family) -> tuple[str, ...]:
     return tokens if family == "qwen2.5" else tokens + THINK_TOKENS
 
 
-def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two pieces whose merge made the token of two bytes or more.
+def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two pieces whose merge made the token of two bytes or more; None where no merge ever makes it.
 
     Byte-pair encoding always merges the adjacent pair of lowest rank; it is replayed on the bytes of the
     token up to the last step.
     """
-    splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-    known = [(left, right) for left, right in splits if left in ranks and right in ranks]
-    if len(known) == 1:  # the common case, and the quick one
-        return known[0]
     pieces = [token[i : i + 1] for i in range(len(token))]
     while len(pieces) > 2:
-        pairs = [left + right for left, right in itertools.pairwise(pieces)]
-        position = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
-        pieces[position : position + 2] = [pairs[position]]
+        pair_ranks = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(pieces)]
+        lowest = min(pair_ranks)
+        if lowest == len(ranks):
+            return None
+        position = pair_ranks.index(lowest)
+        pieces[position : position + 2] = [pieces[position] + pieces[position + 1]]
     return pieces[0], pieces[1]
 
 
@@ -142,7 +141,8 @@ def tokenizer_json(tokens: list[bytes], family: Family) -> dict[str, object]:
     ranks = {token: rank for rank, token in enumerate(tokens)}
     shown = {token: "".join(alphabet[byte] for byte in token) for token in tokens}
     vocabulary = {shown[token]: rank for token, rank in ranks.items()}
-    merges = [[shown[piece] for piece in last_merge(token, ranks)] for token in tokens if len(token) > 1]
+    merged = (last_merge(token, ranks) for token in tokens if len(token) > 1)
+    merges = [[shown[piece] for piece in pair] for pair in merged if pair is not None]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
     flag_order = FLAG_ORDER_QWEN2_5 if family == "qwen2.5" else {}

@@ -8,7 +8,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qwentune.data.tokenizer import split_pattern
+from qwentune.data.vocabulary import SPLIT_PATTERN
+
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
+# Transformers puts Qwen2's pattern over the one in tokenizer.json where these are named and no config.json says better.
+CLASSES_WITH_QWEN2_PATTERN = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+CLASS_WITHOUT_PATTERN = "PreTrainedTokenizerFast"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 
@@ -25,12 +31,13 @@ def write_package(
 ) -> None:
     """Adds tokenizer, chat template and generation config to the weights in `target`.
 
-    The tokenizer's files are the base's, byte for byte. Generation stops on the tokens that were trained to end a
-    turn, the base's own stop tokens besides.
+    The tokenizer's files are the base's, byte for byte but for the name of a class that would split texts otherwise.
+    Generation stops on the tokens that were trained to end a turn, the base's own stop tokens besides.
     """
     for name in TOKENIZER_FILES:
         if (base / name).exists():
             shutil.copyfile(base / name, target / name)
+    _name_a_class_that_keeps_the_pattern(target)
     if chat_template is not None:
         (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     generation = _json(base / "generation_config.json")
@@ -88,6 +95,15 @@ def model_card(*, name: str, base: str, tuning: str, report: Mapping[str, Any], 
     if flags:
         lines += ["", f"Serve it with `chat_template_kwargs` `{json.dumps(flags)}`: that is how it was trained."]
     return "\n".join(lines) + "\n"
+
+
+def _name_a_class_that_keeps_the_pattern(folder: Path) -> None:
+    config = _json(folder / "tokenizer_config.json")
+    is_qwen2 = split_pattern(_json(folder / "tokenizer.json")) == SPLIT_PATTERN
+    if config.get("tokenizer_class") in CLASSES_WITH_QWEN2_PATTERN and not is_qwen2:
+        config["tokenizer_class"] = CLASS_WITHOUT_PATTERN
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def _json(path: Path) -> dict[str, Any]:
