@@ -12,7 +12,7 @@ import typer
 
 from qwentune import console
 from qwentune.durable import remove, replace_folder
-from qwentune.errors import EXIT_OK, Problem, UsageError, UserError
+from qwentune.errors import EXIT_OK, DoesNotFitError, Problem, UsageError, UserError
 
 if TYPE_CHECKING:
     from qwentune.exporting.finished import FinishedRun
@@ -70,10 +70,17 @@ def _write(run: FinishedRun, merge: bool, target: Path) -> None:
 
     if merge and run.has_adapter:
         from qwentune.exporting.merge import merge as merge_adapter
+        from qwentune.exporting.merge import merge_bytes
+        from qwentune.facts.present import free_host_bytes
         from qwentune.model.load import silence_loading, weights_folder
 
         silence_loading()
-        merge_adapter(weights_folder(run.model, run.revision), run.trained, target)
+        base = weights_folder(run.model, run.revision)
+        needed, free = merge_bytes(base) / 2**30, free_host_bytes() / 2**30
+        if needed > free:
+            what = f"merging needs {needed:.1f} GiB of host memory for the base in fp32; {free:.1f} GiB are free"
+            raise DoesNotFitError(Problem(str(run.folder), what, "Export without --merge; servers load the adapter."))
+        merge_adapter(base, run.trained, target)
         write_package(
             target,
             run.trained,

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -20,9 +21,11 @@ from qwentune.memory import HostMemory, PlanRequest, RunPlan, make_plan, pinned,
 from qwentune.memory.activations import layer_activations
 from qwentune.memory.adapters import adapter_parameters
 from qwentune.memory.closed_form import base_weight_bytes, disk_bytes, phases
+from qwentune.memory.judge import judge
 from qwentune.memory.roofline import step_seconds
 from qwentune.memory.search import MAX_FORWARD_TOKENS, fastest, usable_bytes
 from qwentune.memory.settings import GIB, MIB, Attention, Overheads, Settings, Sharding, device_overheads
+from qwentune.recipe import BatchOptions, MemoryOptions, OutputOptions, Precision, Tuning
 
 QWEN3_8B = model_spec("Qwen/Qwen3-8B")
 MOE = model_spec("Qwen/Qwen3-30B-A3B")
@@ -362,6 +365,47 @@ def test_many_gpus_share_what_one_cannot_hold() -> None:
     plan = make_plan(QWEN3_8B, gpu_spec("a100-40gb"), PlanRequest("full", 4096, 16, num_gpus=8))
     assert plan.fits
     assert plan.choices.sharding in ("zero2", "fsdp2")
+
+
+@pytest.mark.parametrize("sharding", ["zero3", "fsdp2"])
+def test_each_gpu_loads_all_weights_before_it_keeps_its_share(sharding: str) -> None:
+    plan = make_plan(QWEN3_8B, H200, PlanRequest("full", 4096, 16, num_gpus=8, sharding=sharding))  # type: ignore[arg-type]
+    whole = 2 * QWEN3_8B.parameters
+    assert plan.phases["load"].terms["weights"] == whole
+    assert plan.phases["save"].terms["weights"] == whole // 8
+
+
+@pytest.mark.parametrize(
+    ("targets", "parameters", "expected"),
+    [
+        (["q_proj", "v_proj"], None, ["q_proj", "v_proj"]),
+        (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], None, "all-linear"),
+        (["q_proj", "k_proj", "v_proj", "o_proj"], ["gate.weight", "down_proj", "gate_up_proj"], "all-linear"),
+    ],
+)
+def test_an_adapter_that_is_continued_is_judged_by_its_own_rank_and_targets(
+    tmp_path: Path, targets: list[str], parameters: list[str] | None, expected: list[str] | str
+) -> None:
+    adapter = {"r": 64, "target_modules": targets, "target_parameters": parameters}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    terms: list[int] = []
+    for tuning in (
+        {"kind": "lora", "rank": 8, "start_from": str(tmp_path)},
+        {"kind": "lora", "rank": 64, "targets": expected},
+    ):
+        plan = judge(
+            QWEN3_8B,
+            tuning=Tuning.model_validate(tuning),
+            max_tokens=2048,
+            batch=BatchOptions(),
+            precision=Precision(),
+            memory=MemoryOptions(),
+            output=OutputOptions(dir=str(tmp_path)),
+            device=H200,
+            num_ranks=1,
+        )
+        terms.append(plan.phases["train_step"].terms["adapters"])
+    assert terms[0] == terms[1]
 
 
 def test_a_batch_that_the_gpus_cannot_share_is_an_error() -> None:

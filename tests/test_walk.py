@@ -15,9 +15,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from qwentune.data.tokenizer import split_pattern
-from qwentune.errors import UserError
+from qwentune.errors import DoesNotFitError, UserError
 from qwentune.export import run_export
 from qwentune.exporting import merge as merging
+from qwentune.facts import present
 from tests import qwen3_5
 from tests.checkpoints import SMALL_NUM_RANKS, add_weights, write_checkpoint
 from tests.runs import ENVIRONMENT, final_weights, loss_history, train, write_recipe
@@ -98,6 +99,12 @@ def test_a_merged_folder_is_the_adapter_on_its_base(
 
     twice = run_command("export", str(run), "--merge")
     assert (twice.returncode, "exists already" in twice.stderr) == (2, True)
+
+    with monkeypatch.context() as scarce:
+        scarce.setattr(present, "free_host_bytes", lambda: 10**6)
+        with pytest.raises(DoesNotFitError, match="of host memory for the base in fp32"):
+            run_export(run, merge=True, verify=False, output=tmp_path / "too-large")
+    assert not (tmp_path / "too-large").exists()
 
     def forget_the_adapter(base: Path, adapter: Path, target: Path) -> None:
         shutil.copytree(base, target, dirs_exist_ok=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
@@ -17,6 +19,15 @@ def load_tuned(base: Path, adapter: Path | None) -> PreTrainedModel:
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
     return model.eval()
+
+
+def merge_bytes(base: Path) -> int:
+    """Bytes of host memory that `merge` takes: the base in fp32, and its largest tensor once more."""
+    sizes: list[int] = []
+    for file in base.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            sizes += [prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118
+    return 4 * (sum(sizes) + max(sizes, default=0))
 
 
 def merge(base: Path, adapter: Path, target: Path) -> None:

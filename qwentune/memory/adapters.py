@@ -6,10 +6,10 @@ from qwentune.errors import Problem, UsageError, nearest
 from qwentune.facts.architecture import ModelSpec
 from qwentune.memory.settings import Settings
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 _EMBEDDINGS = ("embed_tokens", "lm_head")
-_KNOWN = (*_ATTENTION, *_FEED_FORWARD, *_EMBEDDINGS)
+KNOWN = (*ATTENTION, *_FEED_FORWARD, *_EMBEDDINGS)
 
 
 def target_names(settings: Settings) -> frozenset[str]:
@@ -21,16 +21,16 @@ def target_names(settings: Settings) -> frozenset[str]:
     if settings.kind == "full":
         return frozenset()
     if settings.targets == "all-linear":
-        return frozenset((*_ATTENTION, *_FEED_FORWARD))
+        return frozenset((*ATTENTION, *_FEED_FORWARD))
     names = [name.rpartition(".")[2] for name in settings.targets]
     problems = [
         Problem(
             "tuning.targets",
-            f"'{name}' is not a module of Qwen's decoders.{nearest(name, _KNOWN)}",
-            f"Use all-linear, or some of {', '.join(_KNOWN)}.",
+            f"'{name}' is not a module of Qwen's decoders.{nearest(name, KNOWN)}",
+            f"Use all-linear, or some of {', '.join(KNOWN)}.",
         )
         for name in names
-        if name not in _KNOWN
+        if name not in KNOWN
     ]
     if problems:
         raise UsageError(problems)

@@ -80,7 +80,7 @@ def phases(spec: ModelSpec, settings: Settings, overheads: Overheads, merges_her
     """
     static = _static(spec, settings)
     moments = {
-        "load": replace(static, optimizer=0, temporaries=static.temporaries + _loading_bytes(spec, settings)),
+        "load": _load(spec, settings, static),
         "train_step": max(_step_moments(spec, settings, static), key=lambda terms: terms.allocated),
         "evaluate": _evaluate(spec, settings, static),
         "save": replace(static, temporaries=static.temporaries + _gather_bytes(spec, settings)),
@@ -231,6 +231,12 @@ def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
     return max(body, head, key=lambda terms: terms.allocated)
 
 
+def _load(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
+    """Every rank reads all weights before they are shared among the ranks."""
+    loading = _loading_bytes(spec, settings)
+    return replace(static, weights=base_weight_bytes(spec, settings), optimizer=0, temporaries=loading)
+
+
 def _loading_bytes(spec: ModelSpec, settings: Settings) -> int:
     """The 16-bit original of a tensor while it is quantised, or one layer's experts while they are fused."""
     fused = settings.weight_bytes * spec.expert_parameters_per_layer
@@ -252,12 +258,12 @@ def _largest_tensor_bytes(spec: ModelSpec, settings: Settings) -> int:
 
 
 def _merge(spec: ModelSpec, settings: Settings) -> Terms:
-    """A 16-bit base in memory, the adapters, and one module's update in fp32; full tuning has nothing to merge."""
+    """The base in fp32, the adapters, and one module's update; full tuning has nothing to merge."""
     if settings.kind == "full":
         return Terms()
     largest = max(spec.hidden_size * spec.dense_intermediate, spec.expert_parameters_per_layer)
     return Terms(
-        weights=settings.weight_bytes * spec.parameters,
+        weights=4 * spec.parameters,
         adapters=settings.trained_bytes * adapter_parameters(spec, settings),
         temporaries=4 * largest,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.launch import Sharding, sharding_of
 from qwentune.facts.models import ModelSpec
 from qwentune.facts.present import free_disk_bytes, free_host_bytes, present_gpus
+from qwentune.memory.adapters import ATTENTION, KNOWN
 from qwentune.memory.plan import RunPlan, make_plan, pinned
 from qwentune.memory.search import Auto, Device, PlanRequest
 from qwentune.memory.settings import HostMemory
@@ -44,6 +46,7 @@ def judge(
 
     Raises UsageError where the batch cannot be shared among the ranks, or for an optimizer state that AdamW never has.
     """
+    tuning = _continued(tuning)
     request = PlanRequest(
         kind=tuning.kind,
         max_tokens=max_tokens,
@@ -76,6 +79,19 @@ def judge(
         plan = cross_checked(spec, device, request, plan, tell)
     _refuse_state_of_another_dtype(plan, tuning)
     return plan
+
+
+def _continued(tuning: Tuning) -> Tuning:
+    """The tuning with the rank and the targets of the adapter that it starts from, where that is to be had."""
+    config = Path(tuning.start_from or "", "adapter_config.json")
+    if tuning.kind == "full" or tuning.start_from is None or not config.is_file():
+        return tuning
+    adapter = json.loads(config.read_bytes())
+    targets, parameters = adapter["target_modules"], adapter.get("target_parameters") or ()
+    if not isinstance(targets, str):
+        names = {*targets, *parameters}
+        targets = "all-linear" if names >= {*ATTENTION, "down_proj"} else sorted(names & {*KNOWN})
+    return tuning.model_copy(update={"rank": adapter["r"], "targets": targets})
 
 
 def _refuse_state_of_another_dtype(plan: RunPlan, tuning: Tuning) -> None:
