@@ -122,11 +122,12 @@ def test_null_fields_of_a_message_go_and_nulls_inside_arguments_stay() -> None:
     assert read == Message("assistant", "", tool_calls=(ToolCall("f", {"x": None}),))
 
 
-def test_text_parts_are_one_text_and_other_parts_stay() -> None:
+def test_text_parts_are_one_text_and_other_parts_are_refused() -> None:
     texts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     image = {"type": "image", "image": "a.png"}
     assert message(content=texts).content == "one two"
-    assert message(content=[*texts, image]).content == [*texts, image]
+    (fault,) = faults("chat", chat(USER, {**ANSWER, "content": [*texts, image]}))
+    assert fault == "messages[1].content[2] is of the type 'image' Only text is trained on: leave the row out."
 
 
 def test_a_turn_can_be_left_out_or_weighted() -> None:

@@ -35,11 +35,11 @@ def first_lost(
                 if found < 0:
                     return "the turn's reasoning"
                 position = found + len(message.reasoning.strip())
-        for text in _content_texts(message):
-            found = rendering.find(text, position)
-            if found < 0:
-                return f"the text {_short(text)} of a {message.role} message"
-            position = found + len(text)
+        text = message.content.strip()
+        found = rendering.find(text, position)
+        if found < 0:
+            return f"the text {_short(text)}, which the {message.role} says,"
+        position = found + len(text)
         for call in message.tool_calls:
             found = rendering.find(call.name, position)
             if found < 0:
@@ -53,16 +53,6 @@ def first_lost(
                 end = max(end, min(ends))
             position = end
     return None
-
-
-def _content_texts(message: Message) -> Iterator[str]:
-    if isinstance(message.content, str):
-        yield message.content.strip()
-        return
-    for part in message.content:
-        text = part.get("text") if isinstance(part, dict) else part
-        if isinstance(text, str):
-            yield text.strip()
 
 
 def _leaves(value: Json) -> Iterator[tuple[str, ...]]:

@@ -15,7 +15,8 @@ from typing import Literal
 from qwentune.data.conservation import first_lost
 from qwentune.data.guard import choose_guard, guarded_message, guarded_object, message_texts, texts_of
 from qwentune.data.pieces import Encoder, Piece
-from qwentune.data.reasoning import with_reasoning_apart, with_uncarried_reasoning
+from qwentune.data.reasoning import has_stray_tag, with_reasoning_apart, with_uncarried_reasoning
+from qwentune.data.remarks import SEVERAL_PARTS, STRAY_TAG
 from qwentune.data.sample import Conversation, Json, Message, RowError
 from qwentune.data.template import ChatTemplate, Mode, TemplateMessage, TemplateRefusalError, template_message
 from qwentune.data.tokenizer import Tokenizer
@@ -65,20 +66,19 @@ class Dialogue:
     template: ChatTemplate
     options: RenderOptions
     encoder: Encoder
-    unstructured_reasoning: int = field(default=0)  # turns with inline reasoning that this template takes for text
+    remarks: tuple[str, ...] = ()  # what deserves a second look under this template
 
     @classmethod
     def of(
         cls, conversation: Conversation, template: ChatTemplate, options: RenderOptions, encoder: Encoder
     ) -> Dialogue:
         """The conversation as this template takes it; RowError where it cannot carry the reasoning."""
-        messages, unstructured = list(conversation.messages), 0
-        if template.reasoning_form is None:
-            unstructured = sum(
-                m.role == "assistant" and isinstance(m.content, str) and "</think>" in m.content for m in messages
-            )
-        else:
-            messages = [with_reasoning_apart(m) for m in messages]
+        messages = list(conversation.messages)
+        if template.reasoning_form is not None:
+            messages = [with_reasoning_apart(message) for message in messages]
+        remarks = [STRAY_TAG for message in messages if has_stray_tag(message)]
+        if not template.takes_parts:
+            remarks += [SEVERAL_PARTS for message in messages if message.num_parts > 1]
         num_inserted = 0
         if options.system is not None and messages[0].role != "system":
             messages.insert(0, Message("system", options.system))
@@ -101,7 +101,7 @@ class Dialogue:
             template=template,
             options=options,
             encoder=encoder,
-            unstructured_reasoning=unstructured,
+            remarks=tuple(remarks),
         )
 
     @property
@@ -147,6 +147,7 @@ class Dialogue:
         kept = [k for k in range(i + 1) if k >= first or (k == 0 and self.messages[0].role == "system")]
         context, rendering = self._render_both([self.rows[k] for k in kept], i)
         if not rendering.startswith(context):
+            self._refuse_stray_tag(kept)
             raise RowError(
                 f"messages[{self.row_index(i)}] cannot be trained: its rendering does not continue the prompt that a "
                 f"server would build ({_difference(context, rendering, self.guard)})",
@@ -156,6 +157,7 @@ class Dialogue:
         messages = [self.messages[k] for k in kept]
         lost = first_lost(messages, self.tools, rendering, len(context), has_reasoning=has_reasoning)
         if lost is not None:
+            self._refuse_stray_tag(kept)
             lost = lost.replace(self.guard, "|")
             raise RowError(
                 f"the chat template leaves out {lost} of the messages before and with messages[{self.row_index(i)}]",
@@ -169,6 +171,16 @@ class Dialogue:
                 "Give a template that closes every turn with data.chat_template.",
             )
         return Turn(i, (), 0, self.split(context), self.split(target))
+
+    def _refuse_stray_tag(self, kept: Sequence[int]) -> None:
+        """RowError where an answer holds a closing think tag, which is why the template does not keep it whole."""
+        for k in kept:
+            if has_stray_tag(self.messages[k]) and "</think>" in self.messages[k].content:
+                raise RowError(
+                    f"messages[{self.row_index(k)}] holds </think>, and the chat template takes what stands before it "
+                    "for reasoning",
+                    "If it is reasoning, give it as reasoning_content; else write the tag in other characters.",
+                )
 
     def prompt(self, mode: Mode) -> list[Piece]:
         """All messages and the generation prompt."""

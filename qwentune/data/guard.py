@@ -18,7 +18,7 @@ def choose_guard(texts: Iterable[str]) -> str:
 
 def message_texts(message: Message) -> Iterator[str]:
     """Every text of a message that a template may write out."""
-    yield from texts_of(message.content)
+    yield message.content
     yield message.reasoning or ""
     yield from texts_of(dict(message.extra))
     for call in message.tool_calls:
@@ -31,11 +31,9 @@ def guarded_message(message: Message, guard: str) -> Message:
     """The message with every "|" in its texts replaced by the guard."""
     if guard == "|":
         return message
-    content = _replace_in_texts(message.content, "|", guard)
-    assert isinstance(content, str | list)
     return replace(
         message,
-        content=content,
+        content=message.content.replace("|", guard),
         reasoning=None if message.reasoning is None else message.reasoning.replace("|", guard),
         tool_calls=tuple(
             ToolCall(

@@ -44,7 +44,7 @@ def read_message(value: Json, path: str, faults: Faults) -> Message | None:
     is_assistant = role == "assistant"
     calls = _tool_calls(fields, path, faults)
     gives_calls = any(fields.get(key) for key in ("tool_calls", "function_call"))
-    content = _content(value, path, faults, may_be_null=gives_calls and role in ("assistant", ""))
+    content = _contents(value, path, faults, may_be_null=gives_calls and role in ("assistant", ""))
     reasoning = _reasoning(fields, path, faults)
     if role and not is_assistant:
         for key in (*REASONING_KEYS, "tool_calls", "function_call", "train", "weight"):
@@ -60,7 +60,7 @@ def read_message(value: Json, path: str, faults: Faults) -> Message | None:
     if len(faults.problems) > num_problems:
         return None
     extra = {key: item for key, item in fields.items() if key not in {*MESSAGE_KEYS, "function_call"}}
-    return Message(role, content, reasoning, tuple(calls), weight, extra)
+    return Message(role, "".join(content), reasoning, tuple(calls), weight, extra, len(content))
 
 
 def check_dialogue(messages: list[Message | None], path: str, faults: Faults) -> None:
@@ -126,10 +126,11 @@ def _role(fields: Mapping[str, Json], path: str, faults: Faults) -> str:
     return ""
 
 
-def _content(value: Mapping[str, Json], path: str, faults: Faults, *, may_be_null: bool) -> str | list[Json]:
+def _contents(value: Mapping[str, Json], path: str, faults: Faults, *, may_be_null: bool) -> list[str]:
+    """The text of a content, or the texts of its parts."""
     content = value.get("content")
     if isinstance(content, str):
-        return content
+        return [content]
     if isinstance(content, list):
         return _parts(content, f"{path}.content", faults)
     if content is not None:
@@ -137,12 +138,10 @@ def _content(value: Mapping[str, Json], path: str, faults: Faults, *, may_be_nul
     elif not may_be_null:
         fix = "Give its text; only an assistant message with tool_calls goes without."
         faults.add(f"{path}.content is null" if "content" in value else f"{path} has no content", fix)
-    return ""
+    return [""]
 
 
-def _parts(content: list[Json], path: str, faults: Faults) -> str | list[Json]:
-    """The text of a content that has only text parts, else the parts."""
-    parts: list[Json] = []
+def _parts(content: list[Json], path: str, faults: Faults) -> list[str]:
     texts: list[str] = []
     for i, part in enumerate(content):
         if not isinstance(part, dict):
@@ -150,13 +149,14 @@ def _parts(content: list[Json], path: str, faults: Faults) -> str | list[Json]:
             continue
         kind, text = part.get("type"), part.get("text")
         if not isinstance(kind, str):
-            faults.add(f"{path}[{i}] has no type", "Types are text, image, video and audio.")
-        elif kind == "text" and not isinstance(text, str):
-            faults.add(f"{path}[{i}].text is {described(text)}", "A text is needed.")
-        elif kind == "text" and isinstance(text, str):
+            faults.add(f"{path}[{i}] has no type", 'A part is an object such as {"type": "text", "text": …}.')
+        elif kind != "text":
+            faults.add(f"{path}[{i}] is of the type {kind!r}", "Only text is trained on: leave the row out.")
+        elif isinstance(text, str):
             texts.append(text)
-        parts.append(_without_nulls(part))
-    return "".join(texts) if len(texts) == len(parts) else parts
+        else:
+            faults.add(f"{path}[{i}].text is {described(text)}", "A text is needed.")
+    return texts
 
 
 def _reasoning(fields: Mapping[str, Json], path: str, faults: Faults) -> str | None:

@@ -14,7 +14,7 @@ CLOSING_THINK_LINE = re.compile(r"(?s)(?:(.*?)\n)?</think>(?:\n(.*))?")
 
 def with_reasoning_apart(message: Message) -> Message:
     """The message with inline reasoning moved out of its content, where the content begins with it."""
-    if message.role != "assistant" or not isinstance(message.content, str):
+    if message.role != "assistant":
         return message
     if message.reasoning is not None:
         return message if message.reasoning.strip() else replace(message, reasoning="")
@@ -30,6 +30,13 @@ def with_reasoning_apart(message: Message) -> Message:
     return replace(message, reasoning=reasoning if reasoning.strip() else "", content=answer.lstrip("\n"))
 
 
+def has_stray_tag(message: Message) -> bool:
+    """Whether an answer without reasoning of its own holds a think tag that may be meant to set reasoning apart."""
+    if message.role != "assistant" or (message.reasoning or "").strip():
+        return False
+    return "</think>" in message.content or message.content.lstrip().startswith("<think>")
+
+
 def with_uncarried_reasoning(
     message: Message, policy: Literal["refuse", "drop", "inline"], where: str, cause: str
 ) -> Message:
@@ -38,7 +45,7 @@ def with_uncarried_reasoning(
         return message
     if policy == "drop":
         return replace(message, reasoning=None)
-    if policy == "inline" and isinstance(message.content, str):
+    if policy == "inline":
         return replace(message, reasoning=None, content=inline_reasoning(message.reasoning or "", message.content))
     raise RowError(
         f"{where} has reasoning, but {cause}",

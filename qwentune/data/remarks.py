@@ -11,6 +11,15 @@ UNKNOWN_TOOL = "calls are of tools that their row's tools do not have. Add those
 NO_CALL = "tool results follow no tool call. Give the call in the assistant's message before."
 SAME_SPEAKER = "messages follow another of the same speaker. Join them, unless it is meant."
 FILE_LEFT_OUT = "files of repositories do not fit before the file that is cut. Raise data.max_tokens to have them read."
+STRAY_TAG = (
+    "turns hold think tags that are not taken for reasoning: they are trained as written. Give reasoning in "
+    "reasoning_content, or first in the content as <think>…</think>."
+)
+SEVERAL_PARTS = (
+    "contents have several text parts, joined as they are: some servers put a line feed or a space between them. "
+    "Write each content as one text."
+)
+UNREACHABLE = "turns have no user turn before them: not trained. Give the question, or leave them out."
 
 
 def remarks(conversation: Conversation) -> Iterator[str]:

@@ -16,7 +16,7 @@ from qwentune.data.dialogue import Dialogue, RenderOptions, Turn
 from qwentune.data.fim import FillInTheMiddle, Form, Order
 from qwentune.data.grammar import Grammar, learn, same
 from qwentune.data.pieces import Encoder, Piece, ids_of
-from qwentune.data.remarks import FILE_LEFT_OUT, remarks
+from qwentune.data.remarks import FILE_LEFT_OUT, UNREACHABLE, remarks
 from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, RowError, Sample, Source, Text
 from qwentune.data.template import ChatTemplate, Mode
 from qwentune.data.tokenizer import Tokenizer
@@ -84,13 +84,13 @@ class Dropped:
 class Outcome:
     """What became of one sample: its examples, and everything that a report has to say about it."""
 
+    source: Source
     examples: list[Rendered] = field(default_factory=list[Rendered])
     problems: list[Problem] = field(default_factory=list[Problem])
     dropped: list[Dropped] = field(default_factory=list[Dropped])
     modes: list[Mode] = field(default_factory=list[Mode])  # one per trained turn
     turns_with_reasoning: int = 0
     unreachable_turns: int = 0
-    unstructured_reasoning: int = 0  # inline reasoning under a template without a notion of it
     forged_control_tokens: int = 0  # control tokens spelled by texts of the row, encoded as plain text
     rendering_tokens: int = 0  # of one rendering of the dialogue: what a naive trainer would process
     orders: list[Order] = field(default_factory=list[Order])  # of code, one per example of the first epoch
@@ -169,7 +169,7 @@ class Renderer:
         return ids_of(pieces, self.encoder.encode([pieces]))
 
     def _plan(self, sample: Sample, number: int, source_number: int) -> _Planned:
-        planned = _Planned(sample, Outcome())
+        planned = _Planned(sample, Outcome(sample.source))
         if isinstance(sample, Text | Pair | Retrieval):
             return planned
         try:
@@ -180,10 +180,10 @@ class Renderer:
                 fix = "Give one with data.chat_template, or train on rows of the format text."
                 raise RowError("the checkpoint has no chat template to render messages with", fix)
             dialogue = Dialogue.of(sample, self.template, self.options, self.encoder)
-            planned.outcome.remarks = list(remarks(sample))
-            planned.outcome.unstructured_reasoning = dialogue.unstructured_reasoning
             planned.outcome.forged_control_tokens = dialogue.count_forged()
             planned.outcome.unreachable_turns = len(dialogue.candidates) - len(dialogue.trained)
+            unreachable = [UNREACHABLE] * planned.outcome.unreachable_turns
+            planned.outcome.remarks = [*remarks(sample), *dialogue.remarks, *unreachable]
             planned.dialogue = dialogue
             planned.turns = self._turns(dialogue, number, planned.outcome)
         except RowError as error:

@@ -42,14 +42,13 @@ class Report:
         self.remarks.update(outcome.remarks)
         for remark in {*outcome.remarks, *([FORGED] if outcome.forged_control_tokens else [])}:
             places = self.places.setdefault(remark, [])
-            if len(places) < NUM_PLACES and outcome.examples:
-                places.append(str(outcome.examples[0].source))
+            if len(places) < NUM_PLACES:
+                places.append(str(outcome.source))
         self.modes.update(outcome.modes)
         self.counts["samples"] += 1
         self.counts["rows_with_problems"] += bool(outcome.problems)
         self.counts["turns_with_reasoning"] += outcome.turns_with_reasoning
         self.counts["unreachable_turns"] += outcome.unreachable_turns
-        self.counts["unstructured_reasoning"] += outcome.unstructured_reasoning
         self.counts["forged_control_tokens"] += outcome.forged_control_tokens
         self.counts["checked_turns"] += outcome.checked_turns
         self.orders.update(outcome.orders)
@@ -147,11 +146,6 @@ class Report:
             )
         if self.thinking != "auto" and self.template and not self.template.has_thinking_switch:
             warnings.append(f"data.thinking={self.thinking} has no effect: the chat template has no thinking switch")
-        if self.counts["unstructured_reasoning"]:
-            warnings.append(
-                f"{self.counts['unstructured_reasoning']} turns hold <think> blocks that this chat template does not "
-                "treat as reasoning: they are trained as written"
-            )
         if report["duplicates"]:
             warnings.append(
                 f"{report['duplicates']} rows train exactly what an earlier row trains; leave them out, or weigh whole "
@@ -165,8 +159,6 @@ class Report:
         for remark, count in (self.remarks + Counter({FORGED: report["forged_control_tokens"]})).items():
             places = ", ".join(self.places[remark])
             warnings.append(f"{count} {remark}" + (f" First: {places}" if places else ""))
-        if report["unreachable_turns"]:
-            warnings.append(f"{report['unreachable_turns']} turns have no user turn before them: not trained")
         return warnings
 
 

@@ -38,15 +38,16 @@ class Message:
 
     `role` is system, user, assistant or tool. `reasoning` is None where the row gives none. `weight` scales the loss
     of an assistant turn; 0 makes it context only. `extra` holds other fields a template may read (`name`,
-    `tool_call_id`).
+    `tool_call_id`). A content given in parts is joined; `num_parts` were there.
     """
 
     role: str
-    content: str | list[Json]
+    content: str
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     weight: float = 1.0
     extra: Mapping[str, Json] = field(default_factory=dict[str, "Json"])
+    num_parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)

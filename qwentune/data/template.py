@@ -109,6 +109,15 @@ class ChatTemplate:
         return "inline" if "because" in as_inline and "because" not in past_inline else None
 
     @cached_property
+    def takes_parts(self) -> bool:
+        """Whether a content in text parts is rendered as the texts one after the other."""
+        parts: list[Json] = [{"type": "text", "text": "quest"}, {"type": "text", "text": "ion"}]
+        try:
+            return "question" in self.render([[{"role": "user", "content": parts}]])[0]
+        except TemplateRefusalError:
+            return False
+
+    @cached_property
     def thinks_by_default(self) -> bool:
         """Whether a request that says nothing about thinking is expected to be answered with reasoning."""
         return self.reasoning_form is not None and self.default_mode != "non_thinking"
@@ -144,12 +153,12 @@ def inline_reasoning(reasoning: str, answer: str) -> str:
 
 def template_message(message: Message, form: ReasoningForm | None) -> TemplateMessage:
     """The message as a template reads it, its reasoning in the given form."""
-    content: Json = message.content
+    content = message.content
     fields: TemplateMessage = {}
     if message.reasoning is not None:
         if form == "field":
             fields["reasoning_content"] = message.reasoning
-        elif form == "inline" and message.reasoning and isinstance(content, str):
+        elif form == "inline" and message.reasoning:
             content = inline_reasoning(message.reasoning, content)
     if message.tool_calls:
         fields["tool_calls"] = [
