@@ -414,7 +414,7 @@ class _Training:
         if full:
             return model
         if checkpoint is not None:
-            return load_adapters(model, checkpoint.folder, choices.adapters)
+            return load_adapters(model, checkpoint.folder, choices.adapters, tuning)
         if tuning.start_from is not None:
             return load_adapters(model, Path(tuning.start_from), choices.adapters)
         return add_adapters(model, tuning, choices.adapters, self._untaught_tokens())
