@@ -310,7 +310,7 @@ class _Training:
             resume=self.request.resume,
             allowed=[*self.request.allow_change, *(["plan"] if changes_the_plan(self.request.allow_change) else [])],
             num_steps=self.schedule.num_steps,
-            output=self.loaded.recipe.output,
+            patience=self.loaded.recipe.output.early_stopping,
         )
         if not start.complete:
             self.folder.rewind(start.step)

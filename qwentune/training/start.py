@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwentune.errors import Problem, ResumeError
-from qwentune.recipe import OutputOptions
-from qwentune.training.best import best_step, has_stopped_improving
+from qwentune.training.best import best_step, evaluated_steps, has_stopped_improving
 from qwentune.training.checkpoints import Checkpoint, Checkpoints, open_checkpoint
 from qwentune.training.run_folder import RunFolder
 
@@ -69,9 +68,11 @@ def choose_start(
     resume: str,
     allowed: Sequence[str],
     num_steps: int,
-    output: OutputOptions,
+    patience: int | None,
 ) -> Start:
     """The newest checkpoint that verifies, or the one named by `resume`, or a new run where there is none.
+
+    `patience` is the number of evaluations without a lower loss after which a run is done.
 
     Raises ResumeError where checkpoints exist but none verifies, and where the run's facts differ from the
     checkpoint's in a key that is not in `allowed`.
@@ -95,7 +96,7 @@ def choose_start(
         what = f"is after the {num_steps} steps that the recipe asks for"
         fix = "Ask for more steps, name an earlier checkpoint with --resume PATH, or start anew with --fresh."
         raise ResumeError(Problem(str(checkpoint.folder), what, fix))
-    trained = step >= num_steps or has_stopped_improving(step, best_step(checkpoint), output)
+    trained = step >= num_steps or has_stopped_improving(evaluated_steps(checkpoint), best_step(checkpoint), patience)
     complete = trained and run.finished_step() == step
     if complete:
         messages.append(f"already complete: {run.path} was trained for {step} steps")
