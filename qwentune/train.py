@@ -310,7 +310,7 @@ class _Training:
             resume=self.request.resume,
             allowed=[*self.request.allow_change, *(["plan"] if changes_the_plan(self.request.allow_change) else [])],
             num_steps=self.schedule.num_steps,
-            output=self.loaded.recipe.output,
+            patience=self.loaded.recipe.output.early_stopping,
         )
         if not start.complete:
             self.folder.rewind(start.step)
@@ -414,7 +414,7 @@ class _Training:
         if full:
             return model
         if checkpoint is not None:
-            return load_adapters(model, checkpoint.folder, choices.adapters)
+            return load_adapters(model, checkpoint.folder, choices.adapters, tuning)
         if tuning.start_from is not None:
             return load_adapters(model, Path(tuning.start_from), choices.adapters)
         return add_adapters(model, tuning, choices.adapters, self._untaught_tokens())

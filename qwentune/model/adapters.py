@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -38,9 +39,17 @@ def add_adapters(model: PreTrainedModel, tuning: Tuning, dtype: str, trained_tok
     return _cast(get_peft_model(model, config, autocast_adapter_dtype=False), dtype)
 
 
-def load_adapters(model: PreTrainedModel, folder: Path, dtype: str) -> PeftModel:
-    """The model with the adapters of `folder`, trainable, bit for bit as they were saved."""
-    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True, autocast_adapter_dtype=False)
+def load_adapters(model: PreTrainedModel, folder: Path, dtype: str, tuning: Tuning | None = None) -> PeftModel:
+    """The model with the adapters of `folder`, trainable, bit for bit as they were saved.
+
+    With `tuning` its alpha and dropout count from now on, instead of those that were saved.
+    """
+    config: Any = LoraConfig.from_pretrained(str(folder))
+    if tuning is not None:
+        config.lora_alpha, config.lora_dropout = tuning.alpha, tuning.dropout
+    adapted = PeftModel.from_pretrained(
+        model, str(folder), config=config, is_trainable=True, autocast_adapter_dtype=False
+    )
     return _cast(adapted, dtype)
 
 

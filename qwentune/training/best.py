@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
-from qwentune.recipe import OutputOptions
 from qwentune.training.checkpoints import Checkpoint
 
 
 def best_step(checkpoint: Checkpoint) -> int | None:
     """The step with the lowest eval loss up to the checkpoint's; None where none was asked for or evaluated."""
-    return json.loads((checkpoint.folder / "trainer_state.json").read_bytes())["best_global_step"]
+    return _state(checkpoint)["best_global_step"]
 
 
-def has_stopped_improving(step: int, best_step: int | None, output: OutputOptions) -> bool:
-    """Whether `output.early_stopping` evaluations have passed since the best one."""
-    if output.early_stopping is None or best_step is None:
+def evaluated_steps(checkpoint: Checkpoint) -> list[int]:
+    """The steps up to the checkpoint's after which the run was evaluated."""
+    return [row["step"] for row in _state(checkpoint)["log_history"]]
+
+
+def has_stopped_improving(evaluated: Sequence[int], best_step: int | None, patience: int | None) -> bool:
+    """Whether `patience` evaluations have passed since the best one; never where there is no patience to lose."""
+    if patience is None or best_step is None:
         return False
-    return (step - best_step) // output.eval_every_steps >= output.early_stopping
+    return sum(step > best_step for step in evaluated) >= patience
+
+
+def _state(checkpoint: Checkpoint) -> dict[str, Any]:
+    return json.loads((checkpoint.folder / "trainer_state.json").read_bytes())

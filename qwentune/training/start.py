@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwentune.errors import Problem, ResumeError
-from qwentune.recipe import OutputOptions
-from qwentune.training.best import best_step, has_stopped_improving
+from qwentune.training.best import best_step, evaluated_steps, has_stopped_improving
 from qwentune.training.checkpoints import Checkpoint, Checkpoints, open_checkpoint
 from qwentune.training.run_folder import RunFolder
 
@@ -20,6 +19,8 @@ INERT_KEYS = ("output.", "hardware.", "memory.headroom", "data.train", "data.eva
 
 # What a change would mean for the steps that are left, by the beginning of a key.
 EFFECTS = {
+    "tuning.alpha": "the adapter is scaled otherwise from here on",
+    "tuning.dropout": "other dropout from here on",
     "data": "other batches from here on, some rows again or never",
     "seed": "another order of the rows",
     "batch.": "other batches from here on, some rows again or never",
@@ -35,6 +36,10 @@ EFFECTS = {
     "chat template": "other prompts than those trained so far",
     "tokenizer": "other tokens than those trained so far",
 }
+
+# What the tensors of a checkpoint decide, and what counts only before the first step.
+FIXED_KEYS = ("tuning.rank", "tuning.targets", "tuning.variant", "tuning.start_from")
+NOT_ANY_MORE = "cannot be changed in a run that has begun"
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,11 @@ def choose_start(
     resume: str,
     allowed: Sequence[str],
     num_steps: int,
-    output: OutputOptions,
+    patience: int | None,
 ) -> Start:
     """The newest checkpoint that verifies, or the one named by `resume`, or a new run where there is none.
+
+    `patience` is the number of evaluations without a lower loss after which a run is done.
 
     Raises ResumeError where checkpoints exist but none verifies, and where the run's facts differ from the
     checkpoint's in a key that is not in `allowed`.
@@ -81,7 +88,7 @@ def choose_start(
     messages = [f"skipped {problem.where}: {problem.what}" for problem in skipped]
     if checkpoint is None:
         return Start(None)
-    _refuse_drift(checkpoint, facts, allowed)
+    messages += _accepted_drift(checkpoint, facts, allowed)
     if resume != "auto":
         messages += [f"moved a later checkpoint to {folder}" for folder in checkpoints.set_aside(checkpoint.step)]
     step = checkpoint.step
@@ -89,7 +96,7 @@ def choose_start(
         what = f"is after the {num_steps} steps that the recipe asks for"
         fix = "Ask for more steps, name an earlier checkpoint with --resume PATH, or start anew with --fresh."
         raise ResumeError(Problem(str(checkpoint.folder), what, fix))
-    trained = step >= num_steps or has_stopped_improving(step, best_step(checkpoint), output)
+    trained = step >= num_steps or has_stopped_improving(evaluated_steps(checkpoint), best_step(checkpoint), patience)
     complete = trained and run.finished_step() == step
     if complete:
         messages.append(f"already complete: {run.path} was trained for {step} steps")
@@ -139,23 +146,42 @@ def _flattened(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, An
     return pairs
 
 
-def _refuse_drift(checkpoint: Checkpoint, facts: Mapping[str, Any], allowed: Sequence[str]) -> None:
+def _accepted_drift(checkpoint: Checkpoint, facts: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
+    """The changes since the checkpoint, each in words; ResumeError where one is not allowed or cannot be applied."""
     then = checkpoint.facts["run"]
-    changed = [
-        key for key in sorted({*then, *facts}) if then.get(key) != facts.get(key) and not _is_allowed(key, allowed)
+    changed = [key for key in sorted({*then, *facts}) if then.get(key) != facts.get(key)]
+    fixed = [key for key in changed if _is_fixed(key, then.get(key), facts.get(key), then)]
+    refused = [key for key in changed if key in fixed or not _is_allowed(key, allowed)]
+    if not refused:
+        return [f"changed {key}: then {_short(then.get(key))}, now {_short(facts.get(key))}" for key in changed]
+    rows = [
+        (key, _short(then.get(key)), _short(facts.get(key)), NOT_ANY_MORE if key in fixed else _effect(key))
+        for key in refused
     ]
-    if changed:
-        rows = [(key, _short(then.get(key)), _short(facts.get(key)), _effect(key)) for key in changed]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        problems = [
-            Problem(key.ljust(widths[0]), f"then {old:<{widths[1]}}  now {new:<{widths[2]}}  {effect}")
-            for key, old, new, effect in rows
-        ]
-        raise ResumeError(
-            problems,
-            f"{checkpoint.folder} belongs to another run. Undo the change, accept it with --allow-change KEY, or start "
-            "anew with --fresh (the old folder is moved aside).",
-        )
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    problems = [
+        Problem(key.ljust(widths[0]), f"then {old:<{widths[1]}}  now {new:<{widths[2]}}  {effect}")
+        for key, old, new, effect in rows
+    ]
+    accept = ", accept it with --allow-change KEY" if len(fixed) < len(refused) else ""
+    raise ResumeError(
+        problems,
+        f"{checkpoint.folder} belongs to another run. Undo the change{accept}, or start anew with --fresh (the old "
+        "folder is moved aside).",
+    )
+
+
+def _is_fixed(key: str, then: Any, now: Any, facts: Mapping[str, Any]) -> bool:
+    """Whether the tensors of a checkpoint decide a key, so that no permission could make its change count."""
+    if key == "tuning.kind":
+        return "full" in (then, now)
+    if key == "plan.optimizer_state":
+        return "8bit" in (then, now)
+    if key == "plan.sharding":
+        return not {then, now} <= {"none", "ddp"}
+    if key == "number of ranks":
+        return facts.get("plan.sharding") not in ("none", "ddp")
+    return key in FIXED_KEYS
 
 
 def _effect(key: str) -> str:

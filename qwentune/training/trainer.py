@@ -202,6 +202,7 @@ class ExactResume(_Mixed):
             dist.all_reduce(totals)
         loss = float(totals[0] / totals[1])
         metrics = {"eval_loss": loss}
+        self.state.log_history.append({"step": self.state.global_step, **metrics})
         if self.recorder is not None:
             self.recorder.evaluated(self.state.global_step, loss)
         self.log(metrics)
@@ -210,9 +211,10 @@ class ExactResume(_Mixed):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)
+        evaluated = [int(row["step"]) for row in self.state.log_history]
         if is_best:
             self.control.should_save = True  # so that the best step is there to be published
-        elif has_stopped_improving(self.state.global_step, self.state.best_global_step, self.output):
+        elif has_stopped_improving(evaluated, self.state.best_global_step, self.output.early_stopping):
             self.control.should_save = True
             self.control.should_training_stop = True
         return is_best
@@ -295,6 +297,8 @@ class ExactResume(_Mixed):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
+            # When to log, evaluate and save is what the recipe says now; transformers keeps what it said then.
+            self.state.compute_steps(self.args, self.state.max_steps)
             window = json.loads(Path(checkpoint, f"log_window_{self.args.process_index}.json").read_bytes())
             self._tr_loss += window["loss"]
             self._globalstep_last_logged = window["last_logged_step"]

@@ -57,6 +57,33 @@ def test_an_allowed_learning_rate_is_used_from_the_next_step_on(tmp_path: Path, 
     assert rates[5:] == doubled[5:]
 
 
+@pytest.mark.fault("F38", "alpha and dropout can be changed and count; a rank, targets, a variant cannot: exit 5")
+def test_of_an_adapter_what_can_be_changed_is_and_the_rest_is_refused(tmp_path: Path, warm: Warm) -> None:
+    recipe = stopped_run(warm, tmp_path, tuning={"kind": "lora", "rank": 4, "alpha": 8})
+    fixed = {"tuning.rank": "8", "tuning.targets": "[q_proj]", "tuning.variant": "dora", "tuning.kind": "qlora",
+             "precision.optimizer_state": "8bit"}  # fmt: skip
+    overrides = [f"{key}={value}" for key, value in fixed.items()]
+    allowed = [argument for key in fixed for argument in ("--allow-change", key)]
+    refused = warm.train(recipe, *overrides, *allowed)
+    assert refused.code == 5, refused.said
+    final = {line.split()[0] for line in refused.said.splitlines() if line.endswith("in a run that has begun")}
+    assert final == {"tuning.rank", "tuning.targets", "tuning.variant", "plan.optimizer_state"}
+    assert "accept it" not in refused.said
+
+    changed = ("tuning.alpha=80", "tuning.dropout=0.5")
+    resumed = warm.train(recipe, *changed, "--allow-change", "tuning")
+    assert resumed.code == 0, resumed.said
+    assert "changed tuning.alpha: then 8, now 80" in resumed.said
+    assert loss_history(tmp_path / "run")[5:] != loss_history_without_a_change(warm, tmp_path)[5:]
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 80, 0.5)
+
+
+def loss_history_without_a_change(warm: Warm, folder: Path) -> list[tuple[float, ...]]:
+    assert warm.train(folder / "recipe.yaml", f"output.dir={folder / 'same'}").code == 0
+    return loss_history(folder / "same")
+
+
 @pytest.mark.fault("F38", "more steps for a finished run are a change that can be allowed")
 def test_a_finished_run_goes_on_where_its_steps_are_raised(tmp_path: Path, warm: Warm) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen2"))

@@ -13,7 +13,7 @@ import pytest
 from qwentune import console
 from qwentune.durable import replace_folder, write_text
 from qwentune.errors import RecipeError, ResumeError, UsageError
-from qwentune.recipe import OutputOptions, load_recipe
+from qwentune.recipe import load_recipe
 from qwentune.redaction import HIDDEN, redact
 from qwentune.training.checkpoints import MANIFEST, Checkpoints, verify
 from qwentune.training.run_folder import RunFolder
@@ -29,7 +29,7 @@ def publish(checkpoints: Checkpoints, step: int) -> Path:
     written = checkpoints.staging(step) / f"checkpoint-{step}"
     written.mkdir(parents=True)
     (written / "model.safetensors").write_text(f"weights {step}")
-    (written / "trainer_state.json").write_text('{"best_global_step": null}')
+    (written / "trainer_state.json").write_text('{"best_global_step": null, "log_history": []}')
     return checkpoints.publish(written, step, {"run": FACTS})
 
 
@@ -44,9 +44,7 @@ def trained_run(folder: Path, *steps: int) -> tuple[RunFolder, Checkpoints]:
 
 
 def start(run: RunFolder, checkpoints: Checkpoints, num_steps: int) -> Start:
-    return choose_start(
-        run, checkpoints, FACTS, resume="auto", allowed=[], num_steps=num_steps, output=OutputOptions(dir=str(run.path))
-    )
+    return choose_start(run, checkpoints, FACTS, resume="auto", allowed=[], num_steps=num_steps, patience=None)
 
 
 # --- publication

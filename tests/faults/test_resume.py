@@ -77,6 +77,24 @@ def test_the_clock_saves_as_well_as_the_steps(tmp_path: Path, warm: Warm, model:
     assert {f"step-{step}" for step in range(1, NUM_STEPS + 1)} <= saved
 
 
+@pytest.mark.fault("F38", "how often to save, log and evaluate may change without permission, and counts at once")
+def test_a_new_period_counts_and_changes_no_weight(tmp_path: Path, warm: Warm, model: Path) -> None:
+    output = {"save_every_steps": 5, "eval_every_steps": 5, "keep": 100, "best": "loss", "early_stopping": 4}
+    recipe = recipe_of(tmp_path, model, data={"eval_fraction": 0.2}, output=output)
+    assert warm.train(recipe, f"output.dir={tmp_path / 'whole'}").code == 0
+    killed(warm, recipe, 7)
+    often = ("output.save_every_steps=2", "output.log_every_steps=3", "output.eval_every_steps=1")
+    resumed = warm.train(recipe, *often)
+    assert resumed.code == 0, resumed.said
+    assert "trainer_state.json" not in resumed.said
+    run = tmp_path / "run"
+    assert [row[0] for row in loss_history(run)] == [1, 2, 3, 4, 5, 6, 9, 12]
+    evaluated = [json.loads(line)["step"] for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert evaluated == [5, 6, 7, 8, 9, 10, 11, 12]
+    assert {"step-5", "step-6", "step-8", "step-10", "step-12"} <= {p.name for p in (run / "checkpoints").iterdir()}
+    assert final_weights(run) == final_weights(tmp_path / "whole")
+
+
 CELLS: dict[str, dict[str, Any]] = {
     "full, packed, eval, linear": {
         "data": {"eval_fraction": 0.1}, "batch": {"micro_batch": 4}, "optimizer": {"schedule": "linear"},
