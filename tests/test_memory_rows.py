@@ -38,6 +38,12 @@ unsloth fused CE,"fms-hf-tuning/TRL, accelerated-peft-bnb-foak, torch 2.4.1 tran
 fms-liger,Meta-Llama-3-8B,llama-class,lora,16,"q,k,v,o",4096,4,1,adamw_torch (foreach),bf16,yes,flash-attn 2,\
 liger FLCE,"fms-hf-tuning/TRL, foak-fast-kernels-liger, torch 2.4.1 transformers 4.45.2",1,single,A100-80GB,23752,MiB,\
 torch max_memory_allocated,23.2,A,fms-acceleration scripts/benchmarks/refs/a100_80gb_liger.csv,LoRA dropout 0.1
+fsdp-full,Meta-Llama-3-8B,llama-class,full,,,4096,4,1,adamw_torch (foreach),bf16,yes,flash-attn 2,unsloth fused CE,\
+"fms-hf-tuning/TRL, foak-fast-kernels, torch 2.4.1 transformers 4.45.2",4,FSDP1,A100-80GB,45380,MiB,\
+torch max_memory_allocated,44.32,A,fms-acceleration scripts/benchmarks/refs/a100_80gb_liger.csv,
+fsdp-qlora,Mistral-7B-v0.1,llama-class,qlora-bnb4,16,"q,k,v,o",4096,2,1,adamw_torch (foreach),bf16,yes,flash-attn 2,\
+HF CE,"fms-hf-tuning/TRL, accelerated-peft-bnb, torch 2.4.1 transformers 4.48.1",2,FSDP1,A100-80GB,8988,MiB,\
+torch max_memory_allocated,8.78,A,fms-acceleration scripts/benchmarks/refs/a100_80gb.csv,LoRA dropout 0.1
 """
 UNDESCRIBED = {
     "dpo": ("method", "lora DPO", "preference losses are not described"),

@@ -17,24 +17,28 @@ from qwentune.memory.meta_step import hold_in_4_bits, no_autocast
 from qwentune.memory.trace import Step, peak, trace
 from tests.bench.rows import kernels
 from tests.bench.rows.settings import CannotDescribeError, RowSettings
+from tests.bench.rows.sharding import sharded, units_of
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def predicted_bytes(settings: RowSettings) -> tuple[int, str]:
     """The peak of the step and the region it lies in."""
-    if settings.sharding != "none":
-        raise CannotDescribeError("sharding is not described yet")
     region, terms = peak(moments(settings))
     return sum(terms.values()) + settings.workspace_bytes, region
 
 
 def moments(settings: RowSettings) -> dict[str, dict[str, int]]:
     """Bytes by term at the worst moment of each region."""
+    if settings.sharding not in ("none", "fsdp1"):
+        raise CannotDescribeError(f"{settings.sharding} is not described")
     num_layers = settings.config["num_hidden_layers"]
     counts = (num_layers, 0) if settings.checkpointing else (0, num_layers)
     with no_autocast(), _environment(settings):
-        return trace(lambda recomputed, kept: build(settings, recomputed + kept), *counts)
+        found = trace(lambda recomputed, kept: build(settings, recomputed + kept), *counts)
+        if settings.sharding == "none":
+            return found
+        return sharded(found, units_of(build(settings, 1).network), settings)
 
 
 def build(settings: RowSettings, num_layers: int) -> Step:
@@ -92,9 +96,12 @@ def _adapted(network: Any, settings: RowSettings) -> Any:
     for module in network.modules():
         if type(module) is nn.Dropout:  # CUDA's keeps a bool per value, meta's a factor
             module.forward = lambda x: torch.native_dropout(x, settings.dropout, True)[0]
+    # PEFT's own dtype, but not on meta; FSDP's mixed precision hands the forward pass adapters in 16 bits.
+    uses_16_bits = settings.sharding == "fsdp1" and settings.autocast and not settings.fused_adapters
+    dtype = DTYPES[settings.dtype] if uses_16_bits else torch.float32
     for parameter in network.parameters():
-        if parameter.requires_grad:  # on meta PEFT leaves them in the dtype of the base
-            parameter.data = parameter.data.float()
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     return network
 
 
