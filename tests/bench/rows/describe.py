@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from qwentune.facts.gpus import GPUS, GpuSpec
-from qwentune.memory.settings import MIB, device_overheads
+from qwentune.memory.settings import device_overheads
 from tests.bench.rows.settings import CannotDescribeError, RowSettings
 from tests.bench.rows.shapes import config_named
 
@@ -66,19 +66,21 @@ def described(row: Row) -> RowSettings:
         upcast=upcast,
         autocast=autocast,
         checkpointing=not row["grad_ckpt"].lower().startswith(("no", "false", "off")),
-        # Both transformers 4 and TRL ask for reentrant checkpointing unless told otherwise.
-        reentrant="non-reentrant" not in row["grad_ckpt"].lower() and transformers < (5, 0),
+        # transformers 4 checkpoints reentrantly unless it is told otherwise, as canifinetune does.
+        reentrant="non-reentrant" not in row["grad_ckpt"].lower()
+        and transformers < (5, 0)
+        and "canifinetune" not in framework,
         attention=_attention(row, config, gpu, transformers, reads_fp32=upcast == "all" and not autocast),
         loss=_loss(row["loss_kernel"].lower()),
         transformers=transformers,
         # In a plain loop the outputs live until the next step's replace them; a Trainer's function drops them.
-        keeps_outputs=any(word in framework for word in ("loop", "method_comparison")),
+        keeps_outputs=any(word in framework for word in ("loop", "method_comparison", "canifinetune")),
         fused_norms="foak" in framework,
         fused_adapters="foak" in framework and kind == "qlora",
         optimizer=_optimizer(row["optimizer"].lower()),
         sharding=_sharding(row),
         ranks=_number(row["n_gpus"] or "1", "the number of GPUs"),
-        workspace_bytes=device_overheads(gpu).workspace_bytes if gpu else 2 * (8 * MIB + MIB // 8),
+        overheads=device_overheads(gpu or GPUS["a100-80gb"]),
         statistic=_statistic(row["statistic"].lower()),
     )
 
@@ -235,11 +237,12 @@ def _loss(text: str) -> Literal["hf", "unsloth", "liger"]:
     raise CannotDescribeError(f"its loss is not described: {text or 'not stated'}")
 
 
-def _optimizer(text: str) -> Literal["foreach", "fused", "8bit"]:
-    if re.search(r"muon|galore|sgd|adafactor|lion|paged", text) or "adam" not in text:
+def _optimizer(text: str) -> Literal["foreach", "fused", "8bit", "paged-8bit"]:
+    is_8bit = re.search(r"8.?bit", text)
+    if re.search(r"muon|galore|sgd|adafactor|lion", text) or "adam" not in text or ("paged" in text and not is_8bit):
         raise CannotDescribeError(f"its optimizer is not described: {text or 'not stated'}")
-    if re.search(r"8.?bit", text):
-        return "8bit"
+    if is_8bit:
+        return "paged-8bit" if "paged" in text else "8bit"
     return "fused" if "fused" in text else "foreach"  # torch's own choice on a GPU
 
 

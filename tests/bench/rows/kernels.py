@@ -236,12 +236,11 @@ def repeated(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -
     return tiled(module, q, repeat_kv(k, module.num_key_value_groups), repeat_kv(v, module.num_key_value_groups))
 
 
-def math(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, scaling: float = 1.0, **__: Any) -> Any:
-    """SDPA's fallback: single operators in the dtype that comes in; both factors take the root of the scale."""
-    k, v = repeat_kv(k, module.num_key_value_groups), repeat_kv(v, module.num_key_value_groups)
-    mask = torch.empty(q.shape[2], k.shape[2], dtype=q.dtype, device=q.device)
-    weights = (q * scaling**0.5 @ (k * scaling**0.5).transpose(2, 3) + mask).softmax(-1)
-    return (weights @ v).transpose(1, 2).contiguous(), None
+def math(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    """SDPA's fallback, torch's own single operators in the dtype that comes in."""
+    grouped = q.shape[1] != k.shape[1]
+    attended = torch.ops.aten._scaled_dot_product_attention_math(q, k, v, is_causal=True, enable_gqa=grouped)[0]
+    return attended.transpose(1, 2).contiguous(), None
 
 
 for _function in (eager, efficient, tiled, repeated, math):

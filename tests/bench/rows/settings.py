@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qwentune.memory.settings import Overheads
+
 
 class CannotDescribeError(Exception):
     """A row does not say, or says what no step here can be built from; the text is the reason."""
@@ -40,8 +42,8 @@ class RowSettings:
     keeps_outputs: bool = False
     fused_norms: bool = False
     fused_adapters: bool = False
-    optimizer: Literal["foreach", "fused", "8bit"] = "foreach"
+    optimizer: Literal["foreach", "fused", "8bit", "paged-8bit"] = "foreach"
     sharding: Literal["none", "fsdp1", "ddp", "zero2", "zero3"] = "none"
     ranks: int = 1
-    workspace_bytes: int = 0
+    overheads: Overheads = Overheads(0, 0, 0.0, 0)
     statistic: Literal["allocated", "reserved", "process"] = "allocated"

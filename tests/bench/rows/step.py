@@ -23,9 +23,13 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def predicted_bytes(settings: RowSettings) -> tuple[int, str]:
-    """The peak of the step and the region it lies in."""
+    """The peak of the step, in the row's statistic, and the region it lies in."""
     region, terms = peak(moments(settings))
-    return sum(terms.values()) + settings.workspace_bytes, region
+    overheads = settings.overheads
+    found = sum(terms.values()) + overheads.workspace_bytes
+    if settings.statistic != "allocated":
+        found += int(found * overheads.allocator_fraction) + overheads.allocator_bytes
+    return found + (overheads.context_bytes if settings.statistic == "process" else 0), region
 
 
 def moments(settings: RowSettings) -> dict[str, dict[str, int]]:
@@ -106,14 +110,8 @@ def _adapted(network: Any, settings: RowSettings) -> Any:
 
 
 def _optimizer(trained: list[nn.Parameter], settings: RowSettings) -> tuple[list[Tensor], Callable[[], None]]:
-    if settings.optimizer == "8bit":
-        states: list[Tensor] = []
-        for parameter in trained:
-            size, is_small = parameter.numel(), parameter.numel() < 4096
-            dtype = torch.float32 if is_small else torch.uint8
-            states += [torch.empty(size, dtype=dtype, device="meta") for _ in range(2)]
-            if not is_small:
-                states += [torch.empty(-(-size // 256), device="meta") for _ in range(2)]
+    if settings.optimizer.endswith("8bit"):
+        states = [state for parameter in trained for state in _states_in_8_bits(parameter, settings)]
         return states, lambda: None
     optimizer = torch.optim.AdamW(trained, foreach=True)  # the fused one does not run on meta
     for parameter in trained:
@@ -122,6 +120,17 @@ def _optimizer(trained: list[nn.Parameter], settings: RowSettings) -> tuple[list
     optimizer.zero_grad()
     states = [state for kept in optimizer.state.values() for state in kept.values() if state.is_meta]
     return states, (lambda: optimizer.step() and None) if settings.optimizer == "foreach" else lambda: None
+
+
+def _states_in_8_bits(parameter: Tensor, settings: RowSettings) -> list[Tensor]:
+    """bitsandbytes' moments: fp32 of small tensors; with paging those of large ones lie outside of torch's count."""
+    size = parameter.numel()
+    if size < 4096:
+        return [torch.empty(size, device="meta") for _ in range(2)]
+    scales = [torch.empty(-(-size // 256), device="meta") for _ in range(2)]
+    if settings.optimizer == "paged-8bit" and size >= 100_000:
+        return scales
+    return [*scales, *(torch.empty(size, dtype=torch.uint8, device="meta") for _ in range(2))]
 
 
 def _loss(network: Any, settings: RowSettings) -> Callable[[], Tensor]:
