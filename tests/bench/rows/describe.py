@@ -97,14 +97,14 @@ def _refuse(row: Row) -> None:
         "vera": "VeRA is not described",
         "oft": "OFT and BOFT are not described",
         "bone": "Bone is not described",
-        "tuning": "only full tuning, LoRA and QLoRA are described",
+        "+emb": "embeddings trained beside adapters are not described",
         "fp8": "8-bit floats are not described",
         "unsloth": "Unsloth's own layers are not described",
     }.items():
         if word in method:
             raise CannotDescribeError(reason)
-    if method == "adapter":
-        raise CannotDescribeError("bottleneck adapters are not described")
+    if re.fullmatch(r"adapter|ln.?tuning|(prompt|prefix|p).?tuning|ia3|bitfit", method):
+        raise CannotDescribeError(f"{row['method']} is not described")
     for kernel in ("gptq", "awq", "hqq"):
         if kernel in method:
             raise CannotDescribeError(f"{kernel.upper()}'s 4-bit kernels are not described")
@@ -164,7 +164,7 @@ def _upcast(row: Row, kind: str, is_fms: bool) -> Literal["", "all", "norms"]:
 
 
 def _tokens(text: str) -> int:
-    if found := re.fullmatch(r"\D{0,3}(\d+)( \(variable\))?", text.strip()):
+    if found := re.fullmatch(r"\D{0,3}(\d+)( .*)?", text.strip()):
         return int(found.group(1))
     raise CannotDescribeError(f"no sequence length is stated: {text or 'empty'}")
 
@@ -246,14 +246,15 @@ def _optimizer(text: str) -> Literal["foreach", "fused", "8bit", "paged-8bit"]:
     return "fused" if "fused" in text else "foreach"  # torch's own choice on a GPU
 
 
-def _sharding(row: Row) -> Literal["none", "fsdp1", "ddp", "zero2", "zero3"]:
+def _sharding(row: Row) -> Literal["none", "fsdp1", "ddp"]:
     text = row["parallelism"].lower()
     if text in ("single", "none", ""):
         return "none"
-    for word, sharding in {"fsdp1": "fsdp1", "ddp": "ddp", "zero-2": "zero2", "zero-3": "zero3"}.items():
-        if text == word:
-            return sharding  # pyright: ignore[reportReturnType]
-    raise CannotDescribeError(f"{row['parallelism']} is not described")
+    if text in ("fsdp1", "fsdp") and "fms" in row["framework"].lower():
+        return "fsdp1"
+    if text == "ddp":
+        return "ddp"
+    raise CannotDescribeError(f"{row['parallelism']} is not described for this framework")
 
 
 def _statistic(text: str) -> Literal["allocated", "reserved", "process"]:

@@ -30,7 +30,6 @@ class RowSettings:
     rank: int = 0
     targets: tuple[str, ...] | str = ()
     dropout: float = 0.0
-    trains_embeddings: bool = False
     double_quantised: bool = False
     upcast: Literal["", "all", "norms"] = ""
     autocast: bool = False
@@ -43,7 +42,7 @@ class RowSettings:
     fused_norms: bool = False
     fused_adapters: bool = False
     optimizer: Literal["foreach", "fused", "8bit", "paged-8bit"] = "foreach"
-    sharding: Literal["none", "fsdp1", "ddp", "zero2", "zero3"] = "none"
+    sharding: Literal["none", "fsdp1", "ddp"] = "none"
     ranks: int = 1
     overheads: Overheads = Overheads(0, 0, 0.0, 0)
     statistic: Literal["allocated", "reserved", "process"] = "allocated"

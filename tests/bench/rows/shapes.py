@@ -62,6 +62,8 @@ def config_named(name: str) -> Mapping[str, Any]:
             f"/{stem}"
         ):
             return _of_project(known)
+    if re.fullmatch(r"qwen-\d+([._]\d+)?b", stem):
+        raise CannotDescribeError("Qwen-1 runs code of its own checkpoint, which is not here")
     if stem not in SHAPES:
         raise CannotDescribeError(f"the shape of {name} is not known here")
     kind, hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[stem]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qwentune.memory.meta_step import hold_in_4_bits, no_autocast
 from qwentune.memory.trace import Step, peak, trace
 from tests.bench.rows import kernels
-from tests.bench.rows.settings import CannotDescribeError, RowSettings
+from tests.bench.rows.settings import RowSettings
 from tests.bench.rows.sharding import sharded, units_of
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -34,15 +34,16 @@ def predicted_bytes(settings: RowSettings) -> tuple[int, str]:
 
 def moments(settings: RowSettings) -> dict[str, dict[str, int]]:
     """Bytes by term at the worst moment of each region."""
-    if settings.sharding not in ("none", "fsdp1"):
-        raise CannotDescribeError(f"{settings.sharding} is not described")
     num_layers = settings.config["num_hidden_layers"]
     counts = (num_layers, 0) if settings.checkpointing else (0, num_layers)
     with no_autocast(), _environment(settings):
         found = trace(lambda recomputed, kept: build(settings, recomputed + kept), *counts)
-        if settings.sharding == "none":
-            return found
-        return sharded(found, units_of(build(settings, 1).network), settings)
+        if settings.sharding == "fsdp1":
+            return sharded(found, units_of(build(settings, 1).network), settings)
+    if settings.sharding == "ddp":  # it holds the gradients a second time, in its buckets
+        gradients = found["optimizer"]["gradients"]
+        return {region: {**terms, "buckets": gradients} for region, terms in found.items()}
+    return found
 
 
 def build(settings: RowSettings, num_layers: int) -> Step:
@@ -94,7 +95,6 @@ def _adapted(network: Any, settings: RowSettings) -> Any:
         r=settings.rank,
         lora_dropout=settings.dropout,
         target_modules=targets,
-        modules_to_save=["embed_tokens", "lm_head"] if settings.trains_embeddings else None,
     )
     network = get_peft_model(network, adapters)
     for module in network.modules():
@@ -138,7 +138,7 @@ def _loss(network: Any, settings: RowSettings) -> Callable[[], Tensor]:
     outputs: list[Tensor] = []
     base = network if settings.kind == "full" else network.get_base_model()
     body, head = base.model, base.lm_head
-    autocast: Any = kernels.Autocast(DTYPES[settings.dtype]) if settings.autocast else nullcontext()
+    autocast = kernels.Autocast(DTYPES[settings.dtype])
     if settings.autocast:
         # Not a layer's own `forward`: what recomputes it would lie outside.
         for module in (*(part for layer in body.layers for part in layer.children()), head):
