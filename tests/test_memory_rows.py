@@ -51,6 +51,7 @@ UNDESCRIBED = {
     "length": ("seq_len", "", "no sequence length is stated"),
     "model": ("model", "Gizmo-9B", "the shape of Gizmo-9B is not known here"),
     "unsure": ("quality", "C", "known in part only"),
+    "checkpointing": ("grad_ckpt", "", "whether layers are checkpointed is not stated"),
     "oom": ("measured_raw", "OOM", "no number was measured"),
 }
 
@@ -103,6 +104,17 @@ def test_targets_are_read_in_the_ways_people_write_them(rows: Path) -> None:
         assert described({**row, "targets": text}).targets == targets
     with pytest.raises(CannotDescribeError, match="target modules"):
         described({**row, "targets": "default"})
+
+
+def test_columns_are_read_in_the_ways_people_write_them(rows: Path) -> None:
+    row = read(rows)[0]
+    assert described({**row, "precision": "fp32 LoRA, bfloat16 base"}).dtype == "bf16"
+    assert described({**row, "grad_ckpt": "non-reentrant"}).checkpointing
+    assert not described({**row, "grad_ckpt": "no (default)"}).checkpointing
+    assert described({**row, "model": "unsloth/Llama-3.2-1B-Instruct-bnb-4bit"}).config["hidden_size"] == 2048
+    assert described({**row, "model": "Qwen2.5-1.5B-Instruct"}).config["model_type"] == "qwen2"
+    assert described({**row, "optimizer": "paged_adamw_8bit"}).optimizer == "paged-8bit"
+    assert described({**row, "gpu": "NVIDIA H100 80GB HBM3"}).overheads.workspace_bytes == 64 * 2**20
 
 
 def test_the_command_prints_a_line_per_row_and_a_summary(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:

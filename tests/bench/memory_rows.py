@@ -60,6 +60,8 @@ def score(row: Row) -> Score:
         return Score(row, measured, *predicted_bytes(settings))
     except CannotDescribeError as error:
         return Score(row, reason=str(error))
+    except Exception as error:  # the other rows are worth having
+        return Score(row, reason=f"its step cannot be built: {type(error).__name__}: {str(error)[:200]}")
 
 
 def read(file: Path) -> list[Row]:

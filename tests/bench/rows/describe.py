@@ -65,7 +65,7 @@ def described(row: Row) -> RowSettings:
         double_quantised=kind == "qlora" and (is_fms or "dq" in method or "double" in row["precision"].lower()),
         upcast=upcast,
         autocast=autocast,
-        checkpointing=not row["grad_ckpt"].lower().startswith(("no", "false", "off")),
+        checkpointing=_checkpointing(row["grad_ckpt"].lower()),
         # transformers 4 checkpoints reentrantly unless it is told otherwise, as canifinetune does.
         reentrant="non-reentrant" not in row["grad_ckpt"].lower()
         and transformers < (5, 0)
@@ -131,11 +131,18 @@ def _version(framework: str) -> tuple[int, int]:
 
 
 def _dtype(precision: str) -> Literal["fp16", "bf16", "fp32"]:
-    found = re.search(r"fp16|float16|bf16|bfloat16|fp32|float32", precision.lower())
+    """Of the base, which is the 16-bit one where a 16-bit and a 32-bit one are named."""
+    text = precision.lower().replace("bfloat", "bf").replace("float", "fp")
+    found = re.search(r"fp16|bf16", text) or re.search(r"fp32", text)
     if not found:
         raise CannotDescribeError(f"no precision is stated: {precision or 'empty'}")
-    word = found.group().replace("bfloat", "bf").replace("float", "fp")
-    return word  # pyright: ignore[reportReturnType]
+    return found.group()  # pyright: ignore[reportReturnType]
+
+
+def _checkpointing(text: str) -> bool:
+    if not text:
+        raise CannotDescribeError("whether layers are checkpointed is not stated")
+    return re.match(r"(no|not|none|false|off|0)\b(?!-)", text) is None
 
 
 def _autocast(row: Row, kind: str, is_fms: bool) -> bool:

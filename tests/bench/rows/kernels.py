@@ -219,7 +219,9 @@ def eager(
 
 
 def efficient(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    """SDPA's memory-efficient kernel behind repeated keys and values."""
+    """SDPA's memory-efficient kernel behind repeated keys and values; autocast hands it 16 bits."""
+    if q.dtype == torch.float32 and torch.is_autocast_enabled():
+        q, k, v = (x.to(module.config.dtype) for x in (q, k, v))
     k, v = repeat_kv(k, module.num_key_value_groups), repeat_kv(v, module.num_key_value_groups)
     return EfficientAttention.apply(q, k, v).transpose(1, 2).contiguous(), None
 
