@@ -124,14 +124,14 @@ def meta_batch(settings: Settings) -> dict[str, Tensor]:
     }
 
 
-def hold_in_4_bits(network: nn.Module, dtype: torch.dtype) -> None:
+def hold_in_4_bits(network: nn.Module, dtype: torch.dtype, double_quantised: bool = True) -> None:
     """Replaces the linear modules of all layers by 4-bit ones, as loading with a quantisation configuration does."""
     probe = _four_bit_linear()
     for layer in cast(Any, network).model.layers:
         for parent in layer.modules():
             for name, module in list(parent.named_children()):
                 if type(module) is nn.Linear:
-                    setattr(parent, name, probe(module, dtype))
+                    setattr(parent, name, probe(module, dtype, double_quantised))
     cast(Any, network).is_loaded_in_4bit = True  # what PEFT asks
 
 
@@ -208,26 +208,28 @@ class _FourBitProduct(torch.autograd.Function):
 
 @cache
 def _four_bit_linear() -> Any:
-    """A stand-in for bitsandbytes' module, which PEFT takes for it; NF4 with its scales quantised too."""
+    """A stand-in for bitsandbytes' module, which PEFT takes for it; NF4, its scales quantised again or in fp32."""
     from bitsandbytes.nn.modules import Linear4bit
 
     class FourBitLinear(Linear4bit):
-        def __init__(self, module: nn.Linear, dtype: torch.dtype) -> None:
+        def __init__(self, module: nn.Linear, dtype: torch.dtype, double_quantised: bool) -> None:
             nn.Module.__init__(self)
             self.in_features, self.out_features = module.in_features, module.out_features
             self.compute_dtype, self.bias = dtype, module.bias
             size = module.weight.numel()
             weight: Any = nn.Parameter(torch.empty((size // 2, 1), dtype=torch.uint8), requires_grad=False)
-            weight.compress_statistics, weight.quant_type = True, "nf4"
+            weight.compress_statistics, weight.quant_type = double_quantised, "nf4"
             self.weight = weight
-            self.register_buffer("scales", torch.empty(size // 64, dtype=torch.uint8))
-            self.register_buffer("scales_of_scales", torch.empty(-(-size // (64 * 256))))
+            scale_dtype = torch.uint8 if double_quantised else torch.float32
+            self.register_buffer("scales", torch.empty(size // 64, dtype=scale_dtype))
+            if double_quantised:
+                self.register_buffer("scales_of_scales", torch.empty(-(-size // (64 * 256))))
 
         def unpacked(self, dtype: torch.dtype) -> Tensor:
             return torch.empty((self.out_features, self.in_features), dtype=dtype, device=self.weight.device)
 
         def forward(self, x: Tensor) -> Tensor:
-            product = _FourBitProduct.apply(x, self)
-            return product if self.bias is None else product + self.bias
+            product = _FourBitProduct.apply(x.to(self.compute_dtype), self)
+            return (product if self.bias is None else product + self.bias).to(x.dtype)
 
     return FourBitLinear
