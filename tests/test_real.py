@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,13 @@ from transformers import AutoModelForCausalLM
 from qwentune.data.render import Renderer, RenderOptions
 from qwentune.data.sample import Code, Source
 from qwentune.data.tokenizer import load_tokenizer
+from qwentune.facts.models import model_spec
+from qwentune.memory.meta_step import traced_peak
+from qwentune.memory.settings import MIB
+from qwentune.model.attention import IMPLEMENTATIONS
+from qwentune.model.load import load_model
 from tests.runs import ENVIRONMENT, KILLED, final_weights, loss_history, train, write_recipe
+from tests.test_trace import SETTINGS, measured_bytes
 from tests.test_walk import CHAT_ROWS, ROOT, run_command
 
 pytestmark = [
@@ -111,6 +118,18 @@ def test_a_lora_run_that_is_killed_three_times_ends_with_the_same_bytes(tmp_path
     assert last.returncode == 0, last.stderr
     assert "from step 10" in last.stderr
     assert (loss_history(run), final_weights(run)) == undisturbed
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_real_step_takes_what_the_trace_says(kind: str, checkpointing: bool) -> None:
+    folder = os.environ["QWENTUNE_TEST_MODEL"]
+    settings = replace(SETTINGS, kind=kind, gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
+    network = load_model(Path(folder), dtype="fp32", attention=IMPLEMENTATIONS["sdpa"])
+    measured = measured_bytes(model_spec(folder), settings, network)
+    traced = traced_peak(model_spec(folder), settings).allocated
+    print(json.dumps({"measured MiB": measured / MIB, "traced MiB": traced / MIB}))
+    assert traced == pytest.approx(measured, rel=0.005)
 
 
 def test_code_is_cheapest_in_the_order_and_with_the_end_that_qwen_trained() -> None:

@@ -56,8 +56,8 @@ def tiny(name: str) -> Any:
     )
 
 
-def measured_bytes(spec: Any, settings: Settings) -> int:
-    """The peak of a real step with real weights and torch's own AdamW, after a first one made its states."""
+def random_network(spec: Any, settings: Settings) -> Any:
+    """A model with random weights in memory."""
     config = AutoConfig.for_model(**config_of(spec))
     torch.manual_seed(0)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.weights]
@@ -65,6 +65,12 @@ def measured_bytes(spec: Any, settings: Settings) -> int:
         config, dtype=dtype, attn_implementation=IMPLEMENTATIONS[settings.attention]
     )
     network.config.use_cache = False
+    return network
+
+
+def measured_bytes(spec: Any, settings: Settings, network: Any = None) -> int:
+    """The peak of a real step with real weights and torch's own AdamW, after a first one made its states."""
+    network = network or random_network(spec, settings)
     num_tokens = settings.forward_tokens
     batch = meta_batch(settings)
     real = {name: torch.zeros(x.shape, dtype=x.dtype) if name != "trees" else x for name, x in batch.items()}
