@@ -63,6 +63,7 @@ class Warm:
         """Starts training as `python -m qwentune.train` does, or code that takes `given` first; one at a time."""
         number = len(list(recipe.parent.glob("stderr-*")))
         stderr = recipe.parent / f"stderr-{number}.txt"
+        stderr.touch()  # the next start takes another one, also where this one is killed at once
         request = {"arguments": ["train", *given, str(recipe), *arguments], "code": code, "environment": environment}
         assert self.server.stdin is not None
         self.server.stdin.write(json.dumps({**request, "stderr": str(stderr)}) + "\n")

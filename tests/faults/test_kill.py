@@ -11,13 +11,15 @@ import json
 import os
 import random
 import shutil
+import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from queue import Empty, Queue
 from typing import Any
 
 import psutil
@@ -25,6 +27,7 @@ import pytest
 
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.runs import ENVIRONMENT, KILLED, final_weights, loss_history, train, write_recipe
+from tests.warm import Warm
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}
 KINDS = {"lora": LORA, "qlora": {**LORA, "kind": "qlora"}, "full": {"kind": "full"}}
@@ -42,7 +45,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 FAST = "lora-dropout-qwen2"
 LAUNCH = {1: None, 2: "launch/cpu-2.yaml"}
-LONGEST_START_SECONDS = 12.0
 MOST_STEPS = 10.0
 # Writes the rows of every step, as the run takes them, to the file that the environment names.
 TRAIN_AND_TELL = """
@@ -91,56 +93,79 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, case: str) ->
     assert (again.returncode, "already complete" in again.stderr) == (0, True)
 
 
-class Attempt:
-    """A training process in a session of its own, whose lines can be waited for and which can be killed as a whole."""
+class Attempt(ABC):
+    """A start of a run, whose lines can be waited for and which can be killed as a whole."""
 
-    def __init__(self, recipe: Path, ranks: int, script: Path, order: Path) -> None:
-        launch = LAUNCH[ranks]
-        command = [sys.executable, str(script), str(recipe)]
-        if launch is not None:
-            head = ["-m", "accelerate.commands.launch", "--config_file", launch, "--main_process_port", "0"]
-            command = [sys.executable, *head, str(script), str(recipe)]
-        self.process = subprocess.Popen(
-            command, env=ENVIRONMENT | {"ORDER": str(order)}, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        self.tree = psutil.Process(self.process.pid)
-        self.lines: Queue[str] = Queue()
-        self.said = ""
-        threading.Thread(target=self._read, daemon=True).start()
+    longest_start_seconds: float
 
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.said += line
-            self.lines.put(line)
+    @property
+    @abstractmethod
+    def said(self) -> str:
+        """What it has written to stderr."""
+
+    @abstractmethod
+    def has_ended(self) -> bool:
+        """Whether it ended by itself."""
+
+    @abstractmethod
+    def wait(self) -> int:
+        """The exit code where it is left alone."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """Kill -9 for every process, at once; returns when all are gone."""
 
     def runs_until(self, *, seconds: float, steps: float) -> bool:
-        """Waits for so many seconds or for so many steps from the first one on; False where the process ended before.
+        """Waits for so many seconds or for so many steps from the first one on; False where it ended before.
 
         A fraction of a step is that fraction of a twentieth of a second.
         """
         deadline = time.monotonic() + seconds
-        seen = 0
-        while seen < int(steps) and time.monotonic() < deadline:
-            try:
-                line = self.lines.get(timeout=0.02)
-                seen += line.startswith("step ")
-            except Empty:
-                if self.process.poll() is not None and self.lines.empty():
-                    return False
+        while self.said.count("\nstep ") < int(steps) and time.monotonic() < deadline:
+            if self.has_ended():
+                return False
+            time.sleep(0.01)
         time.sleep(min(steps % 1 / 20, max(0.0, deadline - time.monotonic())))
         return True
 
     def resumes(self) -> bool:
-        """Waits for the line that says where the run goes on; False where the process ended before."""
-        while self.process.poll() is None or not self.lines.empty():
-            with suppress(Empty):
-                if self.lines.get(timeout=0.1).startswith("resuming "):
-                    return True
-        return False
+        """Waits for the line that says where the run goes on; False where it ended before."""
+        while "\nresuming " not in f"\n{self.said}":
+            if self.has_ended():
+                return False
+            time.sleep(0.01)
+        return True
+
+
+class ColdAttempt(Attempt):
+    """Processes in a session of their own, under accelerate where they are two."""
+
+    longest_start_seconds = 12.0
+
+    def __init__(self, recipe: Path, ranks: int, order: Path) -> None:
+        script = recipe.with_name("train_and_tell.py")
+        script.write_text(TRAIN_AND_TELL)
+        self.errors = recipe.with_name(f"errors-{len(list(recipe.parent.glob('errors-*')))}.txt")
+        command = [sys.executable, str(script), str(recipe)]
+        if (launch := LAUNCH[ranks]) is not None:
+            head = ["-m", "accelerate.commands.launch", "--config_file", launch, "--main_process_port", "0"]
+            command = [sys.executable, *head, str(script), str(recipe)]
+        environment = ENVIRONMENT | {"ORDER": str(order)}
+        with self.errors.open("wb") as file:
+            self.process = subprocess.Popen(command, env=environment, stderr=file, start_new_session=True)
+        self.tree = psutil.Process(self.process.pid)
+
+    @property
+    def said(self) -> str:
+        return self.errors.read_text()
+
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def wait(self) -> int:
+        return self.process.wait(timeout=900)
 
     def kill(self) -> None:
-        """Kill -9 for every process of the attempt, at once; returns when all are gone."""
         try:
             family = [self.tree, *self.tree.children(recursive=True)]
         except psutil.NoSuchProcess:
@@ -152,6 +177,40 @@ class Attempt:
         psutil.wait_procs(family, timeout=30)
 
 
+class WarmAttempt(Attempt):
+    """Each rank forked from a process that has imported everything, so that a hundred kills take minutes."""
+
+    longest_start_seconds = 4.0
+
+    def __init__(self, recipe: Path, warm: Sequence[Warm], order: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = {"WORLD_SIZE": str(len(warm)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        places = [{"RANK": str(k), "LOCAL_RANK": str(k), **ranks} if len(warm) > 1 else {} for k in range(len(warm))]
+        self.runs = [
+            server.start(recipe, code=TRAIN_AND_TELL, ORDER=str(order), **place)
+            for server, place in zip(warm, places, strict=True)
+        ]
+
+    @property
+    def said(self) -> str:
+        return self.runs[0].said
+
+    def has_ended(self) -> bool:
+        return any(not psutil.pid_exists(run.pid) for run in self.runs)
+
+    def wait(self) -> int:
+        return max(run.wait(900) for run in self.runs)
+
+    def kill(self) -> None:
+        for run in self.runs:
+            with suppress(ProcessLookupError):
+                run.signal(signal.SIGKILL)
+        for run in self.runs:
+            run.wait()
+
+
 def order_of(file: Path) -> list[list[object]]:
     """The rows of each step; a step that was done twice must have had the same rows both times."""
     steps: dict[int, list[object]] = {}
@@ -161,27 +220,27 @@ def order_of(file: Path) -> list[list[object]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def kill_until_done(folder: Path, kind: str, ranks: int, kills: int, seed: int) -> None:
+def kill_until_done(folder: Path, kind: str, kills: int, start: Callable[[Path, Path], Attempt]) -> None:
+    """`start` begins an attempt at a recipe whose order of rows goes to a file."""
+    seed = int(os.environ.get("SEED", random.randrange(10_000)))
     model = add_weights(write_checkpoint(folder / "model", "qwen3"))
     recipe = write_recipe(
         folder, model, tuning=KINDS[kind], optimizer={"max_steps": kills * int(MOST_STEPS + 1)},
         data={"max_tokens": 256}, batch={"sequences_per_step": 2, "micro_batch": 1}, output={"save_every_steps": 5},
     )  # fmt: skip
-    script = folder / "train_and_tell.py"
-    script.write_text(TRAIN_AND_TELL)
     run, chance = folder / "run", random.Random(seed)
     print(f"seed {seed}")
 
-    undisturbed = Attempt(recipe, ranks, script, folder / "order.jsonl")
-    assert undisturbed.process.wait(timeout=900) == 0, undisturbed.said
+    undisturbed = start(recipe, folder / "order.jsonl")
+    assert undisturbed.wait() == 0, undisturbed.said
     expected = loss_history(run), final_weights(run), order_of(folder / "order.jsonl")
     run.rename(folder / "undisturbed")
 
     order, moments = folder / "order-killed.jsonl", []
     for number in range(kills):
-        attempt = Attempt(recipe, ranks, script, order)
+        attempt = start(recipe, order)
         after_the_resume_line = number % 2 == 1
-        seconds, steps = chance.uniform(0, LONGEST_START_SECONDS), chance.uniform(0, MOST_STEPS)
+        seconds, steps = chance.uniform(0, attempt.longest_start_seconds), chance.uniform(0, MOST_STEPS)
         if number == 0:  # the first leaves a checkpoint, so that there is something to resume from
             steps = MOST_STEPS - 2
             goes_on = attempt.runs_until(seconds=60, steps=steps)
@@ -194,8 +253,8 @@ def kill_until_done(folder: Path, kind: str, ranks: int, kills: int, seed: int) 
         moments.append(f"{steps:.1f} steps" if after_the_resume_line or number == 0 else f"{seconds:.1f} s")
     print(f"killed after {', '.join(moments)}")
 
-    last = Attempt(recipe, ranks, script, order)
-    assert last.process.wait(timeout=900) == 0, last.said
+    last = start(recipe, order)
+    assert last.wait() == 0, last.said
     assert "resuming" in last.said
     assert loss_history(run) == expected[0]
     assert final_weights(run) == expected[1]
@@ -205,7 +264,7 @@ def kill_until_done(folder: Path, kind: str, ranks: int, kills: int, seed: int) 
 @pytest.mark.fault("A01 A08 E35", "the same weights, losses and order of rows, bit for bit")
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
-    kill_until_done(tmp_path, "lora", ranks=1, kills=10, seed=int(os.environ.get("SEED", random.randrange(10_000))))
+    kill_until_done(tmp_path, "lora", 10, lambda recipe, order: ColdAttempt(recipe, 1, order))
 
 
 @pytest.mark.fault("A01 A08 E35", "the same weights, losses and order of rows, bit for bit")
@@ -213,4 +272,13 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hundred_kills_at_random_moments_change_nothing(tmp_path: Path, kind: str, ranks: int) -> None:
-    kill_until_done(tmp_path, kind, ranks, kills=100, seed=int(os.environ.get("SEED", random.randrange(10_000))))
+    """COLD=1 starts every process anew, as a user does, and takes five times as long."""
+    if "COLD" in os.environ:
+        kill_until_done(tmp_path, kind, 100, lambda recipe, order: ColdAttempt(recipe, ranks, order))
+        return
+    servers = [Warm() for _ in range(ranks)]
+    try:
+        kill_until_done(tmp_path, kind, 100, lambda recipe, order: WarmAttempt(recipe, servers, order))
+    finally:
+        for server in servers:
+            server.close()
