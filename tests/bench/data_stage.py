@@ -152,10 +152,9 @@ def main() -> None:
                 continue
             write_chats(data, rows, count=arguments.chats)
             bare, first, second = (measured(measure, folder, data) for measure in ("bare", "stage", "stage"))
-            print(
-                f"{template:8} ({kind}): {arguments.chats} chats, {data.stat().st_size / 1e6:.0f} MB; bare {bare:.2f} s, "
-                f"stage {first:.2f} s, ratio {first / bare:.2f}; second start {second:.3f} s, {second / first:.3f}"
-            )
+            size = data.stat().st_size / 1e6
+            print(f"{template:8} ({kind}): {arguments.chats} chats, {size:.0f} MB; bare loop {bare:.2f} s")
+            print(f"{'':8} stage {first:.2f} s, {first / bare:.2f}; second start {second:.3f} s, {second / first:.3f}")
 
 
 if __name__ == "__main__":
