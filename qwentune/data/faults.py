@@ -68,8 +68,9 @@ class Faults:
     def misspelt(self, row: Mapping[str, Json], known: tuple[str, ...], allowed: tuple[str, ...], path: str) -> None:
         """Note keys that are nearly a known one: taken for unknown, they would silently change what is trained."""
         for key in row:
-            near = get_close_matches(key, known, n=1, cutoff=0.8)
-            if near and key not in (*known, *allowed):
+            if key in known or key in allowed:  # most are, and looking for the nearest is slow
+                continue
+            if near := get_close_matches(key, known, n=1, cutoff=0.8):
                 self.add(f"{path}the unknown key {key!r}", f"Did you mean {near[0]!r}? Else rename it.")
 
 

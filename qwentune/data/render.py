@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, takewhile
+from itertools import accumulate
 
 from qwentune.data.dialogue import Dialogue, RenderOptions, Turn
 from qwentune.data.fim import FillInTheMiddle, Form, Order
@@ -399,5 +399,8 @@ class _Examples:
 
 def _num_common(one: Sequence[int], other: Sequence[int], known: int) -> int:
     """How many tokens two examples have in common at their beginning; the first `known` are."""
-    pairs = zip(one[known:], other[known:], strict=False)
-    return known + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    low, high = known, min(len(one), len(other))
+    while low < high:  # comparing slices is quicker than token by token
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low

@@ -1,0 +1,161 @@
+"""What the data stage costs beside the least that any data stage does.
+
+    python tests/bench/data_stage.py [--chats 20000] [--messages N] [--large GB]
+
+CPU seconds of the whole stage (read, render, encode, mask, write, pack) divided by those of a bare loop that parses
+each row, renders it once with the compiled template and encodes it once; and those of a second start divided by the
+first one's. Each is a process of its own, net of its start. With `--large`, instead: the peak memory of the stage on a
+file of that size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tests.checkpoints import write_checkpoint
+
+TEMPLATES = {"qwen2_5": "keeps what it wrote", "qwen3": "rewrites history"}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Looks a word up and returns what the dictionary says of it.",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}, "limit": {"type": "integer"}}},
+    },
+}
+
+
+def library_lines() -> list[str]:
+    """The lines of Python's standard library: code and English, the same on every machine with this Python."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    texts = [path.read_text("utf-8", "replace") for path in sorted(folder.glob("*.py"))]
+    return [line for text in texts for line in text.splitlines() if line.strip()]
+
+
+def chats(seed: int, num_messages: int | None, *, reasoning: bool) -> Iterator[dict[str, Any]]:
+    """Random chats without end: short and long, every third with calls of a tool, some in Chinese."""
+    rng, lines = Random(seed), library_lines()
+
+    def text(num_lines: int) -> str:
+        start = rng.randrange(len(lines) - 2 * num_lines)
+        said = "\n".join(lines[start : start + rng.randint(1, 2 * num_lines)])
+        return said + "今天天气怎么样？我想去公园走走。" * (rng.random() < 0.1)
+
+    while True:
+        has_tools = rng.random() < 0.33
+        messages: list[dict[str, Any]] = []
+        if rng.random() < 0.3:
+            messages.append({"role": "system", "content": text(3)})
+        for _ in range((num_messages or 2 * rng.randint(1, 6)) // 2):
+            messages.append({"role": "user", "content": text(4)})
+            if has_tools and rng.random() < 0.3:
+                call = {"name": "look_up", "arguments": {"word": text(1), "limit": rng.randint(1, 9)}}
+                messages.append({"role": "assistant", "content": "", "tool_calls": [{"function": call}]})
+                messages.append({"role": "tool", "content": text(3)})
+            answer = {"role": "assistant", "content": text(10)}
+            messages.append(answer | ({"reasoning_content": text(10)} if reasoning and rng.random() < 0.5 else {}))
+        yield {"messages": messages} | ({"tools": [TOOL]} if has_tools else {})
+
+
+def write_chats(path: Path, rows: Iterator[dict[str, Any]], *, count: int = 0, num_bytes: int = 0) -> None:
+    """Writes so many chats, or as many as make so many bytes."""
+    with path.open("w", encoding="utf-8") as file:
+        for number, row in enumerate(rows):
+            if number >= count and file.tell() >= num_bytes:
+                return
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+# --- what runs in a process of its own, and prints a number
+
+
+def stage(folder: Path, data: Path) -> float:
+    """CPU seconds of the data stage of a run on this checkpoint, with whatever its cache holds."""
+    from qwentune.data.dataset import chat_template, prepare
+    from qwentune.data.tokenizer import load_tokenizer
+    from qwentune.recipe import DataOptions
+
+    options = DataOptions.model_validate({"train": [{"path": str(data)}], "max_tokens": 32768, "eval_fraction": 0})
+    tokenizer = load_tokenizer(folder)
+    template = chat_template(options, tokenizer)
+    start = time.process_time()
+    dataset = prepare(options, tokenizer, template, 0)
+    assert len(dataset.train)
+    return time.process_time() - start
+
+
+def bare_loop(folder: Path, data: Path) -> float:
+    """CPU seconds of parsing, rendering and encoding each dialogue once."""
+    from tokenizers import Tokenizer
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    template = _compile_jinja_template((folder / "chat_template.jinja").read_text("utf-8"))
+    start = time.process_time()
+    with data.open(encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            text = template.render(messages=row["messages"], tools=row.get("tools"), add_generation_prompt=False)
+            tokenizer.encode(text, add_special_tokens=False)
+    return time.process_time() - start
+
+
+def large(folder: Path, data: Path) -> float:
+    """Peak memory of the data stage in GB."""
+    stage(folder, data)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+MEASURES = {"stage": stage, "bare": bare_loop, "large": large}
+
+
+def measured(name: str, folder: Path, data: Path) -> float:
+    """What the measure says in a process of its own, whose cache stands beside the data."""
+    command = [sys.executable, __file__, "--measure", name, str(folder), str(data)]
+    environment = {**os.environ, "QWENTUNE_CACHE": str(data.parent / "cache"), "RAYON_NUM_THREADS": "1"}
+    return float(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def main() -> None:
+    """Prints a line for each template."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--chats", type=int, default=20_000)
+    parser.add_argument("--messages", type=int, help="in each chat; default: 2 to 12")
+    parser.add_argument("--large", type=float, metavar="GB", help="peak memory on a file of this size")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        name, folder, data = arguments.measure
+        print(MEASURES[name](Path(folder), Path(data)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        for template, kind in TEMPLATES.items():
+            folder = write_checkpoint(root / template, "qwen3", num_ranks=None, template=template)
+            data = root / "rows.jsonl"
+            rows = chats(0, arguments.messages, reasoning=template == "qwen3")
+            if arguments.large:
+                write_chats(data, rows, num_bytes=int(arguments.large * 1e9))
+                print(f"{template:8} {data.stat().st_size / 1e9:.2f} GB, peak {measured('large', folder, data):.2f} GB")
+                continue
+            write_chats(data, rows, count=arguments.chats)
+            bare, first, second = (measured(measure, folder, data) for measure in ("bare", "stage", "stage"))
+            size = data.stat().st_size / 1e6
+            print(f"{template:8} ({kind}): {arguments.chats} chats, {size:.0f} MB; bare loop {bare:.2f} s")
+            print(f"{'':8} stage {first:.2f} s, {first / bare:.2f}; second start {second:.3f} s, {second / first:.3f}")
+
+
+if __name__ == "__main__":
+    main()
