@@ -170,6 +170,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
         num_ranks=ranks.num_ranks,
         sharding=ranks.sharding,
         stored=stored,
+        fresh=request.fresh,
         tell=(lambda said: console.say(said) if ranks.leads else None) if is_first_start_on_gpu else None,
     )
     if not plan.fits and not request.force_memory:
