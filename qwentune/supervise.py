@@ -42,10 +42,12 @@ def train(
     for key in allow_change or ():
         arguments += ["--allow-change", key]
     replan = fresh or changes_the_plan(allow_change or ())
-    console.end(console.run(lambda: run(recipe, overrides or [], arguments, force_memory, replan)))
+    console.end(console.run(lambda: run(recipe, overrides or [], arguments, force_memory, replan, fresh)))
 
 
-def run(recipe_path: str, overrides: list[str], arguments: list[str], force_memory: bool, replan: bool) -> int:
+def run(
+    recipe_path: str, overrides: list[str], arguments: list[str], force_memory: bool, replan: bool, fresh: bool
+) -> int:
     """Judges the run, chooses its launch file, and trains; the trainer's exit code.
 
     The plan of an earlier start is judged again, not made anew, unless `replan` says so.
@@ -73,6 +75,7 @@ def run(recipe_path: str, overrides: list[str], arguments: list[str], force_memo
         num_ranks=count,
         sharding=sharding,
         stored=None if replan else RunFolder(Path(recipe.output.dir)).stored_plan(),
+        fresh=fresh,
     )
     console.say(render_plan(plan, spec.num_layers, f"{recipe.model} · {recipe.tuning.kind}"))
     if not plan.fits and not force_memory:

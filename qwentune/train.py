@@ -170,6 +170,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
         num_ranks=ranks.num_ranks,
         sharding=ranks.sharding,
         stored=stored,
+        fresh=request.fresh,
         tell=(lambda said: console.say(said) if ranks.leads else None) if is_first_start_on_gpu else None,
     )
     if not plan.fits and not request.force_memory:
@@ -311,6 +312,7 @@ class _Training:
             allowed=[*self.request.allow_change, *(["plan"] if changes_the_plan(self.request.allow_change) else [])],
             num_steps=self.schedule.num_steps,
             patience=self.loaded.recipe.output.early_stopping,
+            versions=_library_versions(),
         )
         if not start.complete:
             self.folder.rewind(start.step)
@@ -441,6 +443,7 @@ class _Training:
         from qwentune.durable import remove, replace_folder
         from qwentune.exporting.package import copy_weights, model_card, stop_token_ids, write_package
         from qwentune.training.best import best_step
+        from qwentune.training.checkpoints import verify
 
         if not self.ranks.leads:
             return
@@ -448,12 +451,17 @@ class _Training:
         last, skipped = checkpoints.newest()
         if last is None:
             raise ResumeError(skipped, "The run ended without a checkpoint.")
-        best = best_step(last) if recipe.output.best is not None else None
-        step = last.step if best is None else best
+        source = last
+        if recipe.output.best is not None and (best := best_step(last)) is not None:
+            found = verify(checkpoints.published(best))
+            if isinstance(found, Problem):
+                console.say(f"warning: the best step, {best}, is lost and the last is published: {found}")
+            else:
+                source = found
         target = self.folder.path / ("model" if recipe.tuning.kind == "full" else "adapter")
         staging = target.with_name(f".{target.name}.writing")
         remove(staging)
-        copy_weights(checkpoints.published(step), staging)
+        copy_weights(source.folder, staging)
         write_package(
             staging,
             base,
@@ -472,7 +480,7 @@ class _Training:
         )
         self.folder.write("README.md", card)
         how = "all steps are done" if last.step >= self.schedule.num_steps else "the eval loss stopped falling"
-        self._status("finished", EXIT_OK, f"{how}; published step {step}", last.step)
+        self._status("finished", EXIT_OK, f"{how}; published step {source.step}", last.step)
 
     def _status(self, state: State, code: int | None, reason: str, step: int | None = None) -> None:
         if not self.ranks.leads:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qwentune.errors import ResumeError, RunInUseError
+from qwentune.errors import Problem, ResumeError, RunInUseError
 from qwentune.training.checkpoints import MANIFEST, Checkpoint, Checkpoints, open_checkpoint, verify
 from qwentune.training.run_folder import RunFolder
 from qwentune.training.start import move_aside
@@ -55,6 +55,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path: 
     assert newest.step == 10
     assert len(skipped) == 1
     assert "step-20" in skipped[0].where
+
+
+@pytest.mark.fault("B11", "one bit of a manifest flips: the checkpoint is passed over, whatever the bit stood for")
+def test_no_bit_of_a_manifest_can_flip_unseen(tmp_path: Path) -> None:
+    manifest = publish(Checkpoints(tmp_path, keep=3), 10) / MANIFEST
+    content = manifest.read_bytes()
+    for place, byte in enumerate(content):
+        for bit in (1, 2, 16):  # another digit, another letter, another kind of character
+            manifest.write_bytes(content[:place] + bytes([byte ^ bit]) + content[place + 1 :])
+            assert isinstance(verify(manifest.parent), Problem), (place, bit)
 
 
 @pytest.mark.fault("B13", "folders and files that only look like checkpoints are passed over")

@@ -27,7 +27,7 @@ def init(folder: Path, *arguments: str) -> tuple[int, str, Path]:
 
 @pytest.fixture(autouse=True)
 def _large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "free_disk_bytes", lambda _: 10**13)
+    monkeypatch.setattr(judge, "free_disk_bytes", lambda *_, **__: 10**13)
     monkeypatch.setattr(judge, "free_host_bytes", lambda: 10**12)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,10 +49,23 @@ def free_host_bytes() -> int:
     return psutil.virtual_memory().available
 
 
-def free_disk_bytes(folder: Path) -> int:
-    """Free bytes where `folder` is or will be."""
-    existing = next(path for path in (folder, *folder.resolve().parents) if os.access(path, os.F_OK))
-    return shutil.disk_usage(existing).free
+def free_disk_bytes(run: Path, *, fresh: bool) -> int:
+    """Bytes that a run in the folder `run` may fill: those free there, and its own earlier ones unless it is `fresh`.
+
+    A run that goes on replaces its checkpoints and weights, a fresh one moves them aside.
+    """
+    existing = next(path for path in (run, *run.resolve().parents) if os.access(path, os.F_OK))
+    free = shutil.disk_usage(existing).free
+    return free if fresh else free + sum(_held_bytes(run / name) for name in ("checkpoints", "adapter", "model"))
+
+
+def _held_bytes(folder: Path) -> int:
+    held = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # a run beside this one may be removing it
+                held += os.lstat(os.path.join(root, name)).st_size
+    return held
 
 
 def _named(name: str, total_bytes: int, capability: str) -> GpuSpec:

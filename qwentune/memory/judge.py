@@ -37,9 +37,12 @@ def judge(
     sharding: Sharding | Auto = "auto",
     optimizer_steps: int | None = None,
     stored: Mapping[str, Json] | None = None,
+    fresh: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> RunPlan:
     """The plan of a run; with the plan `stored` by an earlier start its choices are judged again, not made anew.
+
+    A `fresh` run leaves what the folder holds where it is on the disk.
 
     With `tell` the training step is traced too, which takes torch and some seconds, and the trace has the last word;
     `tell` gets the figures in words.
@@ -66,7 +69,7 @@ def judge(
         keep=output.keep,
         optimizer_steps=optimizer_steps,
         host_free_bytes=free_host_bytes(),
-        disk_free_bytes=free_disk_bytes(Path(output.dir)),
+        disk_free_bytes=free_disk_bytes(Path(output.dir), fresh=fresh),
     )
     if stored is not None:
         request = pinned(request, RunPlan.from_json(stored).choices)

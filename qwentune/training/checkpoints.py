@@ -55,7 +55,7 @@ class Checkpoints:
         files = sorted(path for path in written.rglob("*") if path.is_file())
         for path in files:
             sync(path)
-        manifest = {
+        manifest: dict[str, Any] = {
             "schema": MANIFEST_SCHEMA,
             "step": step,
             "facts": facts,
@@ -64,6 +64,7 @@ class Checkpoints:
                 for path in files
             },
         }
+        manifest["sha256"] = _sha256_of(manifest)
         write_text(written / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
         sync_folders(written)
         target = self.published(step)
@@ -71,8 +72,9 @@ class Checkpoints:
             self._remove(target)
         os.rename(written, target)
         sync(self.folder)
+        sync(self.run)  # which the folder of checkpoints may be new in, and the records
         remove(self.staging(step))
-        self._point_latest_at(target)
+        self.point_latest_at(target)
         self._rotate(spared | {step})
         return target
 
@@ -108,7 +110,11 @@ class Checkpoints:
                 remove(path)
         numbered = self._numbered()
         if numbered:
-            self._point_latest_at(numbered[0][1])
+            self.point_latest_at(numbered[0][1])
+
+    def point_latest_at(self, folder: Path) -> None:
+        """Makes `latest` name a checkpoint of this run."""
+        write_text(self.run / "latest", f"checkpoints/{folder.name}\n")
 
     def _numbered(self) -> list[tuple[int, Path]]:
         if not self.folder.exists():
@@ -132,21 +138,22 @@ class Checkpoints:
         os.rename(folder, trash)
         remove(trash)
 
-    def _point_latest_at(self, folder: Path) -> None:
-        write_text(self.run / "latest", f"checkpoints/{folder.name}\n")
-
 
 def verify(folder: Path) -> Checkpoint | Problem:
     """The checkpoint in `folder` if every file has the size and hash that its manifest states, else what is wrong."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        schema, step, files = manifest["schema"], manifest["step"], manifest["files"]
+        schema = manifest["schema"]
+        if schema != MANIFEST_SCHEMA:
+            what = f"was written in layout {schema}, this version reads layout {MANIFEST_SCHEMA}"
+            return Problem(str(folder), what)
+        if manifest.pop("sha256") != _sha256_of(manifest):
+            return Problem(str(folder / MANIFEST), "has been altered: its SHA-256 is not the one in it")
+        step, files, facts = manifest["step"], manifest["files"], manifest["facts"]
     except FileNotFoundError:
         return Problem(str(folder), "has no manifest: it was never finished")
     except (OSError, ValueError, KeyError, TypeError) as error:
         return Problem(str(folder), f"its manifest cannot be read: {error}")
-    if schema != MANIFEST_SCHEMA:
-        return Problem(str(folder), f"was written in layout {schema}, this version reads layout {MANIFEST_SCHEMA}")
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
@@ -156,7 +163,7 @@ def verify(folder: Path) -> Checkpoint | Problem:
             return Problem(str(path), f"has {size} bytes instead of {expected['bytes']}")
         if _sha256(path) != expected["sha256"]:
             return Problem(str(path), "has been altered: its SHA-256 is not the manifest's")
-    return Checkpoint(folder, step, manifest["facts"])
+    return Checkpoint(folder, step, facts)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -165,6 +172,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if isinstance(found, Problem):
         raise ResumeError(found)
     return found
+
+
+def _sha256_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

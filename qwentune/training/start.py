@@ -69,10 +69,12 @@ def choose_start(
     allowed: Sequence[str],
     num_steps: int,
     patience: int | None,
+    versions: Mapping[str, str],
 ) -> Start:
     """The newest checkpoint that verifies, or the one named by `resume`, or a new run where there is none.
 
-    `patience` is the number of evaluations without a lower loss after which a run is done.
+    `patience` is the number of evaluations without a lower loss after which a run is done, `versions` are those of the
+    libraries.
 
     Raises ResumeError where checkpoints exist but none verifies, and where the run's facts differ from the
     checkpoint's in a key that is not in `allowed`.
@@ -89,6 +91,8 @@ def choose_start(
     if checkpoint is None:
         return Start(None)
     messages += _accepted_drift(checkpoint, facts, allowed)
+    if skipped:
+        checkpoints.point_latest_at(checkpoint.folder)
     if resume != "auto":
         messages += [f"moved a later checkpoint to {folder}" for folder in checkpoints.set_aside(checkpoint.step)]
     step = checkpoint.step
@@ -101,6 +105,7 @@ def choose_start(
     if complete:
         messages.append(f"already complete: {run.path} was trained for {step} steps")
     else:
+        messages += _other_versions(checkpoint.facts.get("versions", {}), versions)
         messages.append(f"resuming {run.path} from step {step}")
     return Start(checkpoint, trained, complete, tuple(messages))
 
@@ -169,6 +174,11 @@ def _accepted_drift(checkpoint: Checkpoint, facts: Mapping[str, Any], allowed: S
         f"{checkpoint.folder} belongs to another run. Undo the change{accept}, or start anew with --fresh (the old "
         "folder is moved aside).",
     )
+
+
+def _other_versions(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    others = [f"{name} {then[name]}, now {now[name]}" for name in now if name in then and then[name] != now[name]]
+    return [f"the checkpoint was written with {'; '.join(others)}: rounding may differ"] if others else []
 
 
 def _is_fixed(key: str, then: Any, now: Any, facts: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ import pytest
 
 from qwentune.training.checkpoints import Checkpoints
 from tests.checkpoints import add_weights, write_checkpoint
-from tests.runs import ENVIRONMENT, final_weights, loss_history, write_recipe
+from tests.runs import ENVIRONMENT, KILL_AT, KILLED, final_weights, loss_history, write_recipe
 from tests.warm import TRAIN, Warm
 
 pytestmark = pytest.mark.slow
@@ -124,6 +124,20 @@ def test_a_disk_that_another_program_fills_ends_the_run_and_space_lets_it_go_on(
         again = warm.train(recipe, f"output.dir={run}")
         assert again.code == 0, again.said
         assert "from step 3" in again.said
+        assert (loss_history(run), final_weights(run)) == undisturbed
+
+
+@pytest.mark.fault("C17", "a run that goes on needs no room for the checkpoints that it has already")
+def test_a_disk_that_just_suffices_lets_a_killed_run_go_on(
+    recipe: Path, warm: Warm, undisturbed: tuple[object, object], tmp_path: Path
+) -> None:
+    needed = json.loads((recipe.parent / "run" / "plan.json").read_text())["disk_bytes"]
+    with small_disk(tmp_path / "disk", round(1.1 * needed / 1024)) as disk:
+        run = disk / "run"
+        assert warm.train(recipe, f"output.dir={run}", code=KILL_AT, given=["8"]).code == KILLED
+        assert shutil.disk_usage(disk).free < needed
+        again = warm.train(recipe, f"output.dir={run}")
+        assert again.code == 0, again.said
         assert (loss_history(run), final_weights(run)) == undisturbed
 
 

@@ -30,7 +30,7 @@ def publish(checkpoints: Checkpoints, step: int) -> Path:
     written.mkdir(parents=True)
     (written / "model.safetensors").write_text(f"weights {step}")
     (written / "trainer_state.json").write_text('{"best_global_step": null, "log_history": []}')
-    return checkpoints.publish(written, step, {"run": FACTS})
+    return checkpoints.publish(written, step, {"run": FACTS, "versions": {"torch": "1"}})
 
 
 def trained_run(folder: Path, *steps: int) -> tuple[RunFolder, Checkpoints]:
@@ -44,7 +44,9 @@ def trained_run(folder: Path, *steps: int) -> tuple[RunFolder, Checkpoints]:
 
 
 def start(run: RunFolder, checkpoints: Checkpoints, num_steps: int) -> Start:
-    return choose_start(run, checkpoints, FACTS, resume="auto", allowed=[], num_steps=num_steps, patience=None)
+    return choose_start(
+        run, checkpoints, FACTS, resume="auto", allowed=[], num_steps=num_steps, patience=None, versions={"torch": "2"}
+    )
 
 
 # --- publication
@@ -111,6 +113,20 @@ def test_a_checkpoint_of_another_layout_names_both(tmp_path: Path) -> None:
     found = verify(folder)
     assert "layout 99" in str(found)
     assert "reads layout 1" in str(found)
+
+
+@pytest.mark.fault("B16", "a checkpoint of another version of torch is taken, and both versions are said")
+def test_other_versions_are_said(tmp_path: Path) -> None:
+    begun = start(*trained_run(tmp_path / "run", 6), num_steps=8)
+    assert any("written with torch 1, now 2: rounding may differ" in message for message in begun.messages)
+
+
+@pytest.mark.fault("A04 B11", "the newest is damaged: `latest` names the one that is taken")
+def test_latest_names_the_checkpoint_that_is_taken(tmp_path: Path) -> None:
+    run, checkpoints = trained_run(tmp_path / "run", 6, 9)
+    (checkpoints.published(9) / "model.safetensors").write_text("weights 8")
+    assert start(run, checkpoints, num_steps=12).step == 6
+    assert (run.path / "latest").read_text() == "checkpoints/step-6\n"
 
 
 @pytest.mark.fault("B13", "folders and files that only look like checkpoints are passed over")

@@ -151,6 +151,24 @@ def test_early_stopping_counts_on_after_a_kill(tmp_path: Path, warm: Warm, model
     assert "already complete" in warm.train(recipe).said
 
 
+@pytest.mark.fault("B11", "the best checkpoint is damaged when the weights are published: said, and the last is taken")
+def test_damaged_weights_are_not_published_as_the_best(tmp_path: Path, warm: Warm, model: Path) -> None:
+    recipe = recipe_of(
+        tmp_path, model, data={"eval_fraction": 0.2},
+        optimizer={"max_steps": 40, "learning_rate": 0.3, "schedule": "constant"},  # so much that the eval loss rises
+        output={"save_every_steps": 100, "eval_every_steps": 2, "best": "loss", "early_stopping": 2},
+    )  # fmt: skip
+    assert warm.train(recipe).code == 0
+    run = tmp_path / "run"
+    best, last = sorted((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))[-2:]
+    shutil.rmtree(run / "model")
+    os.truncate(best / "model.safetensors", 100)
+    again = warm.train(recipe)
+    assert again.code == 0, again.said
+    assert f"warning: the best step, {best.name[5:]}, is lost" in again.said
+    assert final_weights(run)["model.safetensors"] == (last / "model.safetensors").read_bytes()
+
+
 @pytest.mark.fault("E37", "resumed late in a run: the batches before are neither loaded nor rendered again")
 def test_a_late_resume_loads_only_what_is_left(tmp_path: Path, warm: Warm, model: Path) -> None:
     recipe = recipe_of(tmp_path, model, batch={"micro_batch": 4})
@@ -396,6 +414,8 @@ def test_no_pickle_of_a_checkpoint_runs_code(tmp_path: Path, warm: Warm, model: 
     manifest = json.loads((folder / "manifest.json").read_text())
     content = (folder / name).read_bytes()
     manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    del manifest["sha256"]
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest))
     refused = warm.train(recipe)
     assert refused.code == 5, refused.said
