@@ -21,7 +21,7 @@ FULL_LOSS_BYTES_PER_LOGIT = 12
 LOSS_CHUNK_TOKENS = 1024
 # NF4: half a byte, an 8-bit scale per 64 values, and an fp32 scale per 256 of those scales.
 NF4_BYTES_PER_PARAMETER = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-# The size of DeepSpeed's reduce and all-gather buckets unless its configuration says otherwise, in values.
+# The most values in a bucket in which DeepSpeed reduces gradients; it is made whole, so runs ask for no larger one.
 DEEPSPEED_BUCKET_VALUES = 500_000_000
 # One NCCL communicator; up to 1.6 GB was reported once (NVIDIA/nccl#864), unverified.
 NCCL_BYTES = 512 * MIB
@@ -156,8 +156,9 @@ def _gradient_bytes(spec: ModelSpec, settings: Settings) -> int:
     """All gradients of one rank once the backward pass is through."""
     trained = trained_parameters(spec, settings)
     if settings.uses_deepspeed:
-        bucket = 2 * settings.trained_bytes * min(trained, DEEPSPEED_BUCKET_VALUES)
-        return _share(4 * trained, settings.num_ranks) + bucket
+        bucket = settings.trained_bytes * min(trained, DEEPSPEED_BUCKET_VALUES)
+        num_buckets = 2 if settings.sharding == "zero3" else 1  # stage 3 fills one while the other is on its way
+        return _share(4 * trained, settings.num_ranks) + num_buckets * bucket
     if settings.sharding == "fsdp2":
         one_layer = settings.trained_bytes * trained // spec.num_layers
         return _share(settings.trained_bytes * trained, settings.num_ranks) + one_layer
