@@ -339,6 +339,7 @@ class _Training:
         from qwentune.model.head import LossHead
         from qwentune.training.learning_rate import learning_rate_factor
         from qwentune.training.probe import Probe
+        from qwentune.training.shards import bound_buckets
         from qwentune.training.stop import StopOnSignal
         from qwentune.training.trackers import continue_record
         from qwentune.training.trainer import SftTrainer, training_arguments
@@ -391,6 +392,7 @@ class _Training:
             recorder=recorder,
             output=recipe.output,
         )
+        bound_buckets(trainer.accelerator, model)
         trainer.add_callback(Probe(trainer, self._measured))
         return trainer, stop
 

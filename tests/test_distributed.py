@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import add_weights, write_checkpoint
-from tests.runs import final_weights, loss_history, train, write_recipe
+from tests.runs import ENVIRONMENT, final_weights, loss_history, train, write_recipe
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 8}
 
@@ -49,3 +51,26 @@ def test_two_ranks_train_like_one_process(tmp_path: Path, launch: str, kind: str
     assert manifest["facts"]["run"]["number of ranks"] == 2
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= manifest["files"].keys()
     assert final_weights(run).keys() == final_weights(tmp_path / "alone").keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launch", "kind"), [("cpu-2", "full"), ("cpu-zero2", "full"), ("cpu-zero2", "lora")])
+def test_each_rank_holds_what_the_plan_says(tmp_path: Path, launch: str, kind: str) -> None:
+    """Parameters, gradients with DDP's and DeepSpeed's buckets, and optimizer states, to the byte."""
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    tuning = LORA if kind == "lora" else {}
+    recipe = write_recipe(tmp_path, model, tuning=tuning, batch={"micro_batch": 1}, optimizer={"max_steps": 2})
+    held = tmp_path / "held"
+    held.mkdir()
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", f"launch/{launch}.yaml"]
+    command = [sys.executable, *launcher, "tests/held.py", str(held), str(recipe)]
+    finished = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stderr
+    terms = json.loads((tmp_path / "run" / "plan.json").read_text())["phases"]["train_step"]["terms"]
+    planned = {
+        "weights": terms["weights"] + terms["adapters"],
+        "gradients": terms["gradients"],
+        "optimizer": terms["optimizer"],
+    }
+    for rank in (0, 1):
+        assert json.loads((held / f"{rank}.json").read_text()) == planned

@@ -75,7 +75,8 @@ def _norms_and_inputs(spec: ModelSpec, settings: Settings) -> int:
         # Each adapter casts its input for itself; without a cast they share one.
         copies = num_adapted if adapter_width != width else min(num_adapted, 1)
         total += copies * adapter_width * hidden
-    return total
+    # The low-rank products in between.
+    return total + len(names) * adapter_width * settings.rank
 
 
 def _attention(spec: ModelSpec, settings: Settings) -> int:
@@ -86,6 +87,9 @@ def _attention(spec: ModelSpec, settings: Settings) -> int:
         total += (_FP32 + (width if trains_norms else 0)) * (query + kv)
     if settings.kind != "full" and "o_proj" in target_names(settings) and settings.trained_bytes != width:
         total += settings.trained_bytes * query
+    elif settings.attention == "sdpa" and (settings.kind == "full" or "o_proj" in target_names(settings)):
+        # What it reads is put together from the trees' outputs, which are kept too.
+        total += width * query
     if settings.attention in ("sdpa", "eager"):
         # With a mask these take keys and values repeated for every query head.
         total += 2 * width * (query - kv)

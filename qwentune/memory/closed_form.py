@@ -21,7 +21,7 @@ FULL_LOSS_BYTES_PER_LOGIT = 12
 LOSS_CHUNK_TOKENS = 1024
 # NF4: half a byte, an 8-bit scale per 64 values, and an fp32 scale per 256 of those scales.
 NF4_BYTES_PER_PARAMETER = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-# The size of DeepSpeed's reduce and all-gather buckets unless its configuration says otherwise, in values.
+# The most values in a bucket in which DeepSpeed reduces gradients; it is made whole, so runs ask for no larger one.
 DEEPSPEED_BUCKET_VALUES = 500_000_000
 # One NCCL communicator; up to 1.6 GB was reported once (NVIDIA/nccl#864), unverified.
 NCCL_BYTES = 512 * MIB
@@ -156,8 +156,9 @@ def _gradient_bytes(spec: ModelSpec, settings: Settings) -> int:
     """All gradients of one rank once the backward pass is through."""
     trained = trained_parameters(spec, settings)
     if settings.uses_deepspeed:
-        bucket = 2 * settings.trained_bytes * min(trained, DEEPSPEED_BUCKET_VALUES)
-        return _share(4 * trained, settings.num_ranks) + bucket
+        bucket = settings.trained_bytes * min(trained, DEEPSPEED_BUCKET_VALUES)
+        num_buckets = 2 if settings.sharding == "zero3" else 1  # stage 3 fills one while the other is on its way
+        return _share(4 * trained, settings.num_ranks) + num_buckets * bucket
     if settings.sharding == "fsdp2":
         one_layer = settings.trained_bytes * trained // spec.num_layers
         return _share(settings.trained_bytes * trained, settings.num_ranks) + one_layer
@@ -184,12 +185,17 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
     # The embedding's gradient comes after the first layer's, unless the tied head has made it.
     embedding_gradient = head_gradient if starts_without and not spec.tied else 0
     # A tied head's gradient waits for the embedding's; both wait where there is one already.
-    waiting = head_gradient * (1 if starts_without else 2) if spec.tied else head_gradient
+    tied_gradient = head_gradient if spec.tied and not starts_without else 0
+    waiting = head_gradient + tied_gradient
     # bitsandbytes unpacks the weight that it multiplies with.
     unpacked = 2 * spec.hidden_size * max(spec.dense_intermediate, spec.query_size)
-    temporaries = static.temporaries + (unpacked if settings.kind == "qlora" else 0)
+    temporaries = static.temporaries + tied_gradient + (unpacked if settings.kind == "qlora" else 0)
 
-    final_norm = settings.forward_tokens * spec.hidden_size * (4 + settings.weight_bytes)
+    norm_copies = 2 if settings.kind == "full" else 1  # a norm that is trained keeps what it scales
+    hidden = settings.forward_tokens * spec.hidden_size
+    final_norm = hidden * (4 + norm_copies * settings.weight_bytes)
+    if settings.kind != "qlora":  # whose unpacked weight is more
+        last_layer_bytes += hidden * settings.weight_bytes  # the gradient that it is given
     return [
         replace(static, gradients=at_head, activations=saved + final_norm, logits=_logit_bytes(spec, settings)),
         replace(static, gradients=early, activations=last_layer_bytes, temporaries=temporaries),
@@ -208,11 +214,18 @@ def _logit_bytes(spec: ModelSpec, settings: Settings) -> int:
     tokens = settings.forward_tokens
     if settings.loss == "full":
         return tokens * spec.vocab_rows * FULL_LOSS_BYTES_PER_LOGIT
+    width, chunk_tokens = settings.weight_bytes, min(tokens, LOSS_CHUNK_TOKENS)
     # Logits in fp32, and of the same size their log-softmax or their slope; the slope of the chunk before is there too.
-    before = settings.weight_bytes if tokens > LOSS_CHUNK_TOKENS else 0
-    chunk = min(tokens, LOSS_CHUNK_TOKENS) * spec.vocab_rows * (4 + 4 + before)
-    head_gradient = settings.weight_bytes * spec.head_parameters if settings.kind == "full" else 0
-    return chunk + head_gradient + tokens * spec.hidden_size * settings.weight_bytes
+    before = width if tokens > LOSS_CHUNK_TOKENS else 0
+    chunk = chunk_tokens * spec.vocab_rows * (4 + 4 + before)
+    # What the head reads, and its gradient.
+    hidden = 2 * tokens * spec.hidden_size * width
+    if settings.kind != "full":
+        return chunk + hidden
+    head_gradient = width * spec.head_parameters
+    # Or the slope, and the chunk's share of the head's gradient beside the sum.
+    share = chunk_tokens * spec.vocab_rows * width + head_gradient
+    return max(chunk, share) + head_gradient + hidden
 
 
 def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:

@@ -84,7 +84,9 @@ def step_of(network: Any, settings: Settings, num_recomputed: int, batch: dict[s
     head = LossHead(network, settings.loss)
     head.attention = IMPLEMENTATIONS["eager"]  # so that probes hear of the batch's trees too
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    states = {parameter: _states(parameter, settings) for parameter in trained}
+    # The Trainer has bitsandbytes keep the states of embeddings in 32 bits.
+    embeddings = {module.weight for module in network.modules() if isinstance(module, nn.Embedding)}
+    states = {parameter: _states(parameter, settings, parameter in embeddings) for parameter in trained}
     if settings.accumulation > 1:
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
@@ -135,12 +137,12 @@ def hold_in_4_bits(network: nn.Module, dtype: torch.dtype, double_quantised: boo
     cast(Any, network).is_loaded_in_4bit = True  # what PEFT asks
 
 
-def _states(parameter: Tensor, settings: Settings) -> list[Tensor]:
+def _states(parameter: Tensor, settings: Settings, is_embedding: bool) -> list[Tensor]:
     """AdamW's two moments; in 8 bits with an fp32 scale per 256 values."""
     if settings.optimizer_state != "8bit":
         return [torch.zeros_like(parameter, dtype=DTYPES[settings.optimizer_state]) for _ in range(2)]
     size = parameter.numel()
-    if size < 4096:
+    if is_embedding or size < 4096:
         return [torch.zeros_like(parameter, dtype=torch.float32) for _ in range(2)]
     meta = parameter.device
     moments = [torch.zeros(size, dtype=torch.uint8, device=meta) for _ in range(2)]

@@ -1,8 +1,10 @@
-"""DeepSpeed's optimizer shards, which it would unpickle without restriction."""
+"""DeepSpeed's defaults that are not safe or not small: unpickled shards, buckets of two gigabytes."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from qwentune.memory.closed_form import DEEPSPEED_BUCKET_VALUES
 
 
 def load_only_weights() -> None:
@@ -23,3 +25,17 @@ def load_only_weights() -> None:
             return torch.load(path, map_location=map_location, weights_only=True)
 
     TorchCheckpointEngine.load = load
+
+
+def bound_buckets(accelerator: Any, model: Any) -> None:
+    """Makes DeepSpeed's bucket for gradients no larger than all of them, as the plan reckons; it is allocated whole."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        return
+    options = plugin.deepspeed_config["zero_optimization"]
+    asked = options.get("reduce_bucket_size", DEEPSPEED_BUCKET_VALUES)
+    most = int(asked) if isinstance(asked, int | float) else DEEPSPEED_BUCKET_VALUES
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # A parameter that stage 3 has shared out already holds nothing itself.
+    num_trained = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+    options["reduce_bucket_size"] = min(most, num_trained)

@@ -1,0 +1,97 @@
+"""Trains, and writes down for each rank how many bytes its tensors hold before the second optimizer step.
+
+    accelerate launch … tests/held.py FOLDER RECIPE
+
+FOLDER/RANK.json has the bytes of parameters, gradients (with what carries them between ranks) and optimizer states.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwentune import console, train
+from qwentune.training.trainer import SftTrainer
+
+FOLDER = Path(sys.argv.pop(1))
+buckets: list[int] = []
+
+
+def bytes_of(tensors: Iterable[Any]) -> int:
+    """Bytes of the storages of some tensors, each once; counters of steps are left out."""
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if x is not None}
+    return sum(size for size in storages.values() if size > 4)
+
+
+def write(parameters: Iterable[Any], gradients: int, states: Iterable[Any]) -> None:
+    """Notes what this rank holds; what is noted later counts."""
+    held = {"weights": bytes_of(parameters), "gradients": gradients, "optimizer": bytes_of(states)}
+    FOLDER.joinpath(f"{torch.distributed.get_rank()}.json").write_text(json.dumps(held))
+
+
+def tensors_of(optimizer: Any) -> list[Any]:
+    """The states of a torch optimizer."""
+    return [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+
+
+def look_at_ddp(trainer: Any, model: Any) -> None:
+    """DDP: torch's own gradients, and the reducer's buckets."""
+    parameters = list(model.parameters())
+    reduced = bytes_of(bucket.buffer() for bucket in model.reducer._get_zeros_like_grad_buckets())
+    write(
+        parameters,
+        bytes_of(parameter.grad for parameter in parameters) + reduced,
+        tensors_of(trainer.optimizer.optimizer),
+    )
+
+
+def look_at_zero(engine: Any) -> None:
+    """ZeRO: a share of the gradients and of fp32 weights and moments, and the bucket that was just released."""
+    optimizer = engine.optimizer
+    gradients = [x for group in optimizer.averaged_gradients.values() for x in group or ()]
+    masters = optimizer.single_partition_of_fp32_groups
+    write(engine.module.parameters(), bytes_of(gradients) + buckets[-1], [*masters, *tensors_of(optimizer.optimizer)])
+
+
+def watch_ddp() -> None:
+    """Looks when the gradient's norm is asked for."""
+    norm = SftTrainer._get_grad_norm
+
+    def looked_at(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(model, "reducer"):
+            look_at_ddp(self, model)
+        return norm(self, model, *args, **kwargs)
+
+    SftTrainer._get_grad_norm = looked_at  # type: ignore[method-assign]
+
+
+def watch_zero() -> None:
+    """Looks before the engine steps, and when it releases its buckets."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    step, release = DeepSpeedEngine.step, DeepSpeedZeroOptimizer._release_ipg_buffers
+
+    def looked_at(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if buckets and self.is_gradient_accumulation_boundary():
+            look_at_zero(self)
+        return step(self, *args, **kwargs)
+
+    def released(self: Any) -> None:
+        sizes = [buffer.nbytes for bucket in self.ipg_buckets.values() for buffer in bucket.buffer]
+        buckets.extend([sum(sizes)] if sizes else [])
+        release(self)
+
+    DeepSpeedEngine.step = looked_at  # type: ignore[method-assign]
+    DeepSpeedZeroOptimizer._release_ipg_buffers = released  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    watch_ddp()
+    watch_zero()
+    console.main(train.train)
