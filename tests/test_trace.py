@@ -14,7 +14,7 @@ from qwentune.facts.architecture import MoeSpec
 from qwentune.facts.models import config_of, model_spec
 from qwentune.memory.closed_form import phases
 from qwentune.memory.delta_rule import fold
-from qwentune.memory.meta_step import meta_batch, step_of, traced_peak
+from qwentune.memory.meta_step import evaluation_of, meta_batch, step_of, traced_evaluation, traced_peak
 from qwentune.memory.settings import Overheads, Settings
 from qwentune.memory.trace import live_bytes, peak
 from qwentune.model.attention import IMPLEMENTATIONS
@@ -73,8 +73,11 @@ def random_network(spec: Any, settings: Settings) -> Any:
     return network
 
 
-def measured_bytes(spec: Any, settings: Settings, network: Any = None) -> int:
-    """The peak of a real step with real weights and torch's own AdamW, after a first one made its states."""
+def measured_bytes(spec: Any, settings: Settings, network: Any = None, evaluates: bool = False) -> int:
+    """The peak of a real step with real weights and torch's own AdamW, after a first one made its states.
+
+    Or of an evaluation in its place.
+    """
     network = network or random_network(spec, settings)
     num_tokens = settings.forward_tokens
     batch = meta_batch(settings)
@@ -94,6 +97,7 @@ def measured_bytes(spec: Any, settings: Settings, network: Any = None) -> int:
         optimizer.zero_grad()
     states = {parameter: list(state.values()) for parameter, state in optimizer.state.items()}
     step = replace(step, states=states, optimize=lambda: optimizer.step() and None)
+    step = evaluation_of(step) if evaluates else step
     return sum(peak(live_bytes(step, num_recomputed // spec.period))[1].values())
 
 
@@ -152,6 +156,15 @@ def test_other_settings_agree_too(changes: dict[str, Any]) -> None:
     assert traced_peak(spec, settings).allocated == pytest.approx(measured_bytes(spec, settings), rel=0.005)
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("loss", ["supervised", "full"])
+def test_a_real_evaluation_on_the_cpu_takes_what_the_trace_says(kind: str, loss: str) -> None:
+    settings = replace(SETTINGS, kind=kind, loss=loss, micro_batch=1, max_tokens=1500)  # type: ignore[arg-type]
+    spec = tiny("Qwen/Qwen3-8B")
+    measured = measured_bytes(spec, settings, evaluates=True)
+    assert traced_evaluation(spec, settings).allocated == pytest.approx(measured, rel=0.005)
+
+
 def cases(count: int) -> list[tuple[str, dict[str, Any]]]:
     """A fixed sample in which every two choices of different settings soon meet: strides without a common factor."""
     kinds, tokens, batches = ("lora", "qlora", "full"), (512, 2048, 4096, 8192, 32768), (1, 2, 4)
@@ -191,3 +204,5 @@ def test_the_closed_form_agrees_with_the_trace(name: str, changes: dict[str, Any
     spec, settings = model_spec(name), replace(SETTINGS, **changes)
     closed = phases(spec, settings, NO_OVERHEADS, merges_here=False)["train_step"].allocated
     assert closed == pytest.approx(traced_peak(spec, settings).allocated, rel=0.03)
+    evaluation = phases(spec, settings, NO_OVERHEADS, merges_here=False)["evaluate"].allocated
+    assert evaluation == pytest.approx(traced_evaluation(spec, settings).allocated, rel=0.03)

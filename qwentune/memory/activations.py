@@ -45,14 +45,21 @@ def layer_activations(spec: ModelSpec, settings: Settings) -> LayerActivations:
 
 def forward_bytes(spec: ModelSpec, settings: Settings) -> int:
     """Bytes of the widest point of one layer's forward pass without gradients, its input and output included."""
-    width = settings.weight_bytes
-    intermediate = spec.dense_intermediate
+    width, hidden, inner = settings.weight_bytes, spec.hidden_size, spec.dense_intermediate
+    is_adapted = not target_names(settings).isdisjoint(("gate_proj", "up_proj"))
+    sums = settings.trained_bytes if is_adapted else width
+    # The gate's output, the product with the base weight and, of an adapter, its part and the sum of both.
+    feed_forward = (2 * width + 2 * sums if is_adapted else 3 * width) * inner
+    experts = 0
     if spec.moe is not None:
-        intermediate += spec.moe.top_k * (spec.moe.expert_intermediate + spec.hidden_size)
-    attention = 3 * spec.query_size + 2 * spec.kv_size
-    scores = _scores(spec, settings)
-    per_token = width * 3 * spec.hidden_size + 2 * _FP32 * spec.hidden_size
-    return settings.forward_tokens * (per_token + width * max(3 * intermediate, attention) + scores)
+        feed_forward += width * spec.moe.top_k * (3 * spec.moe.expert_intermediate + hidden)
+        if adapts_experts(spec, settings):  # PEFT adds the adapters' product to the experts' fused weights
+            experts = 2 * width * spec.moe.num_experts * 2 * spec.moe.expert_intermediate * hidden
+    attention = width * (3 * spec.query_size + 2 * spec.kv_size) + 2 * _FP32 * hidden
+    # The residual, the normed input and its casts for two adapters.
+    casts = 2 * settings.trained_bytes if is_adapted and settings.trained_bytes != width else 0
+    per_token = (2 * width + casts) * hidden + max(feed_forward, attention) + _scores(spec, settings)
+    return settings.forward_tokens * per_token + experts
 
 
 def mask_bytes(settings: Settings) -> int:

@@ -82,7 +82,7 @@ def phases(spec: ModelSpec, settings: Settings, overheads: Overheads, merges_her
     moments = {
         "load": _load(spec, settings, static),
         "train_step": max(_step_moments(spec, settings, static), key=lambda terms: terms.allocated),
-        "evaluate": _evaluate(spec, settings, static),
+        "evaluate": _evaluate(spec, replace(settings, micro_batch=1), static),
         "save": replace(static, temporaries=static.temporaries + _gather_bytes(spec, settings)),
         "resume": replace(static, temporaries=static.temporaries + _largest_tensor_bytes(spec, settings)),
         "merge": _merge(spec, settings) if merges_here else Terms(),
@@ -229,17 +229,17 @@ def _logit_bytes(spec: ModelSpec, settings: Settings) -> int:
 
 
 def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
-    tokens = settings.forward_tokens
-    if settings.loss == "supervised":
-        tokens = min(tokens, LOSS_CHUNK_TOKENS)
+    tokens, hidden = settings.forward_tokens, spec.hidden_size
     # DDP's buckets stay.
     gradients = _gradient_bytes(spec, settings) // 2 if settings.sharding == "ddp" else 0
     body = replace(static, gradients=gradients, activations=forward_bytes(spec, settings) + mask_bytes(settings))
+    # Logits in fp32 and their log-softmax.
+    at_once = min(tokens, LOSS_CHUNK_TOKENS) if settings.loss == "supervised" else tokens
     head = replace(
         static,
         gradients=gradients,
-        activations=settings.forward_tokens * spec.hidden_size * settings.weight_bytes,
-        logits=tokens * spec.vocab_rows * (settings.weight_bytes + 4 + 4),
+        activations=tokens * hidden * settings.weight_bytes + mask_bytes(settings),
+        logits=at_once * spec.vocab_rows * (4 + 4),
     )
     return max(body, head, key=lambda terms: terms.allocated)
 

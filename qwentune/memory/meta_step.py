@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from qwentune.memory.closed_form import Terms
 from qwentune.memory.delta_rule import folded_delta_rule
 from qwentune.memory.replay import BLOCKS_OF_A_KIND, Recording, depth, record
 from qwentune.memory.settings import Settings
-from qwentune.memory.trace import Step, peak, trace
+from qwentune.memory.trace import Bytes, Step, peak, trace
 from qwentune.model.adapters import add_adapters
 from qwentune.model.attention import IMPLEMENTATIONS, Visibility
 from qwentune.model.head import LossHead
@@ -37,6 +38,30 @@ def traced_peak(spec: ModelSpec, settings: Settings) -> Terms:
     build, num_recomputed, num_kept = _steps(spec, settings)
     with traceable(spec):
         _, terms = peak(trace(build, num_recomputed, num_kept))
+    return _terms(terms)
+
+
+def traced_evaluation(spec: ModelSpec, settings: Settings) -> Terms:
+    """The worst moment of an evaluation, which takes one row at a time; device workspaces left out."""
+    settings = replace(settings, micro_batch=1, accumulation=1, gradient_checkpointing=False)
+    build, _, num_blocks = _steps(spec, settings)
+    with traceable(spec):
+        _, terms = peak(trace(lambda _, kept: evaluation_of(build(0, kept)), 0, num_blocks))
+    return _terms(terms)
+
+
+def evaluation_of(step: Step) -> Step:
+    """The evaluation of a step's batch in place of the step."""
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            return step.loss()
+
+    step.network.eval()
+    return replace(step, loss=loss, optimize=lambda: None)
+
+
+def _terms(terms: Bytes) -> Terms:
     return Terms(
         weights=terms.get("weights", 0),
         adapters=terms.get("adapters", 0),

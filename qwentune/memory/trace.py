@@ -33,7 +33,7 @@ Key: TypeAlias = weakref.ref[Any]  # to a storage
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One training step.
+    """One training step, or the evaluation of a batch, whose loss has no gradient.
 
     `blocks` are the layers in groups that are all alike. `states` are the optimizer's by parameter, as they are between
     steps; gradients that earlier micro-batches left lie in `.grad`.
@@ -94,7 +94,10 @@ def watch(step: Step, num_recomputed: int, live: LiveStorage) -> None:
     hooks.append(step.blocks[-1][-1].register_forward_hook(lambda *_: live.enter("head")))
     with live:
         live.enter("embedding")
-        step.loss().backward()
+        loss = step.loss()
+        if loss.requires_grad:
+            loss.backward()
+        del loss
         live.enter("optimizer")
         step.optimize()
     for hook in hooks:

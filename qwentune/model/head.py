@@ -33,6 +33,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             losses = functional.cross_entropy(logits, target, reduction="none")
             loss += (losses * weight).sum()
             if hidden_grad is None and head_grad is None:
+                del logits
                 continue
             slope = torch.softmax(logits, dim=-1)
             del logits
@@ -79,7 +80,9 @@ class LossHead:
             return self.logits(hidden, *args, **kwargs)
         target_N, weight_N = self.targets
         if self.chunked:
-            return _ChunkedCrossEntropy.apply(hidden[0], self.head.weight, target_N, weight_N)
+            weight: Any = self.head.weight
+            weight = weight if torch.is_grad_enabled() else weight.detach()
+            return _ChunkedCrossEntropy.apply(hidden[0], weight, target_N, weight_N)
         losses = functional.cross_entropy(self.logits(hidden[0]).float(), target_N, reduction="none")
         return (losses * weight_N).sum()
 

@@ -66,7 +66,7 @@ def build(settings: RowSettings, num_layers: int) -> Step:
     if settings.accumulation > 1:
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-    return Step(network, layers, _loss(network, settings), optimize, states)
+    return Step(network, [[layer] for layer in layers], _loss(network, settings), optimize, states)
 
 
 def _network(settings: RowSettings, num_layers: int) -> Any:
