@@ -20,9 +20,9 @@ _unlogged: list[str] = []  # said before there was a log
 _log: Path | None = None
 
 
-def say(message: str) -> None:
-    """Writes a message to stderr, without secrets, and to the log; only the leading process of a run speaks."""
-    if os.environ.get("RANK", "0") == "0":
+def say(message: str, *, by_any_rank: bool = False) -> None:
+    """Writes a message to stderr, without secrets, and to the log; as a rule only rank 0 of a run speaks."""
+    if by_any_rank or os.environ.get("RANK", "0") == "0":
         message = visible(redact(message))
         with suppress(OSError):  # the terminal may be gone; that is no reason to end a run
             print(message, file=sys.stderr, flush=True)
@@ -71,11 +71,20 @@ def run(command: Callable[[], int]) -> int:
     except Exception as error:  # the one place where a bug becomes a message
         if os.environ.get("QWENTUNE_TRACEBACK"):
             raise
-        handle, name = tempfile.mkstemp(prefix="qwentune-", suffix=".txt")
-        os.close(handle)
-        Path(name).write_text(redact(traceback.format_exc()), encoding="utf-8")
-        say(f"A bug in qwentune: {type(error).__name__}: {error}\n    The traceback is in {name}; please report it.")
+        where = _kept(traceback.format_exc())
+        say(f"A bug in qwentune: {type(error).__name__}: {error}\n    The traceback is in {where}; please report it.")
         return EXIT_BUG
+
+
+def _kept(report: str) -> str:
+    """Where a traceback was written; what keeps it from being written is no reason for another one."""
+    try:
+        handle, name = tempfile.mkstemp(prefix="qwentune-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(redact(report))
+    except OSError as error:
+        return f"no file ({error.strerror}; QWENTUNE_TRACEBACK=1 shows it)"
+    return name
 
 
 def main(command: Callable[..., None]) -> None:

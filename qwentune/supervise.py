@@ -10,15 +10,19 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import psutil
 import typer
 
 from qwentune import console
 from qwentune.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, DoesNotFitError
-from qwentune.training.signals import take_over
+from qwentune.training.signals import ORPHAN_GRACE_SECONDS, stoppable, take_over
+
+if TYPE_CHECKING:
+    from qwentune.training.run_folder import RunFolder
 
 POLL_SECONDS = 0.5
 HUNG_SECONDS = 60.0
@@ -42,7 +46,8 @@ def train(
     for key in allow_change or ():
         arguments += ["--allow-change", key]
     replan = fresh or changes_the_plan(allow_change or ())
-    console.end(console.run(lambda: run(recipe, overrides or [], arguments, force_memory, replan, fresh)))
+    code = stoppable(lambda: console.run(lambda: run(recipe, overrides or [], arguments, force_memory, replan, fresh)))
+    console.end(code)
 
 
 def run(
@@ -61,6 +66,7 @@ def run(
     from qwentune.training.run_folder import RunFolder
 
     recipe = load_recipe(recipe_path, overrides).recipe
+    folder = RunFolder(Path(recipe.output.dir))
     device, count, sharding = device_of(recipe.hardware, here=True)
     launch = recipe.hardware.launch
     spec = model_spec(recipe.model, packing=recipe.data.packing)
@@ -78,7 +84,7 @@ def run(
         device=device,
         num_ranks=count,
         sharding=sharding,
-        stored=None if replan else RunFolder(Path(recipe.output.dir)).stored_plan(),
+        stored=None if replan else folder.stored_plan(),
         fresh=fresh,
     )
     console.say(render_plan(plan, spec.num_layers, f"{recipe.model} · {recipe.tuning.kind}"))
@@ -86,14 +92,23 @@ def run(
         raise DoesNotFitError(refusal(plan))
     if launch == "auto":
         launch = "single" if count == 1 else plan.choices.sharding
-    return supervise(arguments, launch_file(launch), count)
+    return supervise(arguments, launch_file(launch), count, folder)
 
 
-def supervise(arguments: list[str], launch: Path, num_processes: int) -> int:
+@dataclass
+class _Watched:
+    """What the supervisor has seen: the last signal that it passed on, the rank that hung, the training processes."""
+
+    stopped_by: int | None = None
+    hung: str | None = None
+    trainers: list[psutil.Process] = field(default_factory=list)
+
+
+def supervise(arguments: list[str], launch: Path, num_processes: int, folder: RunFolder) -> int:
     """Trains under accelerate in a session of its own; the trainer's exit code.
 
     Signals go to the trainers themselves, not to the launcher, which would end them before they have saved. No
-    process is left behind.
+    process is left behind. What a trainer could not say itself is said, and written into the run folder's status.
     """
     with tempfile.TemporaryDirectory() as scratch:
         command = [
@@ -104,17 +119,19 @@ def supervise(arguments: list[str], launch: Path, num_processes: int) -> int:
         received: list[int] = []
         previous = take_over(lambda number, _: received.append(number))
         launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_supervisor)
+        watched = _Watched()
         try:
-            code, hung, stopped_by = _watch(launcher, received)
-            _end_orphans(launcher.pid)
+            launcher_code = _watch(launcher, received, watched)
+            _end_orphans(launcher.pid, watched.trainers)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)  # type: ignore[arg-type]
         codes = {int(file.name): int(file.read_text()) for file in Path(scratch).iterdir()}
-    if hung is not None:
-        console.say(f"Rank {hung} has stood still for {HUNG_SECONDS:.0f} s while others wait for it: all are ended.")
-        return EXIT_BUG
-    return _exit_code(code, codes, num_processes, stopped_by)
+    code, reason = _verdict(launcher_code, codes, num_processes, watched)
+    if reason:
+        console.say(reason)
+        folder.mark_lost(reason, code)
+    return code
 
 
 def _die_with_supervisor() -> None:
@@ -123,29 +140,31 @@ def _die_with_supervisor() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _watch(launcher: subprocess.Popen[bytes], received: list[int]) -> tuple[int, str | None, int | None]:
-    """The launcher's code, the rank that hung, if one did, and the last signal that was passed on.
+def _watch(launcher: subprocess.Popen[bytes], received: list[int], watched: _Watched) -> int:
+    """The launcher's exit code, once it has ended.
 
     Each signal received goes to the trainers, as soon as there are any. A rank that the system has stopped, with
     others still running, ends them all.
     """
-    passed_on: int | None = None
     stopped: dict[str, float] = {}
     while True:
         try:
-            return launcher.wait(timeout=POLL_SECONDS), None, passed_on
+            return launcher.wait(timeout=POLL_SECONDS)
         except subprocess.TimeoutExpired:
-            trainers = _trainers(launcher.pid)
+            trainers = _trainers(launcher.pid) or watched.trainers
+            watched.trainers = trainers
             if received and trainers:
-                passed_on = received.pop(0)
+                watched.stopped_by = received.pop(0)
                 for process in trainers:
-                    process.send_signal(passed_on)
+                    with suppress(psutil.NoSuchProcess):
+                        process.send_signal(watched.stopped_by)
             stopped = _stopped_ranks(trainers, stopped)
             hung = [rank for rank, since in stopped.items() if time.monotonic() - since > HUNG_SECONDS]
             if hung and len(stopped) < len(trainers):
+                watched.hung = hung[0]
                 for process in (*trainers, launcher):
-                    process.kill()
-                return launcher.wait(), hung[0], passed_on
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
 
 
 def _trainers(launcher: int) -> list[psutil.Process]:
@@ -176,27 +195,48 @@ def _is_trainer(process: psutil.Process) -> bool:
     return "qwentune.train" in command and "accelerate.commands.launch" not in command
 
 
-def _end_orphans(session: int) -> None:
-    for process in psutil.process_iter():
+def _end_orphans(session: int, trainers: list[psutil.Process]) -> None:
+    """Returns when no process of the run is left; trainers that have lost their launcher save before they end."""
+    deadline = time.monotonic() + ORPHAN_GRACE_SECONDS
+    if any(map(_is_alive, trainers)):
+        console.say("The launcher is gone; waiting for the trainers to save and end.")
+    while time.monotonic() < deadline and any(map(_is_alive, trainers)):
+        time.sleep(POLL_SECONDS)
+    for process in (*trainers, *psutil.process_iter()):
         try:
-            if os.getsid(process.pid) == session:
+            if process in trainers or os.getsid(process.pid) == session:
                 process.kill()
         except (psutil.Error, ProcessLookupError, PermissionError):
             continue
 
 
-def _exit_code(launcher_code: int, codes: dict[int, int], num_ranks: int, stopped_by: int | None) -> int:
-    """The run's exit code; says which ranks ended without one."""
-    silent = [str(rank) for rank in range(num_ranks) if rank not in codes]
-    if silent and stopped_by is not None:  # the signal came before Python had a handler for it
-        return EXIT_INTERRUPTED if stopped_by == signal.SIGINT else EXIT_PREEMPTED
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _verdict(launcher_code: int, codes: dict[int, int], num_ranks: int, watched: _Watched) -> tuple[int, str]:
+    """The run's exit code, and what is to be said of ranks that could not speak for themselves."""
+    if watched.hung is not None:
+        what = f"Rank {watched.hung} has stood still for {HUNG_SECONDS:.0f} s while others wait for it: all are ended."
+        return EXIT_BUG, what
+    silent = [rank for rank in range(num_ranks) if rank not in codes]
+    if silent and watched.stopped_by is not None:  # the signal came before Python had a handler for it
+        return (EXIT_INTERRUPTED if watched.stopped_by == signal.SIGINT else EXIT_PREEMPTED), ""
     if launcher_code == -signal.SIGKILL:
-        console.say("The launcher was killed (signal 9): probably out of host memory.")
-    elif silent and launcher_code != 0:
-        ranks = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(silent)}"
-        console.say(
-            f"Lost {ranks}: ended without a word, as when killed (signal 9), most often for want of host memory."
-        )
-    if silent:
-        return EXIT_OK if launcher_code == 0 else EXIT_BUG
-    return codes[0]
+        return codes.get(0, EXIT_BUG), "The launcher was killed (signal 9): probably out of host memory."
+    if not silent:
+        # Rank 0 ends with 1 where another one has failed first, and that one knows why.
+        unknowing = (EXIT_OK, EXIT_BUG, EXIT_PREEMPTED, EXIT_INTERRUPTED)
+        failed = [(rank, code) for rank, code in codes.items() if code not in unknowing]
+        if codes[0] == EXIT_BUG and failed:
+            rank, code = failed[0]
+            return code, f"Rank {rank} failed first, with exit code {code}."
+        return codes[0], ""
+    if launcher_code == 0:
+        return EXIT_OK, ""
+    ranks = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"
+    what = f"Lost {ranks}: ended without a word, as when killed (signal 9), most often for want of host memory."
+    return EXIT_BUG, what

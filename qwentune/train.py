@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,9 +24,9 @@ from qwentune.errors import (
     EXIT_BUG,
     EXIT_INTERRUPTED,
     EXIT_OK,
-    EXIT_PREEMPTED,
     DoesNotFitError,
     LostRankError,
+    NotFiniteError,
     Problem,
     RecipeError,
     ResumeError,
@@ -35,7 +34,7 @@ from qwentune.errors import (
     UsageError,
     UserError,
 )
-from qwentune.training.signals import take_over
+from qwentune.training.signals import StoppedEarlyError, stoppable, watch_launcher
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -55,7 +54,7 @@ if TYPE_CHECKING:
     from qwentune.training.trainer import SftTrainer
 
 # What gloo says on the ranks that are left; NCCL ends their processes itself.
-SIGNS_OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+SIGNS_OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 
 @dataclass(frozen=True)
@@ -86,26 +85,19 @@ def train(
 ) -> None:
     """Train in this process; `accelerate launch -m qwentune.train` makes several of them."""
     request = Request(recipe, tuple(overrides or ()), resume, fresh, tuple(allow_change or ()), force_memory)
-    take_over(_stop_before_the_first_step)
-    try:
-        code = console.run(lambda: run(request))
-    except _StoppedEarlyError as stopped:
-        code = stopped.exit_code
+    if _is_launched():
+        watch_launcher()
+    code = stoppable(lambda: console.run(lambda: run(request)))
     exit_folder = os.environ.get("QWENTUNE_EXIT_FOLDER")
     if exit_folder:  # accelerate turns every code into 1, and tells of no rank which one it had
-        Path(exit_folder, os.environ.get("RANK", "0")).write_text(str(code))
+        with suppress(OSError):  # a supervisor that has died has no use for it
+            Path(exit_folder, os.environ.get("RANK", "0")).write_text(str(code))
     console.end(code)
 
 
-class _StoppedEarlyError(BaseException):
-    """A signal came before training took it over; nothing was done that would have to be saved."""
-
-    def __init__(self, number: int) -> None:
-        self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
-
-
-def _stop_before_the_first_step(number: int, frame: object) -> None:
-    raise _StoppedEarlyError(number)
+def _is_launched() -> bool:
+    """Whether accelerate or torchrun has started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def run(request: Request) -> int:
@@ -133,8 +125,7 @@ def run(request: Request) -> int:
 
 def _exit_code_is_lost() -> bool:
     """Whether a launcher stands above this process that turns every exit code into 1, and no supervisor above it."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    return launched and "QWENTUNE_EXIT_FOLDER" not in os.environ and os.environ.get("RANK", "0") == "0"
+    return _is_launched() and "QWENTUNE_EXIT_FOLDER" not in os.environ and os.environ.get("RANK", "0") == "0"
 
 
 def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
@@ -242,13 +233,16 @@ class _Training:
                 if stopped is not None:
                     return stopped
                 self._publish(checkpoints, base)
-            except _StoppedEarlyError as stopped:
+            except StoppedEarlyError as stopped:
                 self._status(_state(stopped.exit_code), stopped.exit_code, "a signal, before the next step", start.step)
                 raise
             except Exception as error:
                 failure = self._explained(error)
                 code = failure.exit_code if failure else EXIT_BUG
                 reason = str(failure.problems[0]) if failure else f"{type(error).__name__}: {error}"
+                if not self.ranks.leads and not isinstance(failure, NotFiniteError | LostRankError):
+                    # Rank 0 may know no more than that a rank was lost.
+                    console.say(f"rank {self.ranks.rank}: {failure or reason}", by_any_rank=True)
                 with suppress(OSError):  # the disk may be full
                     self._status("failed", code, reason)
                 raise failure or error from None

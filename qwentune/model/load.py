@@ -50,7 +50,7 @@ def load_model(
     Raises ResumeError where a key of the model is missing from the files: transformers would train on from an initial
     value and only log it.
     """
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "attn_implementation": attention, "use_safetensors": True}
     if four_bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

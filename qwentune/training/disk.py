@@ -10,7 +10,11 @@ from qwentune.errors import DoesNotFitError, Problem, UsageError, UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # The libraries that write weights raise errors of their own, with the system's words in them.
-SIGNS_OF_A_FULL_DISK = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter")
+# torch names its archive's writer, or only the file in which it noticed that less was written than it asked for.
+SIGNS_OF_A_FULL_DISK = (
+    *("No space left", "File too large", "Disk quota exceeded"),
+    *("PytorchStreamWriter", "enforce fail at inline_container"),
+)
 SIGNS_OF_A_BROKEN_DISK = ("Input/output error", "Read-only file system", "Permission denied", "No such file or")
 AGAIN = "the same command continues from the last checkpoint."
 

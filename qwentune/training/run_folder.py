@@ -69,6 +69,25 @@ class RunFolder:
         }
         self.write(STATUS, json.dumps(status, indent=2) + "\n")
 
+    def mark_lost(self, reason: str, exit_code: int) -> None:
+        """Puts an end and its reason into `status.json`, where a trainer died before it could or knew only half."""
+        if not (self.path / STATUS).is_file():
+            return  # there was no run yet
+        for _ in range(50):
+            try:
+                with self.lock():
+                    status = json.loads((self.path / STATUS).read_bytes())
+                    if status["state"] in ("running", "failed"):
+                        step = (self.last_metrics() or status)["step"]
+                        command = shlex.split(status["resume_command"])
+                        self.set_status("failed", exit_code=exit_code, reason=reason, step=step, command=command)
+            except RunInUseError:
+                time.sleep(0.1)  # the system is still taking apart the process that was killed
+            except (OSError, ValueError, KeyError, TypeError, UsageError):
+                return  # there is none that can be read
+            else:
+                return
+
     def finished_step(self) -> int | None:
         """The step whose weights the finished run has published; None while there is none."""
         try:

@@ -1,12 +1,34 @@
-"""The signals that stop a run."""
+"""The signals that stop a run, and the death of its launcher, which counts as one."""
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 
+from qwentune.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+ORPHAN_GRACE_SECONDS = 300.0  # enough for a long step and a save
+
+
+class StoppedEarlyError(BaseException):
+    """A signal came before training took it over; nothing was done that would have to be saved."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
+
+
+def stoppable(command: Callable[[], int]) -> int:
+    """The exit code of a command that a signal ends at once, unless something in it has taken the signals over."""
+    take_over(_stop_early)
+    try:
+        return command()
+    except StoppedEarlyError as stopped:
+        return stopped.exit_code
 
 
 def take_over(handler: Callable[[int, FrameType | None], object]) -> dict[int, object]:
@@ -16,3 +38,20 @@ def take_over(handler: Callable[[int, FrameType | None], object]) -> dict[int, o
     """
     taken = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in taken}
+
+
+def watch_launcher() -> None:
+    """Sends this process SIGTERM once the one that started it has died, and ends it where that does not help."""
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_GRACE_SECONDS)
+    os._exit(EXIT_PREEMPTED)
+
+
+def _stop_early(number: int, frame: object) -> None:
+    raise StoppedEarlyError(number)

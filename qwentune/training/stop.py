@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from types import FrameType
 from typing import Any
@@ -16,7 +15,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qwentune.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from qwentune.training.signals import take_over
 
-ORPHAN_GRACE_SECONDS = 30.0
 SAVE = 1  # a wish to stop is the number of its signal above this: a stop beats a save
 
 
@@ -26,7 +24,7 @@ class StopOnSignal(TrainerCallback):
     Saves also whenever `save_every_seconds` have passed since the last save.
 
     Ranks agree by a one-integer maximum over gloo on the CPU, started after one step and read after the next, so that
-    no device waits for it. A trainer whose launcher has died stops likewise.
+    no device waits for it.
     """
 
     def __init__(self, save_every_seconds: float | None = None) -> None:
@@ -43,9 +41,8 @@ class StopOnSignal(TrainerCallback):
         return EXIT_INTERRUPTED if self.agreed == signal.SIGINT else EXIT_PREEMPTED
 
     def install(self) -> None:
-        """Takes over the signals of this process and watches its launcher; for the main thread."""
+        """Takes over the signals of this process; for the main thread."""
         take_over(self._receive)
-        threading.Thread(target=self._watch_launcher, args=(os.getppid(),), daemon=True).start()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -89,10 +86,3 @@ class StopOnSignal(TrainerCallback):
         if self.received == number == signal.SIGINT:
             os._exit(EXIT_INTERRUPTED)
         self.received = self.received or number
-
-    def _watch_launcher(self, launcher: int) -> None:
-        while os.getppid() == launcher:
-            time.sleep(1.0)
-        self.received = self.received or signal.SIGTERM
-        time.sleep(ORPHAN_GRACE_SECONDS)
-        os._exit(EXIT_PREEMPTED)

@@ -174,7 +174,7 @@ class ExactResume(_Mixed):
     def _not_finite(self, step: int) -> Problem:
         """What is known of a step whose gradient is not finite; weights and optimizer are those before it."""
         culprit = None
-        if not self.is_deepspeed_enabled and self.args.world_size == 1:  # elsewhere every rank would have to take part
+        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:  # there no rank has the whole model
             model: Any = self.accelerator.unwrap_model(cast(Any, self.model))
             accumulation = self.batches.accumulation
             for k in range((step - 1) * accumulation, step * accumulation):
@@ -182,9 +182,18 @@ class ExactResume(_Mixed):
                 culprit = first_not_finite(model, lambda batch=batch: self.loss_head.loss(model, batch))
                 if culprit is not None:
                     break
+            culprit = self._of_any_rank(culprit)
         what = f"not finite: {culprit or 'the gradient'}; weights and optimizer were left as they were before this step"
         sources = ", ".join(self.batches.sources(step - 1))
         return Problem(f"step {step}", what, f"Lower optimizer.learning_rate, or look at the rows: {sources}")
+
+    def _of_any_rank(self, found: str | None) -> str | None:
+        """The first rank's finding that is one; every rank asks, for all have met the same gradient."""
+        if self.args.world_size == 1:
+            return found
+        findings: list[str | None] = [None] * self.args.world_size
+        dist.all_gather_object(findings, found)
+        return next((each for each in findings if each is not None), None)
 
     # Evaluation: the mean over all trained tokens, without ever holding logits.
 
@@ -299,10 +308,13 @@ class ExactResume(_Mixed):
         if checkpoint is not None:
             # When to log, evaluate and save is what the recipe says now; transformers keeps what it said then.
             self.state.compute_steps(self.args, self.state.max_steps)
-            window = json.loads(Path(checkpoint, f"log_window_{self.args.process_index}.json").read_bytes())
-            self._tr_loss += window["loss"]
-            self._globalstep_last_logged = window["last_logged_step"]
-            self._window_first_step = window["last_logged_step"]
+            windows = {path.stem: json.loads(path.read_bytes()) for path in Path(checkpoint).glob("log_window_*.json")}
+            own = windows[f"log_window_{self.args.process_index if len(windows) == self.args.world_size else 0}"]
+            if len(windows) != self.args.world_size:  # what is logged is the mean of all ranks
+                own["loss"] = sum(window["loss"] for window in windows.values()) / len(windows)
+            self._tr_loss += own["loss"]
+            self._globalstep_last_logged = own["last_logged_step"]
+            self._window_first_step = own["last_logged_step"]
 
     @property
     def _optimizer_reads_the_flag(self) -> bool:

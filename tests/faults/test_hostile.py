@@ -13,7 +13,7 @@ import pytest
 from qwentune.data.dataset import chat_template, prepare
 from qwentune.data.template import ChatTemplate, TemplateRefusalError
 from qwentune.data.tokenizer import load_tokenizer
-from qwentune.errors import DataError
+from qwentune.errors import DataError, RecipeError
 from qwentune.recipe import DataOptions, load_recipe
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.faults.test_save import killed_at
@@ -116,6 +116,17 @@ def test_data_that_trains_nothing_is_refused(
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError):
         contents(data_of(tmp_path), qwen3_folder)
+
+
+# --- remote code
+
+
+@pytest.mark.fault("J73", "no key of a recipe lets a checkpoint's code run: an unknown key, exit 2")
+@pytest.mark.parametrize("section", ["", "tuning", "data", "hardware"])
+def test_remote_code_cannot_be_asked_for(tmp_path: Path, section: str) -> None:
+    override = f"{section}.trust_remote_code=true".removeprefix(".")
+    with pytest.raises(RecipeError, match="trust_remote_code"):
+        load_recipe(write_recipe(tmp_path, "builtin:tiny-qwen3"), [override])
 
 
 # --- whole runs

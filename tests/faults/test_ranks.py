@@ -9,43 +9,59 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from tests.checkpoints import add_weights, write_checkpoint
-from tests.runs import ENVIRONMENT, final_weights, loss_history, train, write_recipe
+from tests.runs import ENVIRONMENT, KILL_AT, KILLED, final_weights, loss_history, train, write_recipe
 from tests.warm import Warm
 
 pytestmark = pytest.mark.slow
 
-# The supervisor with the launch file and the number of processes of two ranks on a CPU.
+# The supervisor with a launch file for one or two processes on a CPU.
 SUPERVISE = """
+LAUNCH = {1: "launch/single.yaml", 2: "launch/cpu-2.yaml"}
 import sys
 from pathlib import Path
 from qwentune import supervise
-supervise.HUNG_SECONDS = float(sys.argv.pop(1))
-sys.exit(supervise.supervise(sys.argv[1:], Path("launch/cpu-2.yaml"), 2))
+from qwentune.training.run_folder import RunFolder
+launch, ranks, supervise.HUNG_SECONDS = LAUNCH[int(sys.argv[1])], int(sys.argv[1]), float(sys.argv[2])
+folder = RunFolder(Path(sys.argv[3]).parent / "run")
+sys.exit(supervise.supervise(sys.argv[3:], Path(launch), ranks, folder))
 """
 
 
-def started(
-    recipe: Path, run: Path, hung_seconds: float = 60.0
-) -> tuple[subprocess.Popen[str], dict[int, psutil.Process]]:
-    """The supervisor, and the training processes by rank, once the first step is done."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SUPERVISE, str(hung_seconds), str(recipe)],
+def supervised(recipe: Path, num_ranks: int = 2, hung_seconds: float = 60.0) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SUPERVISE, str(num_ranks), str(hung_seconds), str(recipe)],
         env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def trainers(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """The training processes below a supervisor, by rank."""
+    ranks: dict[int, psutil.Process] = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if "qwentune.train" in child.cmdline() and "accelerate.commands.launch" not in child.cmdline():
+                ranks[int(child.environ().get("RANK", "0"))] = child
+    return ranks
+
+
+def started(
+    recipe: Path, run: Path, num_ranks: int = 2, hung_seconds: float = 60.0
+) -> tuple[subprocess.Popen[str], dict[int, psutil.Process]]:
+    """The supervisor, and the training processes by rank, once the first step is done."""
+    process = supervised(recipe, num_ranks, hung_seconds)
     deadline = time.monotonic() + 180
     while not (run / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    ranks: dict[int, psutil.Process] = {}
-    for child in psutil.Process(process.pid).children(recursive=True):
-        if "qwentune.train" in child.cmdline() and "RANK" in child.environ():
-            ranks[int(child.environ()["RANK"])] = child
-    assert ranks.keys() == {0, 1}
+    ranks = trainers(process)
+    assert ranks.keys() == set(range(num_ranks))
     return process, ranks
 
 
@@ -62,6 +78,10 @@ def unwatched() -> Iterator[list[psutil.Process]]:
 def is_alive(process: psutil.Process) -> bool:
     """Whether it runs; a zombie that nobody has asked for its exit code does not."""
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def status_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "status.json").read_text())
 
 
 def recipe_of_many_steps(folder: Path) -> Path:
@@ -99,19 +119,41 @@ def test_a_killed_rank_is_named_and_the_other_is_gone_soon(tmp_path: Path, lost:
     assert process.returncode == 1, errors
     assert f"Lost rank {lost}: ended without a word" in errors
     assert not [rank for rank in ranks.values() if is_alive(rank)]
+    status = status_of(run)
+    assert (status["state"], status["exit"]) == ("failed", 1)
+    assert status["reason"].startswith(f"Lost rank {lost}: ")
+    assert status["resume_command"].startswith("qwentune train ")
 
 
-@pytest.mark.fault("D29", "the launcher is killed: the trainers save and end, none is left")
-def test_no_trainer_is_left_where_the_launcher_alone_is_killed(tmp_path: Path) -> None:
+@pytest.mark.fault("D29", "the launcher is killed: the trainers save and end, exit 75, none is left")
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_no_trainer_is_left_where_the_launcher_alone_is_killed(tmp_path: Path, num_ranks: int) -> None:
     recipe, run = recipe_of_many_steps(tmp_path), tmp_path / "run"
-    process, ranks = started(recipe, run)
+    process, ranks = started(recipe, run, num_ranks)
     launcher = psutil.Process(process.pid).children()[0]
     launcher.send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1, errors
+    assert process.returncode == 75, errors
     assert "launcher was killed" in errors
-    _, alive = psutil.wait_procs(list(ranks.values()), timeout=30)
-    assert not alive
+    assert not [rank for rank in ranks.values() if is_alive(rank)]
+    status = status_of(run)
+    assert (status["state"], status["exit"]) == ("preempted", 75)
+    assert (run / "latest").read_text() == f"checkpoints/step-{status['step']}\n"
+
+
+@pytest.mark.fault("D29", "the launcher is killed while the data is rendered or the model loaded: no trainer is left")
+def test_no_trainer_is_left_where_the_launcher_is_killed_before_the_first_step(tmp_path: Path) -> None:
+    recipe = recipe_of_many_steps(tmp_path)
+    process = supervised(recipe, 2)
+    deadline = time.monotonic() + 60
+    while trainers(process).keys() != {0, 1} and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ranks = trainers(process)
+    time.sleep(1.5)  # Python has begun, torch is being imported
+    psutil.Process(process.pid).children()[0].send_signal(signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert not [rank for rank in ranks.values() if is_alive(rank)]
 
 
 @pytest.mark.fault("D29", "the supervisor is killed: its trainers save and end, none is left")
@@ -139,6 +181,38 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(tmp_path: Path) -> None:
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= manifest["files"].keys()
 
 
+@pytest.mark.fault(
+    "C19 D30", "a rank other than the first cannot write: its own words and exit code, not only its loss"
+)
+def test_a_rank_that_fails_first_gives_the_reason(tmp_path: Path) -> None:
+    recipe, run = recipe_of_many_steps(tmp_path), tmp_path / "run"
+    process, ranks = started(recipe, run)
+    ranks[1].rlimit(psutil.RLIMIT_FSIZE, (1000, 1000))  # smaller than its random state
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 4, errors
+    assert re.search(r"rank 1: .*step \d+ could not be saved", errors)
+    assert "Rank 1 failed first, with exit code 4." in errors
+    assert (status_of(run)["state"], status_of(run)["exit"]) == ("failed", 4)
+    assert not list((run / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.fault("G43", "two ranks: the step, its rows and the first layer that is not finite, exit 6")
+def test_two_ranks_name_what_is_not_finite(tmp_path: Path) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    recipe = write_recipe(
+        tmp_path, model, batch={"micro_batch": 1},
+        optimizer={"learning_rate": 1e37, "schedule": "constant", "warmup_fraction": 0.0},
+    )  # fmt: skip
+    process = supervised(recipe)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 6, errors
+    assert re.search(r"step \d+  not finite: the \w+ ", errors)
+    assert "not finite: the gradient;" not in errors
+    assert "rows.jsonl:" in errors
+    assert status_of(tmp_path / "run")["exit"] == 6
+
+
 @pytest.mark.fault("D30", "a rank that stands still is named after a minute, and all are ended")
 def test_a_rank_that_hangs_is_named_and_all_are_ended(tmp_path: Path, unwatched: list[psutil.Process]) -> None:
     recipe, run = recipe_of_many_steps(tmp_path), tmp_path / "run"
@@ -148,15 +222,14 @@ def test_a_rank_that_hangs_is_named_and_all_are_ended(tmp_path: Path, unwatched:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1, errors
     assert "Rank 1 has stood still for 3 s while others wait for it" in errors
+    assert status_of(run)["reason"].startswith("Rank 1 has stood still")
     assert not [rank for rank in ranks.values() if is_alive(rank)]
 
 
 @pytest.mark.fault("D23", "a signal in the first second, before a trainer can take it: exit 75, not a bug")
 def test_a_signal_to_a_supervisor_that_has_just_begun_is_no_bug(tmp_path: Path) -> None:
     recipe = recipe_of_many_steps(tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-c", SUPERVISE, "60", str(recipe)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
+    process = supervised(recipe)
     deadline = time.monotonic() + 60
     while not psutil.Process(process.pid).children() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -165,13 +238,20 @@ def test_a_signal_to_a_supervisor_that_has_just_begun_is_no_bug(tmp_path: Path) 
     assert process.returncode == 75, errors
 
 
-@pytest.mark.fault("A01", "two ranks killed and started again: the same losses and weights, bit for bit")
-@pytest.mark.parametrize("launch", ["cpu-2", "cpu-zero2"])
+TWO_RANKS: dict[str, dict[str, Any]] = {
+    "cpu-2": {  # saved by the clock: after each step, once both ranks know of the wish
+        "tuning": {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}, "data": {"eval_fraction": 0.1},
+        "output": {"save_every_minutes": 1e-5, "eval_every_steps": 2, "best": "loss"},
+    },
+    "cpu-zero2": {"output": {"save_every_steps": 4}},
+}  # fmt: skip
+
+
+@pytest.mark.fault("A01 E34", "two ranks killed and started again: the same losses and weights, bit for bit")
+@pytest.mark.parametrize("launch", TWO_RANKS)
 def test_two_killed_ranks_end_like_undisturbed_ones(tmp_path: Path, launch: str) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
-    recipe = write_recipe(
-        tmp_path, model, optimizer={"max_steps": 8}, batch={"micro_batch": 1}, output={"save_every_steps": 3}
-    )
+    recipe = write_recipe(tmp_path, model, optimizer={"max_steps": 8}, batch={"micro_batch": 1}, **TWO_RANKS[launch])
     file = f"launch/{launch}.yaml"
     run = tmp_path / "run"
     whole = train(recipe, launch=file)
@@ -181,7 +261,7 @@ def test_two_killed_ranks_end_like_undisturbed_ones(tmp_path: Path, launch: str)
     assert train(recipe, launch=file, kill_at=5).returncode != 0
     resumed = train(recipe, launch=file)
     assert resumed.returncode == 0, resumed.stderr
-    assert "from step 3" in resumed.stderr
+    assert "from step 4" in resumed.stderr
     assert (loss_history(run), final_weights(run)) == undisturbed
 
 
@@ -192,8 +272,26 @@ def test_another_number_of_ranks_is_refused(tmp_path: Path, warm: Warm) -> None:
     assert warm.train(recipe).code == 0
     refused = train(recipe, launch="launch/cpu-2.yaml")
     assert re.search(r"number of ranks +then 1 +now 2 ", refused.stderr)
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    status = status_of(tmp_path / "run")
     assert (status["state"], status["exit"]) == ("failed", 5), "accelerate has turned the exit code into 1"
+
+
+@pytest.mark.fault("F41", "another number of ranks that is allowed: the run goes on")
+def test_another_number_of_ranks_can_be_allowed(tmp_path: Path, warm: Warm) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    output = {"log_every_steps": 3, "save_every_steps": 2}  # saved between two log points
+    recipe = write_recipe(tmp_path, model, optimizer={"max_steps": 15}, output=output, batch={"micro_batch": 1})
+    allowed = ("--allow-change", "number of ranks", "--allow-change", "plan")
+    assert warm.train(recipe, f"output.dir={tmp_path / 'alone'}").code == 0
+    assert warm.train(recipe, code=KILL_AT, given=["6"]).code == KILLED
+    two = train(recipe, *allowed, launch="launch/cpu-2.yaml", kill_at=12)
+    assert "changed number of ranks: then 1, now 2" in two.stderr
+    assert "from step 4" in two.stderr
+    one = warm.train(recipe, *allowed)
+    assert one.code == 0, one.said
+    assert "from step 10" in one.said
+    losses = [row[1] for row in loss_history(tmp_path / "alone")]
+    assert [row[1] for row in loss_history(tmp_path / "run")] == pytest.approx(losses, rel=1e-4)
 
 
 @pytest.mark.fault("J73", "a DeepSpeed shard that would run code: refused, nothing runs")

@@ -23,16 +23,20 @@ pytestmark = pytest.mark.slow
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}
 NUM_STEPS = 12
-# Counts the batches that the run loads.
-COUNT_BATCHES = """
+# Counts the batches that the run loads and the files that it renders.
+COUNT = """
 import atexit, os
 from qwentune.data.batch import TrainBatches
-load, loaded = TrainBatches.__getitem__, []
-def counted(self, k):
-    loaded.append(k)
-    return load(self, k)
-TrainBatches.__getitem__ = counted
-atexit.register(lambda: open(os.environ["COUNT"], "w").write(str(len(loaded))))
+from qwentune.data.render import Renderer
+done = {"loaded": 0, "rendered": 0}
+def counted(function, name):
+    def count(*arguments):
+        done[name] += 1
+        return function(*arguments)
+    return count
+TrainBatches.__getitem__ = counted(TrainBatches.__getitem__, "loaded")
+Renderer.render_all = counted(Renderer.render_all, "rendered")
+atexit.register(lambda: open(os.environ["COUNT"], "w").write(f"{done['loaded']} {done['rendered']}"))
 """
 EXIT_BY_ATEXIT = "import atexit\ntry:\n    {}\nfinally:\n    atexit._run_exitfuncs()\n"
 
@@ -173,10 +177,12 @@ def test_damaged_weights_are_not_published_as_the_best(tmp_path: Path, warm: War
 def test_a_late_resume_loads_only_what_is_left(tmp_path: Path, warm: Warm, model: Path) -> None:
     recipe = recipe_of(tmp_path, model, batch={"micro_batch": 4})
     killed(warm, recipe, NUM_STEPS - 1)
-    code = COUNT_BATCHES + EXIT_BY_ATEXIT.format(TRAIN)
+    code = COUNT + EXIT_BY_ATEXIT.format(TRAIN)
     last = warm.train(recipe, code=code, COUNT=str(tmp_path / "count"))
     assert last.code == 0, last.said
-    assert int((tmp_path / "count").read_text()) <= 3
+    loaded, rendered = map(int, (tmp_path / "count").read_text().split())
+    assert loaded <= 3
+    assert rendered == 0
 
 
 @pytest.mark.fault("F39", "the same rows renamed or compressed: the same run; edited or reordered: refused, exit 5")

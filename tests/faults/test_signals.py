@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import add_weights, write_checkpoint
-from tests.runs import final_weights, loss_history, write_recipe
+from tests.runs import ENVIRONMENT, final_weights, loss_history, write_recipe
 from tests.warm import TRAIN, Warm
 
 pytestmark = pytest.mark.slow
@@ -151,3 +153,30 @@ def test_a_run_whose_screen_is_gone_goes_on(
     said = (run / "log.txt").read_text()
     assert "step 12/12" in said
     assert "done: " in said
+
+
+@pytest.mark.fault("D28", "the shell that started a run under nohup ends: the run goes on")
+def test_a_run_outlives_the_shell_that_started_it(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train = f"nohup {sys.executable} -m qwentune.train {recipe} output.dir={run} optimizer.max_steps=300"
+    shell = f"{train} >/dev/null 2>&1 & while [ ! -e {run}/metrics.jsonl ]; do sleep 0.05; done"
+    subprocess.run(["sh", "-c", shell], env=ENVIRONMENT, check=True, timeout=120)
+    deadline = time.monotonic() + 120
+    while status(run)["state"] == "running" and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert (status(run)["state"], status(run)["step"]) == ("finished", 300)
+
+
+@pytest.mark.fault("D23", "a signal while `qwentune train` still plans: nothing was begun, exit 75")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_to_a_supervisor_that_still_plans(number: int, code: int) -> None:
+    plans = f"""
+import os
+from qwentune import console, supervise
+supervise.run = lambda *arguments: os.kill(os.getpid(), {int(number)})
+console.main(supervise.train)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", plans, "recipe.yaml"], env=ENVIRONMENT, capture_output=True, check=False
+    )
+    assert ended.returncode == code, ended.stderr
