@@ -59,12 +59,13 @@ def init(
 def run(model: str, paths: Sequence[str], gpu: str | None, output: Path) -> int:
     """Writes the recipe; the exit code. Raises UserError where data, model, GPU or file do not do."""
     from qwentune.durable import write_text
-    from qwentune.facts.models import model_spec
+    from qwentune.facts.models import model_spec, refuse_untrainable
 
     if output.exists() or not output.absolute().parent.is_dir():
         what = "it exists" if output.exists() else "there is no such folder"
         raise UsageError(Problem(str(output), f"{what}; nothing is overwritten", "Name another file with -o."))
     spec = model_spec(model)
+    refuse_untrainable(spec)
     files = look_at(paths)
     text = draft(model, spec, files, gpu, str(output))
     write_text(output, text)
@@ -101,17 +102,19 @@ def draft(model: str, spec: ModelSpec, files: Sequence[Seen], gpu: str | None, p
     Raises:
         DoesNotFitError: not even 4-bit weights fit.
     """
+    from qwentune.facts.packing import packing_problems
     from qwentune.memory.judge import device_of, judge, refusal
     from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
     from qwentune.recipe.schema import EPOCHS, FULL_LEARNING_RATE, LEARNING_RATE
 
+    can_pack = not packing_problems(spec.checkpoint_type)
     tokens = sorted(number for file in files for number in file.tokens)
     device, ranks, sharding = device_of(Hardware(gpu=gpu or "auto"), here=False)
     folder = f"runs/{Path(path).stem}"
     plan = None
     for max_tokens in dict.fromkeys(_length(tokens, share, spec.max_positions) for share in SHARES):
         kept = [number for number in tokens if number <= max_tokens]
-        packing, batch, steps = _batch(kept, max_tokens, ranks, EPOCHS)
+        packing, batch, steps = _batch(kept, max_tokens, ranks, EPOCHS, can_pack)
         needs: list[str] = []
         for kind in KINDS:
             plan = judge(
@@ -144,13 +147,13 @@ def _length(tokens: Sequence[int], share: float, most: int) -> int:
     return min(next((length for length in LENGTHS if length >= wanted), LENGTHS[-1]), most)
 
 
-def _batch(tokens: Sequence[int], max_tokens: int, ranks: int, epochs: float) -> tuple[bool, int, int]:
+def _batch(tokens: Sequence[int], max_tokens: int, ranks: int, epochs: float, can_pack: bool) -> tuple[bool, int, int]:
     """Whether to pack, rows per step and steps: the largest usual batch that still makes the fewest useful steps."""
     from qwentune.memory.plan import FEWEST_USEFUL_STEPS
 
     sizes = [size for size in BATCHES if size % ranks == 0] or [ranks]
     packed_rows = math.ceil(sum(tokens) / max_tokens)
-    for packing, rows in ((True, packed_rows), (False, len(tokens))):
+    for packing, rows in ((True, packed_rows), (False, len(tokens)))[not can_pack :]:
         for size in sizes:
             steps = math.ceil(rows * epochs / size)
             if steps >= FEWEST_USEFUL_STEPS:

@@ -30,6 +30,7 @@ def plan(
 def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | None, as_json: bool, trace: bool) -> int:
     """Prints the plan; the exit code says whether it fits."""
     from qwentune.facts.models import model_spec
+    from qwentune.facts.towers import tower_remark
     from qwentune.memory import render_plan
     from qwentune.memory.judge import device_of, judge
     from qwentune.recipe import load_recipe
@@ -42,6 +43,8 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     recipe = load_recipe(recipe_path, overrides).recipe
     device, count, sharding = device_of(recipe.hardware, here=False)
     spec = model_spec(recipe.model, packing=recipe.data.packing)
+    if remark := tower_remark(spec):
+        console.say(remark)
     verdict = judge(
         spec,
         tuning=recipe.tuning,

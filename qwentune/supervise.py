@@ -53,7 +53,8 @@ def run(
     The plan of an earlier start is judged again, not made anew, unless `replan` says so.
     """
     from qwentune.facts.launch import launch_file
-    from qwentune.facts.models import model_spec
+    from qwentune.facts.models import model_spec, refuse_untrainable
+    from qwentune.facts.towers import tower_remark
     from qwentune.memory import render_plan
     from qwentune.memory.judge import device_of, judge, refusal
     from qwentune.recipe import load_recipe
@@ -63,6 +64,9 @@ def run(
     device, count, sharding = device_of(recipe.hardware, here=True)
     launch = recipe.hardware.launch
     spec = model_spec(recipe.model, packing=recipe.data.packing)
+    refuse_untrainable(spec)
+    if remark := tower_remark(spec):
+        console.say(remark)
     plan = judge(
         spec,
         tuning=recipe.tuning,

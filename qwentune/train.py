@@ -145,7 +145,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     from qwentune.data.schedule import Schedule
     from qwentune.data.tokenizer import load_tokenizer
     from qwentune.facts.gpus import GpuSpec
-    from qwentune.facts.models import model_spec
+    from qwentune.facts.models import model_spec, refuse_untrainable
     from qwentune.memory.judge import changes_the_plan, device_of, judge, refusal
     from qwentune.training.ranks import Ranks, expand_segments
 
@@ -158,8 +158,10 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     device, _, _ = device_of(recipe.hardware, here=True)
     stored = None if replan else folder.stored_plan()
     is_first_start_on_gpu = stored is None and isinstance(device, GpuSpec)
+    spec = model_spec(recipe.model, packing=recipe.data.packing)
+    refuse_untrainable(spec)
     plan = judge(
-        model_spec(recipe.model, packing=recipe.data.packing),
+        spec,
         tuning=recipe.tuning,
         max_tokens=recipe.data.max_tokens,
         batch=recipe.batch,

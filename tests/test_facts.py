@@ -14,6 +14,7 @@ import pytest
 from qwentune.errors import UsageError
 from qwentune.facts.gpus import GPUS, gpu_spec
 from qwentune.facts.models import MODELS, config_of, model_spec
+from qwentune.facts.towers import tower_remark, training_problems
 
 # Counts of the model classes of transformers 5.23 on the meta device; those of Qwen2.5 and Qwen3 up to 72B and the MoE
 # equal the exact counts of keras-team/keras-hub@71453d08.
@@ -46,6 +47,8 @@ PARAMETERS = {
     "Qwen3-30B-A3B": 30_532_122_624,
     "Qwen3-235B-A22B": 235_093_634_560,
     "Qwen3-Coder-480B-A35B-Instruct": 480_154_875_392,
+    "Qwen3-Next-80B-A3B-Thinking": 79_674_391_296,
+    "Qwen3.5-35B-A3B": 34_660_610_688,  # without the vision tower, as keras-hub has Qwen-AgentWorld-35B-A3B
 }
 
 QWEN3_CONFIG = {
@@ -61,6 +64,24 @@ QWEN3_CONFIG = {
     "max_position_embeddings": 512,
     "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"},
 }
+
+
+HYBRID_CONFIG = QWEN3_CONFIG | {
+    "model_type": "qwen3_5_text",
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_conv_kernel_dim": 4,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 96,
+}
+VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
 
 
 def write_folder(folder: Path, config: object, template: str = "", eos: str = "<|im_end|>") -> str:
@@ -98,6 +119,8 @@ def test_every_checkpoint_of_a_shape_family_has_its_own_id_and_a_source() -> Non
         ("Qwen2.5-7B", "base"),
         ("Qwen1.5-MoE-A2.7B-Chat", "chat"),
         ("QwQ-32B", "thinking"),
+        ("Qwen3-Next-80B-A3B-Instruct", "chat"),
+        ("Qwen3.8-27B", "hybrid"),
     ],
 )
 def test_the_kind_follows_the_suffix(name: str, kind: str) -> None:
@@ -141,11 +164,62 @@ def test_older_configs_give_rope_theta_and_no_head_dim(tmp_path: Path) -> None:
 
 
 def test_a_mixture_of_experts_is_read_with_its_shared_expert(tmp_path: Path) -> None:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    config = QWEN3_CONFIG | experts | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 96}
+    config = QWEN3_CONFIG | EXPERTS | {"model_type": "qwen2_moe"}
     moe = model_spec(write_folder(tmp_path / "m", config)).moe
     assert moe is not None
     assert (moe.num_experts, moe.top_k, moe.expert_intermediate, moe.shared_intermediate) == (4, 2, 64, 96)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"])
+def test_a_hybrid_counts_as_transformers_builds_it(tmp_path: Path, model_type: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = HYBRID_CONFIG | (EXPERTS if model_type != "qwen3_5_text" else {}) | {"model_type": model_type}
+    spec = model_spec(write_folder(tmp_path / "m", config))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config_of(spec)))  # pyright: ignore
+    linear = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    assert spec.parameters == model.num_parameters()
+    assert spec.linear_parameters == sum(module.weight.numel() for module in linear)
+    assert (spec.num_layers, spec.num_attention_layers, spec.period) == (4, 1, 4)
+
+
+def test_layers_of_full_attention_that_do_not_repeat_are_refused(tmp_path: Path) -> None:
+    config = HYBRID_CONFIG | {"layer_types": ["full_attention", *["linear_attention"] * 3]}
+    with pytest.raises(UsageError, match="layer_types"):
+        model_spec(write_folder(tmp_path / "m", config))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "decoder"),
+    [
+        ("qwen2_vl", QWEN3_CONFIG),
+        ("qwen2_5_vl", QWEN3_CONFIG),
+        ("qwen3_vl", QWEN3_CONFIG),
+        ("qwen3_vl_moe", QWEN3_CONFIG | EXPERTS),
+        ("qwen3_5", HYBRID_CONFIG),
+        ("qwen3_5_moe", HYBRID_CONFIG | EXPERTS),
+    ],
+)
+def test_a_checkpoint_with_a_vision_tower_is_described_by_its_text_tower(
+    tmp_path: Path, model_type: str, decoder: dict[str, object]
+) -> None:
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+    text = {key: value for key, value in decoder.items() if key not in ("model_type", "tie_word_embeddings")}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3, "mrope_section": [2, 3, 3]}}
+    if model_type.startswith("qwen2"):
+        text["num_attention_heads"] = 64 // 16  # heads of qwen2 share the hidden size
+    config = CONFIG_MAPPING[model_type](text_config=text, vision_config=VISION, tie_word_embeddings=True)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    spec = model_spec(write_folder(tmp_path / "m", config.to_dict()))
+    assert (spec.tower_of, spec.tied) == (model_type, True)
+    assert spec.parameters == model.model.language_model.num_parameters()
+    assert f"{model_type}: the text tower alone" in tower_remark(spec)
+    assert bool(training_problems(spec)) is not model_type.startswith("qwen3_5")
 
 
 @pytest.mark.parametrize(
@@ -210,5 +284,6 @@ def test_the_configuration_of_a_model_is_read_back_as_the_same_model(tmp_path: P
     spec = MODELS[model]
     (tmp_path / "config.json").write_text(json.dumps(config_of(spec)))
     read = model_spec(str(tmp_path))
-    # What stands beside the configuration tells these.
-    assert replace(read, id=spec.id, kind=spec.kind, licence=spec.licence, source=spec.source) == spec
+    # What stands beside the configuration tells these, and whether there is another tower.
+    beside = {name: getattr(spec, name) for name in ("id", "kind", "licence", "source", "tower_of")}
+    assert replace(read, **beside) == spec

@@ -129,7 +129,8 @@ def test_packing_is_refused_with_the_reason_where_examples_would_not_stay_apart(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(qwen3_folder, folder)
-    config = {**json.loads((folder / "config.json").read_text()), "model_type": "qwen3_next"}
+    sizes = {**LINEAR, **SHARED, "linear_conv_kernel_dim": 4, "num_hidden_layers": 4}
+    config = {**json.loads((folder / "config.json").read_text()), **sizes, "model_type": "qwen3_next"}
     (folder / "config.json").write_text(json.dumps(config))
     recipe = write_recipe(tmp_path, folder)
 
@@ -142,13 +143,9 @@ def test_packing_is_refused_with_the_reason_where_examples_would_not_stay_apart(
     assert refused.returncode == 2
     assert "data.packing  qwen3_next cannot train on packed rows: its linear attention reads on" in refused.stderr
     assert "\n    data.packing=false\n" in refused.stderr
-    mended = run("data.packing=false")
-    assert "packed rows" not in mended.stderr
     if command == "preview":
+        mended = run("data.packing=false")
         assert mended.returncode == 0, mended.stderr
-    else:  # said beside the other reason, so that both can be mended at once
-        assert "2 problems." in refused.stderr
-        assert "'qwen3_next' is not a model type that qwentune can plan" in mended.stderr
 
 
 def example(length: int, first_trained: int, start: int) -> tuple[np.ndarray, np.ndarray]:

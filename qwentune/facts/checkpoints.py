@@ -9,6 +9,9 @@ Sources, by the short names used in the rows:
   keras      keras-team/keras-hub@71453d08 (exact parameter counts)
   blog       QwenLM/qwenlm.github.io@1f89f8c8 (context, licences)
   swift      modelscope/ms-swift@3602360a swift/model/models/qwen.py (hub ids)
+  torchtitan pytorch/torchtitan@b5bcd76c models/qwen3_5
+  transformers  the default values of its configuration classes, 5.24
+  cards      model cards and dates of QwenLM/Qwen3.8@2ea10dc7 and BigBIueWhale/qwen_38_agent_setup@f18f7b32
   coder      QwenLM/Qwen2.5-Coder@d5ead97f and QwenLM/Qwen3-Coder@0ae30f55
 "unverified" marks what none of them states.
 """
@@ -18,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from qwentune.facts.architecture import Kind, ModelSpec, MoeSpec
+from qwentune.facts.architecture import Kind, LinearAttentionSpec, ModelSpec, MoeSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +35,20 @@ class _Shape:
     tied: bool
     head_dim: int = 128
     moe: MoeSpec | None = None
+    linear_attention: LinearAttentionSpec | None = None
 
 
 # fmt: off
+def _hybrid(
+    num_layers: int, hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int, vocab_rows: int,
+    tied: bool, value_heads: int, moe: MoeSpec | None = None,
+) -> _Shape:
+    linear = LinearAttentionSpec(num_key_heads=16, num_value_heads=value_heads, key_head_dim=128, value_head_dim=128)
+    return _Shape(
+        num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, vocab_rows, tied, 256, moe, linear
+    )
+
+
 #          layers  hidden  intermediate heads kv   rows  tied
 _QWEN1_5 = {
     "0.5B": _Shape(24, 1024,   2816, 16, 16, 151936, True, head_dim=64),
@@ -69,6 +83,20 @@ _QWEN3 = {
     "235B-A22B": _Shape(94, 4096, 12288, 64, 4, 151936, False, moe=MoeSpec(128, 8, 1536)),
     "480B-A35B": _Shape(62, 6144,  8192, 96, 8, 151936, False, moe=MoeSpec(160, 8, 2560)),
 }
+#             layers  hidden  intermediate heads kv   rows  tied  linear value heads
+_QWEN3_NEXT = {
+    "80B-A3B":   _hybrid(48, 2048,  5120, 16, 2, 151936, False, 32, MoeSpec(512, 10, 512, 512)),
+}
+_QWEN3_5 = {  # also Qwen3.6 and 3.8
+    "0.8B":      _hybrid(24, 1024,  3584,  8, 2, 248320, True, 16),
+    "2B":        _hybrid(24, 2048,  6144,  8, 2, 248320, True, 16),
+    "4B":        _hybrid(32, 2560,  9216, 16, 4, 248320, True, 32),
+    "9B":        _hybrid(32, 4096, 12288, 16, 4, 248320, False, 32),
+    "27B":       _hybrid(64, 5120, 17408, 24, 4, 248320, False, 48),
+    "35B-A3B":   _hybrid(40, 2048,     0, 16, 2, 248320, False, 32, MoeSpec(256, 8, 512, 512)),
+    "122B-A10B": _hybrid(48, 3072,     0, 32, 2, 248320, False, 64, MoeSpec(256, 8, 1024, 1024)),
+    "397B-A17B": _hybrid(60, 4096,     0, 32, 2, 248320, False, 64, MoeSpec(512, 10, 1024, 1024)),
+}
 
 _BASE_CHAT: Mapping[str, Kind] = {"": "base", "-Chat": "chat"}
 _BASE: Mapping[str, Kind] = {"": "base"}
@@ -83,8 +111,12 @@ _DIMS1 = "dims pai, mindspeed; ids swift"
 _DIMS2 = "dims litgpt, torchtune, pai; context and licence blog; ids swift"
 _DIMS2_MOE = "dims pai, count keras; context and licence blog; ids swift"
 _DIMS3 = "dims litgpt, maxtext; ids swift"
+_DIMS_NEXT = _DIMS3
+_DIMS3_5 = "dims torchtitan, maxtext, transformers; ids swift"
 _DIMS_MATH = "dims, rope and context litgpt; ids swift"
 _DIMS_MATH2 = "as Qwen2.5-Math, unverified; ids swift"
+
+_FAMILIES = {"qwen3": _QWEN3, "qwen3_next": _QWEN3_NEXT, "qwen3_5": _QWEN3_5}
 
 
 def _rows(
@@ -92,19 +124,28 @@ def _rows(
     positions: int, licence: str, source: str, rope: float = 1e6,
 ) -> Iterator[ModelSpec]:
     """One spec per size and suffix; `{}` in `name` stands for the size."""
-    is_qwen3 = shapes is _QWEN3
+    family = next((family for family, rows in _FAMILIES.items() if rows is shapes), "qwen2")
+    is_qwen3 = family != "qwen2"
     for size in sizes.split():
         shape = shapes[size]
         for suffix, kind in kinds.items():
             yield ModelSpec(
                 id=f"Qwen/{name.format(size)}{suffix}",
-                model_type=("qwen3" if is_qwen3 else "qwen2") + ("_moe" if shape.moe else ""),
+                model_type=_model_type(family, shape),
                 num_layers=shape.num_layers, hidden_size=shape.hidden_size,
                 intermediate_size=shape.intermediate_size, num_heads=shape.num_heads,
                 num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, vocab_rows=shape.vocab_rows,
                 tied=shape.tied, max_positions=positions, rope_theta=rope, qkv_bias=not is_qwen3,
                 qk_norm=is_qwen3, kind=kind, moe=shape.moe, licence=licence, source=source,
+                linear_attention=shape.linear_attention,
+                tower_of=_model_type(family, shape).removesuffix("_text") if family == "qwen3_5" else None,
             )
+
+
+def _model_type(family: str, shape: _Shape) -> str:
+    if family == "qwen3_next":
+        return family
+    return family + ("_moe" if shape.moe else "") + ("_text" if family == "qwen3_5" else "")
 
 
 def _table() -> Iterator[ModelSpec]:
@@ -149,6 +190,15 @@ def _table() -> Iterator[ModelSpec]:
     yield from _rows("Qwen3-{}", _QWEN3, "30B-A3B", _2507, 262144, _APACHE, _DIMS3, rope=1e7)
     yield from _rows("Qwen3-Coder-{}-Instruct", _QWEN3, "30B-A3B 480B-A35B", {"": "chat"}, 262144, _APACHE,
                      "dims litgpt, maxtext; context coder; ids swift", rope=1e7)
+
+    yield from _rows("Qwen3-Next-{}", _QWEN3_NEXT, "80B-A3B", {"-Instruct": "chat", "-Thinking": "thinking"},
+                     262144, _APACHE, _DIMS_NEXT, rope=1e7)
+    yield from _rows("Qwen3.5-{}", _QWEN3_5, "0.8B 2B 4B 9B 27B 35B-A3B 122B-A10B 397B-A17B", {"": "hybrid"},
+                     262144, _APACHE, _DIMS3_5, rope=1e7)
+    yield from _rows("Qwen3.5-{}-Base", _QWEN3_5, "0.8B 2B 4B 9B 35B-A3B", _BASE, 262144, _APACHE, _DIMS3_5, rope=1e7)
+    yield from _rows("Qwen3.6-{}", _QWEN3_5, "27B 35B-A3B", {"": "hybrid"}, 262144, _APACHE,
+                     _DIMS3_5 + "; cards", rope=1e7)
+    yield from _rows("Qwen3.8-{}", _QWEN3_5, "27B", {"": "hybrid"}, 262144, _APACHE, _DIMS3_5 + "; cards", rope=1e7)
 
 
 TINY_QWEN3 = ModelSpec(

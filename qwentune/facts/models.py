@@ -8,15 +8,28 @@ from pathlib import Path
 from typing import cast
 
 from qwentune.errors import Problem, UsageError, nearest
-from qwentune.facts.architecture import Kind, ModelSpec, MoeSpec
+from qwentune.facts.architecture import Kind, LinearAttentionSpec, ModelSpec, MoeSpec
 from qwentune.facts.checkpoints import MODELS
 from qwentune.facts.packing import packing_problems
+from qwentune.facts.towers import DECODERS, training_problems
 
-__all__ = ["MODELS", "ModelSpec", "MoeSpec", "config_of", "model_spec", "refuse_packing"]
+__all__ = [
+    "MODELS",
+    "LinearAttentionSpec",
+    "ModelSpec",
+    "MoeSpec",
+    "config_of",
+    "model_spec",
+    "refuse_packing",
+    "refuse_untrainable",
+]
 
 _ENDOFTEXT = "<|endoftext|>"
 _ENDOFTEXT_ID = 151643
-_MODEL_TYPES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+_HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+_MIXTURES = ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text")
+_MODEL_TYPES = ("qwen2", "qwen3", *_MIXTURES, "qwen3_5_text", *DECODERS)
+_ROTARY_SHARE = 0.25  # of a head, in hybrids
 
 
 def model_spec(model: str, *, packing: bool = False) -> ModelSpec:
@@ -26,8 +39,9 @@ def model_spec(model: str, *, packing: bool = False) -> ModelSpec:
         UsageError: an unknown name (names the nearest), or a folder whose config.json cannot be used; with `packing`
             also a model that cannot be given packed rows.
     """
-    by_lower_case = {name.lower(): spec for name, spec in MODELS.items()}
-    if (spec := by_lower_case.get(model.lower())) is not None:
+    if (spec := _listed(model)) is not None:
+        if packing and (problems := packing_problems(spec.checkpoint_type)):
+            raise UsageError(problems)
         return spec
     if Path(model).is_dir():
         return _from_folder(Path(model), packing)
@@ -39,14 +53,23 @@ def model_spec(model: str, *, packing: bool = False) -> ModelSpec:
 
 
 def refuse_packing(model: str) -> None:
-    """Raises UsageError where the folder of a model says that it cannot be given packed rows."""
-    config = _read_object(Path(model) / "config.json", optional=True)
-    if problems := packing_problems(str(config.get("model_type"))):
+    """Raises UsageError where a listed model, or the folder of one, cannot be given packed rows."""
+    if (spec := _listed(model)) is not None:
+        model_type = spec.checkpoint_type
+    else:
+        model_type = str(_read_object(Path(model) / "config.json", optional=True).get("model_type"))
+    if problems := packing_problems(model_type):
+        raise UsageError(problems)
+
+
+def refuse_untrainable(spec: ModelSpec) -> None:
+    """Raises UsageError where the model can be planned but not trained."""
+    if problems := training_problems(spec):
         raise UsageError(problems)
 
 
 def config_of(spec: ModelSpec) -> dict[str, object]:
-    """The dimensions of a model as its config.json has them."""
+    """The dimensions of a decoder as its config.json has them."""
     config: dict[str, object] = {
         "model_type": spec.model_type,
         "num_hidden_layers": spec.num_layers,
@@ -74,7 +97,26 @@ def config_of(spec: ModelSpec) -> dict[str, object]:
         }
         if moe.shared_intermediate:
             config["shared_expert_intermediate_size"] = moe.shared_intermediate
+    if (linear := spec.linear_attention) is not None:
+        config["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": spec.rope_theta,
+            "partial_rotary_factor": _ROTARY_SHARE,
+        }
+        config |= {
+            "full_attention_interval": linear.period,
+            "linear_num_key_heads": linear.num_key_heads,
+            "linear_num_value_heads": linear.num_value_heads,
+            "linear_key_head_dim": linear.key_head_dim,
+            "linear_value_head_dim": linear.value_head_dim,
+            "linear_conv_kernel_dim": linear.conv_kernel,
+        }
     return config
+
+
+def _listed(model: str) -> ModelSpec | None:
+    by_lower_case = {name.lower(): spec for name, spec in MODELS.items()}
+    return by_lower_case.get(model.lower())
 
 
 def _did_you_mean(model: str) -> str:
@@ -93,6 +135,13 @@ class _Config:
         self.path = path
         self.problems: list[Problem] = []
         self.values = _read_object(path)
+        self.tower_of = str(self.values.get("model_type"))
+        self.model_type = DECODERS.get(self.tower_of, self.tower_of)
+        text = self.values.get("text_config")
+        if self.tower_of in DECODERS and isinstance(text, dict):
+            # Older checkpoints have the tower's sizes at the top; whether the head is tied is said there in all.
+            tied = {key: self.values[key] for key in ("tie_word_embeddings",) if key in self.values}
+            self.values = {**self.values, **cast("dict[str, object]", text), **tied}
 
     def number(self, key: str, default: int | None = None) -> int:
         value = self.values.get(key)
@@ -119,9 +168,9 @@ class _Config:
 
 def _from_folder(folder: Path, packing: bool) -> ModelSpec:
     config = _Config(folder / "config.json")
-    model_type = str(config.values.get("model_type"))
+    model_type = config.model_type
     if packing:
-        config.problems += packing_problems(model_type)
+        config.problems += packing_problems(config.tower_of)
     if model_type not in _MODEL_TYPES:
         unknown = Problem(
             f"{config.path}: model_type",
@@ -129,15 +178,16 @@ def _from_folder(folder: Path, packing: bool) -> ModelSpec:
             f"It knows {', '.join(_MODEL_TYPES)}.",
         )
         raise UsageError([unknown, *config.problems])
-    is_qwen3, is_moe = model_type.startswith("qwen3"), model_type.endswith("_moe")
+    is_qwen3, is_hybrid = model_type.startswith("qwen3"), model_type in _HYBRIDS
+    has_mlp = model_type != "qwen3_5_moe_text"
     hidden_size, num_heads = config.number("hidden_size"), config.number("num_attention_heads")
     moe = None
-    if is_moe:
+    if model_type in _MIXTURES:
         moe = MoeSpec(
-            num_experts=config.number("num_experts"),
+            num_experts=config.number("num_local_experts" if "num_local_experts" in config.values else "num_experts"),
             top_k=config.number("num_experts_per_tok"),
             expert_intermediate=config.number("moe_intermediate_size"),
-            shared_intermediate=0 if is_qwen3 else config.number("shared_expert_intermediate_size"),
+            shared_intermediate=0 if model_type == "qwen3_moe" else config.number("shared_expert_intermediate_size"),
         )
         if config.values.get("mlp_only_layers") or config.number("decoder_sparse_step", 1) != 1:
             config.problems.append(
@@ -152,7 +202,7 @@ def _from_folder(folder: Path, packing: bool) -> ModelSpec:
         model_type=model_type,
         num_layers=config.number("num_hidden_layers"),
         hidden_size=hidden_size,
-        intermediate_size=config.number("intermediate_size"),
+        intermediate_size=config.number("intermediate_size") if has_mlp else 0,
         num_heads=num_heads,
         num_kv_heads=config.number("num_key_value_heads", num_heads),
         head_dim=config.number("head_dim", max(1, hidden_size // num_heads)),
@@ -166,10 +216,31 @@ def _from_folder(folder: Path, packing: bool) -> ModelSpec:
         moe=moe,
         licence="not stated",
         source=str(config.path),
+        linear_attention=_linear_attention(config) if is_hybrid else None,
+        tower_of=config.tower_of if config.tower_of in DECODERS else None,
     )
     if config.problems:
         raise UsageError(config.problems)
     return spec
+
+
+def _linear_attention(config: _Config) -> LinearAttentionSpec:
+    num_layers, period = config.number("num_hidden_layers"), config.number("full_attention_interval", 4)
+    types = config.values.get("layer_types")
+    if isinstance(types, list) and "full_attention" in types:
+        period = cast("list[object]", types).index("full_attention") + 1
+    pattern = ["linear_attention"] * (period - 1) + ["full_attention"]
+    if num_layers % period or (isinstance(types, list) and types != pattern * (num_layers // period)):
+        what = "full attention does not stand in every so manieth layer and in the last, as in Qwen's checkpoints."
+        config.problems.append(Problem(f"{config.path}: num_hidden_layers, layer_types", what))
+    return LinearAttentionSpec(
+        num_key_heads=config.number("linear_num_key_heads"),
+        num_value_heads=config.number("linear_num_value_heads"),
+        key_head_dim=config.number("linear_key_head_dim"),
+        value_head_dim=config.number("linear_value_head_dim"),
+        conv_kernel=config.number("linear_conv_kernel_dim"),
+        period=period,
+    )
 
 
 def _kind(folder: Path) -> Kind:

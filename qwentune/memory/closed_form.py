@@ -105,7 +105,7 @@ def base_weight_bytes(spec: ModelSpec, settings: Settings) -> int:
 
 def quantised_parameters(spec: ModelSpec) -> int:
     """Parameters that bitsandbytes holds in 4 bits: the linear modules of the layers."""
-    return spec.num_layers * spec.linear_parameters_per_layer
+    return spec.linear_parameters
 
 
 def state_bytes(spec: ModelSpec, settings: Settings) -> int:
