@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any, cast
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qwentune.facts.architecture import MoeSpec
 from qwentune.facts.models import config_of, model_spec
 from qwentune.memory.closed_form import phases
+from qwentune.memory.delta_rule import fold
 from qwentune.memory.meta_step import meta_batch, step_of, traced_peak
 from qwentune.memory.settings import Overheads, Settings
 from qwentune.memory.trace import live_bytes, peak
@@ -41,11 +43,12 @@ SETTINGS = Settings(
 
 
 def tiny(name: str) -> Any:
-    """A model of the architecture with six layers."""
+    """A model of the architecture with six layers, or three periods of different ones."""
     spec = model_spec(name)
+    linear = spec.linear_attention
     return replace(
         spec,
-        num_layers=6,
+        num_layers=6 if linear is None else 12,
         hidden_size=128,
         intermediate_size=256,
         num_heads=4,
@@ -53,6 +56,8 @@ def tiny(name: str) -> Any:
         head_dim=32,
         vocab_rows=1024,
         moe=spec.moe and MoeSpec(4, 2, 64, 64 if spec.moe.shared_intermediate else 0),
+        linear_attention=linear
+        and replace(linear, num_key_heads=2, num_value_heads=4, key_head_dim=32, value_head_dim=32),
     )
 
 
@@ -89,7 +94,7 @@ def measured_bytes(spec: Any, settings: Settings, network: Any = None) -> int:
         optimizer.zero_grad()
     states = {parameter: list(state.values()) for parameter, state in optimizer.state.items()}
     step = replace(step, states=states, optimize=lambda: optimizer.step() and None)
-    return sum(peak(live_bytes(step, num_recomputed))[1].values())
+    return sum(peak(live_bytes(step, num_recomputed // spec.period))[1].values())
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -104,6 +109,31 @@ def test_a_real_step_on_the_cpu_takes_what_the_trace_says(
     if spec.moe:  # grouped products run on meta in bf16 only, where the CPU's own SDPA takes a workspace more
         settings = replace(settings, weights="bf16", attention="eager")
         settings = replace(settings, optimizer_state="bf16" if kind == "full" else "fp32")
+    assert traced_peak(spec, settings).allocated == pytest.approx(measured_bytes(spec, settings), rel=0.005)
+
+
+HYBRIDS = ["Qwen/Qwen3-Next-80B-A3B-Instruct", "Qwen/Qwen3.5-9B", "Qwen/Qwen3.5-35B-A3B"]
+
+
+def hybrid_cases() -> list[Any]:
+    fast = {(HYBRIDS[1], "full", 4), (HYBRIDS[2], "lora", False)}
+    every = product(HYBRIDS, ("lora", "full"), (True, False, 4))
+    return [pytest.param(*case, marks=[] if case in fast else [pytest.mark.slow]) for case in every]
+
+
+@pytest.mark.parametrize(("name", "kind", "checkpointing"), hybrid_cases())
+def test_a_real_step_of_a_hybrid_takes_what_the_trace_says(name: str, kind: str, checkpointing: bool | int) -> None:
+    changes = {"kind": kind, "gradient_checkpointing": checkpointing, "micro_batch": 1}
+    settings, spec = replace(SETTINGS, **cast(Any, changes)), tiny(name)
+    if spec.moe:
+        settings = replace(settings, weights="bf16", attention="eager")
+        settings = replace(settings, optimizer_state="bf16" if kind == "full" else "fp32")
+    assert traced_peak(spec, settings).allocated == pytest.approx(measured_bytes(spec, settings), rel=0.005)
+
+
+def test_a_long_sequence_of_a_hybrid_may_be_folded() -> None:
+    settings, spec = replace(SETTINGS, micro_batch=1, max_tokens=1100), replace(tiny("Qwen/Qwen3.5-9B"), num_layers=4)
+    assert fold(1100) == (3, 367)
     assert traced_peak(spec, settings).allocated == pytest.approx(measured_bytes(spec, settings), rel=0.005)
 
 

@@ -21,7 +21,8 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.models import config_of
 from qwentune.memory.closed_form import Terms
-from qwentune.memory.replay import LAYERS_OF_A_KIND, Recording, depth, record
+from qwentune.memory.delta_rule import folded_delta_rule
+from qwentune.memory.replay import BLOCKS_OF_A_KIND, Recording, depth, record
 from qwentune.memory.settings import Settings
 from qwentune.memory.trace import Step, peak, trace
 from qwentune.model.adapters import add_adapters
@@ -34,7 +35,7 @@ from qwentune.recipe import Tuning
 def traced_peak(spec: ModelSpec, settings: Settings) -> Terms:
     """The worst moment of the training step of one unsharded rank, device workspaces left out."""
     build, num_recomputed, num_kept = _steps(spec, settings)
-    with no_autocast():
+    with traceable(spec):
         _, terms = peak(trace(build, num_recomputed, num_kept))
     return Terms(
         weights=terms.get("weights", 0),
@@ -48,22 +49,23 @@ def traced_peak(spec: ModelSpec, settings: Settings) -> Terms:
 
 
 def recorded_step(spec: ModelSpec, settings: Settings) -> tuple[Recording, list[int]]:
-    """The same step as the allocator sees it, and which recorded layer each layer of the model is like."""
+    """The same step as the allocator sees it, and which recorded block each block of the model is like."""
     build, num_recomputed, num_kept = _steps(spec, settings)
-    counts = min(num_recomputed, LAYERS_OF_A_KIND), min(num_kept, LAYERS_OF_A_KIND)
-    with no_autocast():
+    counts = min(num_recomputed, BLOCKS_OF_A_KIND), min(num_kept, BLOCKS_OF_A_KIND)
+    with traceable(spec):
         return record(build(*counts), counts[0]), depth(num_recomputed, num_kept)
 
 
 def _steps(spec: ModelSpec, settings: Settings) -> tuple[Callable[[int, int], Step], int, int]:
-    """What makes the step of so many recomputed and kept layers, and how many the model has of each."""
-    num_recomputed = settings.num_checkpointed(spec.num_layers)
+    """What makes the step of so many recomputed and kept blocks, and how many the model has of each."""
+    num_recomputed, rest = divmod(settings.num_checkpointed(spec.num_layers), spec.period)
+    assert not rest, "the plan recomputes whole periods"
     config = AutoConfig.for_model(**config_of(spec))  # pyright: ignore[reportArgumentType]
 
     def build(recomputed: int, kept: int) -> Step:
-        return meta_step(config, settings, recomputed, kept)
+        return meta_step(config, settings, recomputed * spec.period, kept * spec.period)
 
-    return build, num_recomputed, spec.num_layers - num_recomputed
+    return build, num_recomputed, spec.num_layers // spec.period - num_recomputed
 
 
 def meta_step(config: PreTrainedConfig, settings: Settings, num_recomputed: int, num_kept: int) -> Step:
@@ -76,10 +78,12 @@ def step_of(network: Any, settings: Settings, num_recomputed: int, batch: dict[s
     """One step of a network whose base weights are there, on meta or not; its optimizer makes no temporaries."""
     layers = list(network.model.layers)
     recompute_layers(network, num_recomputed if num_recomputed < len(layers) else True)
+    period = _period(network.config)
     if settings.kind != "full":
         targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
         tuning = Tuning.model_validate({"kind": settings.kind, "rank": settings.rank, "targets": targets})
-        network = add_adapters(network, tuning, settings.adapters)
+        with torch.device(layers[0].input_layernorm.weight.device):
+            network = add_adapters(network, tuning, settings.adapters)
     network.train()
     head = LossHead(network, settings.loss)
     head.attention = IMPLEMENTATIONS["eager"]  # so that probes hear of the batch's trees too
@@ -90,7 +94,13 @@ def step_of(network: Any, settings: Settings, num_recomputed: int, batch: dict[s
     if settings.accumulation > 1:
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-    return Step(network, layers, lambda: head.loss(network, batch), lambda: None, states)
+    blocks = [layers[at : at + period] for at in range(0, len(layers), period)]
+    return Step(network, blocks, lambda: head.loss(network, batch), lambda: None, states)
+
+
+def _period(config: PreTrainedConfig) -> int:
+    types = list(getattr(config, "layer_types", None) or [])
+    return types.index("full_attention") + 1 if "linear_attention" in types else 1
 
 
 def meta_network(config: PreTrainedConfig, settings: Settings, num_layers: int) -> Any:
@@ -101,7 +111,7 @@ def meta_network(config: PreTrainedConfig, settings: Settings, num_layers: int) 
         config.layer_types = config.layer_types[:num_layers]
     dtype = DTYPES[settings.weights]
     _register_probes()
-    attention = IMPLEMENTATIONS["eager"] if settings.attention == "eager" else f"traced_{settings.attention}"
+    attention = IMPLEMENTATIONS["eager"] if settings.attention == "eager" else _PROBES[settings.attention]
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         if settings.kind == "qlora":
@@ -138,15 +148,23 @@ def hold_in_4_bits(network: nn.Module, dtype: torch.dtype, double_quantised: boo
 
 
 def _states(parameter: Tensor, settings: Settings, is_embedding: bool) -> list[Tensor]:
-    """AdamW's two moments; in 8 bits with an fp32 scale per 256 values."""
+    """AdamW's two moments and its count of steps; in 8 bits with an fp32 scale per 256 values."""
     if settings.optimizer_state != "8bit":
-        return [torch.zeros_like(parameter, dtype=DTYPES[settings.optimizer_state]) for _ in range(2)]
+        moments = [torch.zeros_like(parameter, dtype=DTYPES[settings.optimizer_state]) for _ in range(2)]
+        return [*moments, torch.zeros((), device=parameter.device)]
     size = parameter.numel()
     if is_embedding or size < 4096:
         return [torch.zeros_like(parameter, dtype=torch.float32) for _ in range(2)]
     meta = parameter.device
     moments = [torch.zeros(size, dtype=torch.uint8, device=meta) for _ in range(2)]
     return [*moments, *(torch.zeros(-(-size // 256), device=meta) for _ in range(2))]
+
+
+@contextmanager
+def traceable(spec: ModelSpec) -> Iterator[None]:
+    """Lets the model run on meta tensors."""
+    with no_autocast(), folded_delta_rule(spec.model_type) if spec.linear_attention else nullcontext():
+        yield
 
 
 @contextmanager
@@ -176,10 +194,14 @@ class _FlashAttention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
+# No more of a kernel's name, for transformers refuses some to some models.
+_PROBES = {"sdpa": "traced_sdpa", "flex_attention": "traced_flex", "flash_attention_2": "traced_flash"}
+
+
 @cache
 def _register_probes() -> None:
-    for name in ("sdpa", "flex_attention", "flash_attention_2"):
-        AttentionInterface.register(f"traced_{name}", _repeated_attention if name == "sdpa" else _grouped_attention)
+    for kernel, name in _PROBES.items():
+        AttentionInterface.register(name, _repeated_attention if kernel == "sdpa" else _grouped_attention)
 
 
 def _grouped_attention(_module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:

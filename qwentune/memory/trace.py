@@ -1,8 +1,9 @@
-"""Live bytes of a real training step by region and term, traced at three and four layers and exact at any depth.
+"""Live bytes of a real training step by region and term, traced at two and three blocks and exact at any depth.
 
-The caller builds the step, on meta tensors or real ones. A region is the forward or the backward pass of a layer, the
-embedding, the head, or the optimizer step. In each region the peak is linear in the number of layers, so that two
-shallow copies give every deeper model; layers that are recomputed and layers that are not count separately.
+The caller builds the step, on meta tensors or real ones. A block is what repeats: a layer, or a period of different
+ones. A region is the forward or the backward pass of a block, the embedding, the head, or the optimizer step. In each
+region the peak is linear in the number of blocks, so that two shallow copies give every deeper model; blocks that are
+recomputed and blocks that are not count separately.
 """
 # torch leaves many of its types unknown
 # pyright: standard
@@ -22,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 # The unit in which CUDA's allocator hands out memory and torch counts it.
 BLOCK_BYTES = 512
-# Layers of a kind that are traced as they are: a first one, a last one, and one between.
-FEWEST_LAYERS = 3
+# Blocks of a kind that are traced as they are: a first one and a last one. What those between hold grows or falls
+# evenly from one to the next, so the worst moment is at an end.
+FEWEST_BLOCKS = 2
 
 Bytes: TypeAlias = Mapping[str, int]
 Key: TypeAlias = weakref.ref[Any]  # to a storage
@@ -33,12 +35,12 @@ Key: TypeAlias = weakref.ref[Any]  # to a storage
 class Step:
     """One training step.
 
-    `states` are the optimizer's by parameter, as they are between steps; gradients that earlier micro-batches left lie
-    in `.grad`.
+    `blocks` are the layers in groups that are all alike. `states` are the optimizer's by parameter, as they are between
+    steps; gradients that earlier micro-batches left lie in `.grad`.
     """
 
     network: nn.Module
-    layers: Sequence[nn.Module]
+    blocks: Sequence[Sequence[nn.Module]]
     loss: Callable[[], Tensor]
     optimize: Callable[[], None]
     states: Mapping[Tensor, Sequence[Tensor]]
@@ -48,19 +50,19 @@ def trace(build: Callable[[int, int], Step], num_recomputed: int, num_kept: int)
     """Bytes by term at the worst moment of each region of a step.
 
     Args:
-        build: Makes the step of a model whose first layers are recomputed and whose other layers are kept.
-        num_recomputed, num_kept: How many layers the true model has of each.
+        build: Makes the step of a model whose first blocks are recomputed and whose other blocks are kept.
+        num_recomputed, num_kept: How many blocks the true model has of each.
     """
-    counts = (min(num_recomputed, FEWEST_LAYERS), min(num_kept, FEWEST_LAYERS))
+    counts = (min(num_recomputed, FEWEST_BLOCKS), min(num_kept, FEWEST_BLOCKS))
     shallow = live_bytes(build(*counts), counts[0])
     found = {region: Counter(terms) for region, terms in shallow.items()}
     for more, count, whole in (((1, 0), counts[0], num_recomputed), ((0, 1), counts[1], num_kept)):
         if whole == count:
             continue
         deeper = live_bytes(build(counts[0] + more[0], counts[1] + more[1]), counts[0] + more[0])
-        for region, terms in deeper.items():
-            for term in {*terms, *shallow[region]}:
-                found[region][term] += (whole - count) * (terms.get(term, 0) - shallow[region].get(term, 0))
+        for region, terms in shallow.items():
+            for term in {*terms, *deeper[region]}:
+                found[region][term] += (whole - count) * (deeper[region].get(term, 0) - terms.get(term, 0))
     return {region: dict(terms) for region, terms in found.items()}
 
 
@@ -86,10 +88,10 @@ def watch(step: Step, num_recomputed: int, live: LiveStorage) -> None:
     live.hold("optimizer", (state for states in step.states.values() for state in states))
     live.hold("gradients", (parameter.grad for parameter in trained if parameter.grad is not None))
     hooks = [parameter.register_post_accumulate_grad_hook(live.holds_gradient) for parameter in trained]
-    names = _layer_names(num_recomputed, len(step.layers))
-    for name, layer in zip(names, step.layers, strict=True):
-        hooks += _mark(live, layer, name)
-    hooks.append(step.layers[-1].register_forward_hook(lambda *_: live.enter("head")))
+    names = _block_names(num_recomputed, len(step.blocks))
+    for name, block in zip(names, step.blocks, strict=True):
+        hooks += _mark(live, block, name)
+    hooks.append(step.blocks[-1][-1].register_forward_hook(lambda *_: live.enter("head")))
     with live:
         live.enter("embedding")
         step.loss().backward()
@@ -99,20 +101,20 @@ def watch(step: Step, num_recomputed: int, live: LiveStorage) -> None:
         hook.remove()
 
 
-def _layer_names(num_recomputed: int, num_layers: int) -> list[str]:
-    """Names that copies of different depth share: all layers between a first and a last one have the same."""
+def _block_names(num_recomputed: int, num_blocks: int) -> list[str]:
+    """Names that copies of different depth share: all blocks between a first and a last one have the same."""
     names: list[str] = []
-    for kind, count in (("recomputed", num_recomputed), ("kept", num_layers - num_recomputed)):
+    for kind, count in (("recomputed", num_recomputed), ("kept", num_blocks - num_recomputed)):
         places = ["first", *["middle"] * (count - 2), "last"] if count > 1 else ["first"] * count
         names += [f"{place} {kind}" for place in places]
     return names
 
 
-def _mark(live: LiveStorage, layer: nn.Module, name: str) -> list[Any]:
-    """Hooks that tell when the forward and the backward pass of a layer begin."""
+def _mark(live: LiveStorage, block: Sequence[nn.Module], name: str) -> list[Any]:
+    """Hooks that tell when the forward and the backward pass of a block begin."""
 
     def begin_forward(*_: Any) -> None:
-        if not live.is_backward:  # else the layer is being recomputed
+        if not live.is_backward:  # else the block is being recomputed
             live.enter(f"forward {name}")
 
     def end_forward(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -120,7 +122,7 @@ def _mark(live: LiveStorage, layer: nn.Module, name: str) -> list[Any]:
         if not live.is_backward and hidden.requires_grad:
             hidden.register_hook(lambda _gradient: live.enter(f"backward {name}"))
 
-    return [layer.register_forward_pre_hook(begin_forward), layer.register_forward_hook(end_forward)]
+    return [block[0].register_forward_pre_hook(begin_forward), block[-1].register_forward_hook(end_forward)]
 
 
 class LiveStorage(TorchDispatchMode):
