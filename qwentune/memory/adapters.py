@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from qwentune.errors import Problem, UsageError, nearest
 from qwentune.facts.architecture import ModelSpec
 from qwentune.memory.settings import Settings
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+# Of linear attention: in Qwen3-Next the first two, in Qwen3.5 the next four; the last in both.
+LINEAR_INPUTS = ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+_LINEAR_ATTENTION = (*LINEAR_INPUTS, "out_proj")
 _EMBEDDINGS = ("embed_tokens", "lm_head")
-KNOWN = (*ATTENTION, *_FEED_FORWARD, *_EMBEDDINGS)
+KNOWN = (*ATTENTION, *_FEED_FORWARD, *_LINEAR_ATTENTION, *_EMBEDDINGS)
+# PEFT 0.21 maps the names of the feed-forward block onto the fused experts of these.
+_MAPPED_EXPERTS = ("qwen3_moe", "qwen3_next")
 
 
 def target_names(settings: Settings) -> frozenset[str]:
@@ -21,7 +28,7 @@ def target_names(settings: Settings) -> frozenset[str]:
     if settings.kind == "full":
         return frozenset()
     if settings.targets == "all-linear":
-        return frozenset((*ATTENTION, *_FEED_FORWARD))
+        return frozenset((*ATTENTION, *_FEED_FORWARD, *_LINEAR_ATTENTION))
     names = [name.rpartition(".")[2] for name in settings.targets]
     problems = [
         Problem(
@@ -38,38 +45,60 @@ def target_names(settings: Settings) -> frozenset[str]:
 
 
 def adapts_experts(spec: ModelSpec, settings: Settings) -> bool:
-    """Whether routed experts carry adapters: PEFT maps the names onto Qwen3's fused experts, not onto Qwen2's."""
-    return spec.model_type == "qwen3_moe" and not target_names(settings).isdisjoint(_FEED_FORWARD)
+    """Whether routed experts carry adapters: Qwen3's do, and there shared experts do not; Qwen2's do not."""
+    return spec.model_type in _MAPPED_EXPERTS and not target_names(settings).isdisjoint(_FEED_FORWARD)
 
 
 def adapter_parameters(spec: ModelSpec, settings: Settings) -> int:
     """Parameters of all adapters; 0 in full tuning."""
     names = target_names(settings)
     hidden, query, kv = spec.hidden_size, spec.query_size, spec.kv_size
-    wide = spec.dense_intermediate
-    fans = {
-        "q_proj": hidden + query,
+    attention = {
+        "q_proj": hidden + spec.query_outputs,
         "k_proj": hidden + kv,
         "v_proj": hidden + kv,
         "o_proj": query + hidden,
-        "gate_proj": hidden + wide if wide else 0,
-        "up_proj": hidden + wide if wide else 0,
-        "down_proj": wide + hidden if wide else 0,
     }
-    per_layer = settings.rank * sum(fan for name, fan in fans.items() if name in names)
+    total = spec.num_attention_layers * _adapted(attention, names)
+    total += (spec.num_layers - spec.num_attention_layers) * _adapted(linear_attention_fans(spec), names)
+    if (wide := adapted_intermediate(spec, settings)) > 0:
+        total += spec.num_layers * _adapted(dict.fromkeys(_FEED_FORWARD, hidden + wide), names)
     if spec.moe is not None and settings.kind != "full":
         if settings.targets == "all-linear":
-            per_layer += settings.rank * _router_fans(spec)
+            total += spec.num_layers * _gate_fans(spec)
         if adapts_experts(spec, settings):
-            per_layer += settings.rank * spec.moe.num_experts * _expert_fans(spec, names)
-    embeddings = settings.rank * (spec.vocab_rows + hidden) * sum(name in names for name in _EMBEDDINGS)
-    return spec.num_layers * per_layer + embeddings
+            total += spec.num_layers * spec.moe.num_experts * _expert_fans(spec, names)
+    total += (spec.vocab_rows + hidden) * sum(name in names for name in _EMBEDDINGS)
+    return settings.rank * total
 
 
-def _router_fans(spec: ModelSpec) -> int:
-    """PEFT 0.21 adapts Qwen3's router, and of Qwen2's only the gate of the shared expert."""
-    outputs = spec.moe.num_experts if spec.moe and spec.model_type == "qwen3_moe" else 1
-    return spec.hidden_size + outputs
+def adapted_intermediate(spec: ModelSpec, settings: Settings) -> int:
+    """Width of the feed-forward block whose linear modules carry adapters; 0 where there is none."""
+    return 0 if adapts_experts(spec, settings) else spec.dense_intermediate
+
+
+def linear_attention_fans(spec: ModelSpec) -> dict[str, int]:
+    """Inputs and outputs together of each linear module of a layer of linear attention; empty without one."""
+    if (linear := spec.linear_attention) is None:
+        return {}
+    heads, hidden = linear.num_value_heads, spec.hidden_size
+    if spec.model_type == "qwen3_next":
+        outputs = {"in_proj_qkvz": linear.conv_size + linear.value_size, "in_proj_ba": 2 * heads}
+    else:
+        outputs = {"in_proj_qkv": linear.conv_size, "in_proj_z": linear.value_size}
+        outputs |= {"in_proj_b": heads, "in_proj_a": heads}
+    return {name: hidden + size for name, size in outputs.items()} | {"out_proj": linear.value_size + hidden}
+
+
+def _adapted(fans: Mapping[str, int], names: frozenset[str]) -> int:
+    return sum(fan for name, fan in fans.items() if name in names)
+
+
+def _gate_fans(spec: ModelSpec) -> int:
+    """PEFT 0.21 adapts Qwen3's router and the gate of a shared expert; of Qwen2's the latter alone."""
+    assert spec.moe is not None
+    router = spec.hidden_size + spec.moe.num_experts if spec.model_type in _MAPPED_EXPERTS else 0
+    return router + (spec.hidden_size + 1 if spec.moe.shared_intermediate else 0)
 
 
 def _expert_fans(spec: ModelSpec, names: frozenset[str]) -> int:
