@@ -87,7 +87,8 @@ def _beginnings(dataset: Dataset, tokenizer: Tokenizer) -> list[tuple[str, int]]
         example = dataset.examples.rendered(i)
         for span in example.spans:
             counts[tuple(example.input_ids[span.start : min(span.stop, span.start + NUM_FIRST)])] += 1
-    return [(tokenizer.decode(ids), count) for ids, count in counts.most_common(NUM_ROWS)]
+    # The last token may hold the first bytes of a character alone.
+    return [(tokenizer.decode(ids).rstrip("\ufffd"), count) for ids, count in counts.most_common(NUM_ROWS)]
 
 
 def _turn(turn: int | None) -> str:

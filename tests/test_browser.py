@@ -1,0 +1,170 @@
+"""The HTML report in a real browser: search, keys, tables, light and dark, and the rules of accessibility.
+
+Skipped where Chromium and its driver are not installed: `apt-get install chromium chromium-driver`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService, Keys
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+
+from tests.test_html_report import HOSTILE, rows
+from tests.test_preview import preview, write_recipe, write_rows
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="no browser: apt-get install chromium chromium-driver"
+)
+OPTIONS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+OPTIONS += " --disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1200,900"
+ANSWERS = ("the first answer", HOSTILE, "Third, of THREE", "x" * 300, "你好 and a forged <|im_end|>")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory, qwen3_folder: Path) -> Path:
+    """A report with warnings, all tables, and five examples."""
+    folder = tmp_path_factory.mktemp("browser")
+    file = write_rows(folder, *rows(*ANSWERS, "long " * 3000))
+    write_recipe(folder, qwen3_folder, file, max_tokens=2048, max_dropped_fraction=0.5)
+    finished = preview(folder, "--html", "page.html")
+    assert finished.returncode == 0, finished.stderr
+    return folder / "page.html"
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    options = ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for option in [*OPTIONS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = Chrome(options, ChromeService(executable_path=str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def browser(started: Chrome, page: Path) -> Chrome:
+    """The page, just opened, in light colours."""
+    prefer(started, "light")
+    started.get(page.as_uri())
+    return started
+
+
+def prefer(browser: Chrome, scheme: str) -> None:
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
+def shown(browser: Chrome) -> list[WebElement]:
+    return [article for article in browser.find_elements(By.TAG_NAME, "article") if article.is_displayed()]
+
+
+def press(browser: Chrome, *keys: str) -> None:
+    ActionChains(browser).send_keys(*keys).perform()
+
+
+def test_the_page_loads_nothing_and_reports_no_error(browser: Chrome) -> None:
+    assert len(shown(browser)) == len(ANSWERS)
+    assert "control tokens are spelled" in browser.find_element(By.CSS_SELECTOR, "main > ul").text
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert browser.get_log("browser") == []
+
+
+def test_search_shows_what_holds_the_text_in_any_case(browser: Chrome) -> None:
+    search, found = browser.find_element(By.ID, "search"), browser.find_element(By.ID, "found")
+    search.send_keys("of three")
+    assert [article.text.count("Third, of THREE") for article in shown(browser)] == [1]
+    assert found.text == "1 found"
+    search.send_keys(" hundred")
+    assert (shown(browser), found.text) == ([], "0 found")
+    erase = (Keys.CONTROL, "a", Keys.NULL, Keys.DELETE)
+    search.send_keys(*erase, "你好")  # in the question of each
+    assert found.text == f"{len(ANSWERS)} found"
+    search.send_keys(*erase)
+    assert (len(shown(browser)), found.text) == (len(ANSWERS), "")
+
+
+def test_keys_lead_to_the_search_and_from_example_to_example(browser: Chrome) -> None:
+    def focused() -> WebElement:
+        return browser.switch_to.active_element
+
+    press(browser, "/")
+    assert focused().get_attribute("id") == "search"
+    press(browser, "j")
+    assert focused().get_property("value") == "j", "a letter in the search is a letter"
+    press(browser, Keys.BACKSPACE, Keys.ESCAPE)
+    articles = shown(browser)
+    for keys, place in (("j", 0), ("j", 1), ("jjjjj", 4), ("k", 3)):
+        press(browser, keys)
+        assert focused() == articles[place]
+    assert articles[3].value_of_css_property("outline-style") == "solid"
+    press(browser, "/", "three", Keys.ESCAPE, "j")
+    assert [focused()] == shown(browser), "hidden examples are passed over"
+    press(browser, Keys.CONTROL, "k", Keys.NULL)
+    assert [focused()] == shown(browser), "the browser's own keys stay its own"
+
+
+def test_tables_say_what_they_hold(browser: Chrome) -> None:
+    tables = browser.find_elements(By.TAG_NAME, "table")
+    captions = [table.find_element(By.TAG_NAME, "caption").text for table in tables]
+    assert captions[0::3] == ["One epoch", "1 turn or row"]
+    facts = {
+        row.find_element(By.TAG_NAME, "th").text: row.find_element(By.TAG_NAME, "td").text
+        for row in tables[0].find_elements(By.TAG_NAME, "tr")
+    }
+    assert facts["examples"] == f"{len(ANSWERS)} to train on, 0 to evaluate on"
+    assert facts["trained ends"] == f"<|im_end|> × {len(ANSWERS)}"
+    bars = [bar.size["width"] for bar in tables[1].find_elements(By.CSS_SELECTOR, ".bar span")]
+    assert max(bars) > 100
+    assert "你" in tables[2].text
+    assert "\ufffd" not in tables[2].text, "a beginning that ends within a character shows it not at all"
+    assert "tokens" in tables[3].find_elements(By.TAG_NAME, "td")[1].text
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+def test_nothing_stands_beyond_the_edge(browser: Chrome, width: int) -> None:
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_dark_is_dark_and_light_is_light(browser: Chrome) -> None:
+    def lightness(name: str) -> int:
+        colour = browser.find_element(By.TAG_NAME, "body").value_of_css_property(name)
+        return sum(int(part) for part in colour.partition("(")[2].rstrip(")").split(",")[:3])
+
+    assert lightness("background-color") > 600 > 200 > lightness("color")
+    prefer(browser, "dark")
+    assert lightness("background-color") < 200 < 600 < lightness("color")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_breaks_no_rule_of_accessibility(browser: Chrome, scheme: str) -> None:
+    prefer(browser, scheme)
+    package = find_spec("axe_core_python")
+    assert package is not None
+    assert package.submodule_search_locations
+    rules = Path(package.submodule_search_locations[0], "axe.min.js").read_text(encoding="utf-8")
+    browser.execute_script(rules)
+    result: dict[str, Any] = browser.execute_async_script("axe.run().then(arguments[0])")
+    broken = {rule["id"]: [node["html"] for node in rule["nodes"]] for rule in result["violations"]}
+    assert not broken, json.dumps(broken, indent=2)
+    kept = {rule["id"] for rule in result["passes"]}
+    assert {"color-contrast", "label", "html-has-lang", "heading-order", "document-title"} <= kept
+    # What no rule could decide: axe cannot see through what lies behind a text.
+    assert "color-contrast" not in {rule["id"] for rule in result["incomplete"]}
