@@ -7,8 +7,8 @@ that only the control tokens that the template itself wrote become control token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -151,7 +151,7 @@ class Dialogue:
             raise RowError(
                 f"messages[{self.row_index(i)}] cannot be trained: its rendering does not continue the prompt that a "
                 f"server would build ({_difference(context, rendering, self.guard)})",
-                'Leave the turn out with "train": false, or choose another data.thinking.',
+                self._mend(i),
             )
         has_reasoning = self.template.reasoning_form is not None
         messages = [self.messages[k] for k in kept]
@@ -171,6 +171,47 @@ class Dialogue:
                 "Give a template that closes every turn with data.chat_template.",
             )
         return Turn(i, (), 0, self.split(context), self.split(target))
+
+    def _mend(self, i: int) -> str:
+        """What to do about turn `i`, after which every turn that is trained continues its prompt."""
+        left_out, rest = {i}, self._without({i})
+        while failing := {k for k in rest.trained if not rest._continues(k)}:  # with turns: last, one after the other
+            left_out |= failing
+            rest = self._without(left_out)
+        turns = {k: f"messages[{self.row_index(k)}]" for k in sorted(left_out)}
+        mends: list[str] = []
+        if all(self._can_join(k) for k in turns):
+            mends.append("join " + " and ".join(f"{turns[k]} to messages[{self.row_index(k - 1)}]" for k in turns))
+        with_false = f'leave out {" and ".join(turns.values())} with "train": false'
+        mends.append(with_false if rest.trained else "leave the row out")
+        if self._continues_with_auto():
+            mends.append("set data.thinking=auto")
+        words = ", or ".join(mends)
+        return f"{words[0].upper()}{words[1:]}."
+
+    def _can_join(self, i: int) -> bool:
+        """Whether turn `i` is text alone that goes on after another assistant message."""
+        message = with_reasoning_apart(self.conversation.messages[self.row_index(i)])
+        return self.messages[i - 1].role == "assistant" and not (message.reasoning or message.tool_calls)
+
+    def _without(self, left_out: Collection[int]) -> Dialogue:
+        messages = (replace(m, weight=0.0) if k in left_out else m for k, m in enumerate(self.messages))
+        return replace(self, messages=tuple(messages))
+
+    def _continues(self, i: int) -> bool:
+        try:
+            context, rendering = self._render_both(self.rows[: i + 1], i)
+        except RowError:
+            return False
+        return rendering.startswith(context)
+
+    def _continues_with_auto(self) -> bool:
+        """Whether every turn continues its prompt where each has the prompt that its reasoning asks for."""
+        if self.options.thinking == "auto" or not self.template.has_thinking_switch:
+            return False
+        options = replace(self.options, thinking="auto")
+        dialogue = Dialogue.of(self.conversation, self.template, options, self.encoder)
+        return all(map(dialogue._continues, dialogue.trained))
 
     def _refuse_stray_tag(self, kept: Sequence[int]) -> None:
         """RowError where an answer holds a closing think tag, which is why the template does not keep it whole."""
