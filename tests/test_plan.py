@@ -321,7 +321,7 @@ def neighbours(spec: ModelSpec, gpu: GpuSpec, settings: Settings) -> Iterator[Se
     for size in {*sizes[max(0, here - 1) : here], *sizes[here + 1 : here + 2]}:
         yield replace(settings, micro_batch=size, accumulation=rows // size)
     count = settings.num_checkpointed(spec.num_layers)
-    for other in {max(0, count - 1), min(spec.num_layers, count + 1)} - {count}:
+    for other in {max(0, count - spec.period), min(spec.num_layers, count + spec.period)} - {count}:
         yield replace(settings, gradient_checkpointing=other)
     yield replace(settings, loss="full" if settings.loss == "supervised" else "supervised")
     kernels: set[Attention] = {"sdpa", "eager", "flex_attention"} if gpu.has_bf16 else {"sdpa", "eager"}
@@ -360,6 +360,7 @@ def drawn(count: int) -> list[tuple[ModelSpec, GpuSpec, PlanRequest]]:
             optimizer_state=rng.choice(["auto", "8bit"]),  # type: ignore[arg-type]
         )
         is_traceable = gpu.has_bf16 or spec.moe is None  # grouped products run on meta in bf16 only
+        is_traceable &= spec.linear_attention is None  # of which the closed form knows the weights only, so far
         if is_traceable and fastest(spec, gpu, request) is not None:
             found.append((spec, gpu, request))
     return found
