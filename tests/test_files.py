@@ -397,14 +397,6 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     assert f"no folder '{tmp_path}/nowhere'" in problem.what
 
 
-@pytest.mark.fault("I70", "a hub dataset is answered with the command that downloads it")
-def test_a_hub_name_is_answered_with_the_download_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    problems: list[Problem] = []
-    assert list(read_rows("someone/some-data", problems)) == []
-    assert "hf download --repo-type dataset someone/some-data" in problems[0].fix
-
-
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     (problem,) = read_path(tmp_path)[1]
     assert problem.what == "this is a folder"

@@ -19,7 +19,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from qwentune.data.checkpoint import cache_folder
-from qwentune.data.files import content_sha256
+from qwentune.data.files import content_sha256, is_at_hand
 from qwentune.data.read import read_samples
 from qwentune.data.render import Dropped, Renderer, RenderOptions
 from qwentune.data.report import Report, with_separate_examples
@@ -113,7 +113,9 @@ def prepared(
     *,
     shares_prefixes: bool = True,
 ) -> Dataset | None:
-    """The same data where it stands in the cache already, else None; renders nothing."""
+    """The same data where it stands in the cache already, else None; renders and fetches nothing."""
+    if not all(is_at_hand(source.path) for source in (*data.train, *(data.evaluation or ()))):
+        return None
     try:
         fingerprint = _fingerprint(data, tokenizer, template, seed)
     except DataError:

@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from qwentune.data.hub import fetched, is_hub_dataset, kept_file
 from qwentune.data.json_rows import NumberedValue, read_json_rows
 from qwentune.data.sample import Json, Source
 from qwentune.data.tables import read_csv_rows, read_parquet_rows
@@ -39,15 +40,15 @@ class Row:
 
 
 def read_rows(path: str, problems: list[Problem]) -> Iterator[Row]:
-    """The rows of a local file, one at a time; whatever cannot be read goes to `problems`, and reading goes on.
+    """The rows of a file, one at a time; whatever cannot be read goes to `problems`, and reading goes on.
 
     Takes the endings of `READERS`, each also with one of `COMPRESSIONS`. A missing path under `data_templates/` falls
-    back to the shipped file.
+    back to the shipped file; another that looks like a hub dataset is fetched.
     """
-    file = shipped(path)
-    problem = _unreadable(path, file)
-    if problem is not None:
-        problems.append(problem)
+    try:
+        file = _local(path)
+    except DataError as error:
+        problems.extend(error.problems)
         return
     num_problems = len(problems)
     is_empty = True
@@ -65,15 +66,28 @@ def read_rows(path: str, problems: list[Problem]) -> Iterator[Row]:
 
 def content_sha256(path: str) -> str:
     """The SHA-256 of the file's bytes, in hexadecimal; DataError where there is no such file."""
-    file = shipped(path)
-    problem = _unreadable(path, file)
-    if problem is not None:
-        raise DataError(problem)
+    file = _local(path)
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DataError(Problem(path, f"the file cannot be read: {error.strerror}")) from None
+
+
+def is_at_hand(path: str) -> bool:
+    """Whether nothing has to be fetched to read the path."""
+    return not is_hub_dataset(path) or kept_file(path).exists()
+
+
+def _local(path: str) -> Path:
+    """The file that holds the rows of a path; DataError where none does."""
+    if is_hub_dataset(path):
+        return fetched(path)
+    file = shipped(path)
+    problem = _unreadable(path, file)
+    if problem is not None:
+        raise DataError(problem)
+    return file
 
 
 def _ending(file: Path) -> str:
@@ -107,9 +121,6 @@ def _unreadable(path: str, file: Path) -> Problem | None:
 
 
 def _missing(path: str, file: Path) -> Problem:
-    if file.suffix == "" and path.count("/") == 1 and not file.parent.is_dir():
-        fix = f"Download it first (hf download --repo-type dataset {path} --local-dir data) and name its file."
-        return Problem(path, "there is no such file; as a hub dataset it cannot be read directly", fix)
     if not file.parent.is_dir():
         return Problem(path, f"there is no such file, and no folder {str(file.parent)!r}", "Check the path.")
     known = (entry.name for entry in file.parent.iterdir() if entry.is_file())

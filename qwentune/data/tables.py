@@ -85,7 +85,7 @@ def read_parquet_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> I
 def _batch_rows(batch: Any) -> Iterator[Json | Exception]:
     """The rows of an Arrow batch; in place of one that JSON has no form for, the reason."""
     try:
-        yield from [_json_value(row) for row in batch.to_pylist(maps_as_pydicts="strict")]
+        yield from [json_value(row) for row in batch.to_pylist(maps_as_pydicts="strict")]
     except _NO_JSON as error:
         if batch.num_rows == 1:
             yield error
@@ -102,13 +102,13 @@ def _is_unicode(cells: list[str]) -> bool:
     return True
 
 
-def _json_value(value: Any) -> Json:
+def json_value(value: Any) -> Json:
     """The value without null fields; ValueError where JSON has no such value."""
     if isinstance(value, dict):
         fields = cast(dict[Any, Any], value)
-        return {str(key): _json_value(item) for key, item in fields.items() if item is not None}
+        return {str(key): json_value(item) for key, item in fields.items() if item is not None}
     if isinstance(value, list):
-        return [_json_value(item) for item in cast(list[Any], value)]
+        return [json_value(item) for item in cast(list[Any], value)]
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"it holds the number {value}")
     if value is None or isinstance(value, bool | int | float | str):

@@ -69,7 +69,7 @@ class Objective(Section):
 
 
 class DataSource(Section):
-    path: Name = _key(..., "a file (.jsonl, .json, .parquet, .csv; also .gz and .zst) or a hub dataset")
+    path: Name = _key(..., "a file (.jsonl, .json, .parquet, .csv; also .gz, .zst) or a hub dataset (owner/name:split)")
     format: Format = _key("auto", "the row format; auto detects it from the first rows")
     repeat: Positive = _key(1.0, "times that the rows are seen in one epoch; 0.5 is a seeded half")
 

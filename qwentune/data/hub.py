@@ -1,0 +1,83 @@
+"""Hub datasets: a split is fetched once and kept as JSON lines, so that its rows have a file and lines."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from qwentune.console import say
+from qwentune.data.checkpoint import cache_folder
+from qwentune.data.tables import json_value
+from qwentune.durable import sync
+from qwentune.errors import DataError, Problem
+
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_DATASET = re.compile(rf"({_NAME}/{_NAME})(?::({_NAME})(?=:))?(?::({_NAME}))?")  # id, configuration, split
+
+
+def is_hub_dataset(path: str) -> bool:
+    """Whether a path is `owner/name`, `owner/name:split` or `owner/name:configuration:split`, and no file here."""
+    match = _DATASET.fullmatch(path)
+    if match is None or Path(path).exists() or Path(path).parent.is_dir():
+        return False
+    return not Path(match[1]).suffix[1:2].isalpha()  # some-data-2.5 is a name, some-data.jsonl a file that is missing
+
+
+def kept_file(path: str) -> Path:
+    """Where the rows of a hub dataset are kept once they were fetched; there may be no such file yet."""
+    return cache_folder() / "hub" / f"{path.replace(':', '/')}.jsonl"
+
+
+def fetched(path: str) -> Path:
+    """The JSON lines of a hub dataset's split, `train` where none is named; from the hub only the first time.
+
+    Null fields are left out at every depth, as of a Parquet file. Raises DataError where the hub does not give it.
+    """
+    file = kept_file(path)
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            if not file.exists():  # another process may have fetched it meanwhile
+                _write(_rows(path), path, file)
+                say(f"{path} is kept in {file}; its rows are named by the lines there, delete it to fetch it anew")
+    return file
+
+
+def _rows(path: str) -> Iterable[Any]:
+    match = _DATASET.fullmatch(path)
+    assert match is not None
+    name, configuration, split = match.groups()
+    datasets: Any = import_module("datasets")  # slow to import, and few runs need it
+    try:
+        return datasets.load_dataset(name, configuration, split=split or "train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        offline = datasets.config.HF_HUB_OFFLINE
+        what = f"there is no such file, and as a hub dataset it cannot be fetched: {reason}"
+        fix = (
+            f"{'Unset HF_HUB_OFFLINE' if offline else 'Check the name and the connection'}, or download it where there "
+            f"is one (hf download --repo-type dataset {name} --local-dir data) and name its file."
+        )
+        raise DataError(Problem(path, what, fix)) from None
+
+
+def _write(rows: Iterable[Any], path: str, file: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".fetching-") as folder:
+        staging = Path(folder) / file.name
+        with staging.open("w", encoding="utf-8") as stream:
+            for number, row in enumerate(rows, start=1):
+                try:
+                    stream.write(json.dumps(json_value(row), ensure_ascii=False) + "\n")
+                except ValueError as error:
+                    what = f"the row cannot be kept: {error}"
+                    fix = "Write the columns that are trained into a file of your own, and name that."
+                    raise DataError(Problem(f"{path}:{number}", what, fix)) from None
+        sync(staging)
+        staging.replace(file)

@@ -1,0 +1,127 @@
+"""Hub datasets: a split is fetched once and read as a file of its own; where it cannot be, both ways out are named."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from qwentune.data.dataset import chat_template, prepare, prepared
+from qwentune.data.files import read_rows
+from qwentune.data.hub import is_hub_dataset, kept_file
+from qwentune.data.tokenizer import load_tokenizer
+from qwentune.errors import DataError, Problem
+from qwentune.recipe import DataOptions
+
+
+def called(question: str, **arguments: Any) -> dict[str, Any]:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    return {"messages": [{"role": "user", "content": question}, call]}
+
+
+ROWS = [called("a", city="Rome"), called("b", number=1)]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QWENTUNE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What the hub is asked for; it has `ROWS`, as a table that fills what a row does not have with nulls."""
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(name: str, configuration: str | None, *, split: str) -> Any:
+        asked.append((name, configuration, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def read(path: str) -> tuple[list[tuple[str, Any]], list[Problem]]:
+    problems: list[Problem] = []
+    return [(str(row.source), row.value) for row in read_rows(path, problems)], problems
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("someone/some-data", ("someone/some-data", None, "train")),
+        ("someone/some-data-2.5:test", ("someone/some-data-2.5", None, "test")),
+        ("someone/some_data:main:validation", ("someone/some_data", "main", "validation")),
+    ],
+)
+def test_a_split_is_fetched_once_and_its_rows_are_the_lines_of_a_file(
+    path: str, asked: tuple[Any, ...], loads: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = read(path)
+    assert first == ([(f"{path}:1", ROWS[0]), (f"{path}:2", ROWS[1])], [])
+    assert [json.loads(line) for line in kept_file(path).read_text().splitlines()] == ROWS
+    assert str(kept_file(path)) in capsys.readouterr().err
+    assert read(path) == first
+    assert loads == [asked]
+
+
+def test_a_run_trains_on_it_and_a_plan_does_not_fetch_it(loads: list[tuple[Any, ...]], qwen3_folder: Path) -> None:
+    options = DataOptions.model_validate({"train": [{"path": "someone/some-data"}]})
+    tokenizer = load_tokenizer(qwen3_folder)
+    template = chat_template(options, tokenizer)
+    assert prepared(options, tokenizer, template, 0) is None
+    assert loads == []
+    dataset = prepare(options, tokenizer, template, 0)
+    sources = [str(dataset.examples.source(i)) for i in range(len(dataset.examples))]
+    assert sources == ["someone/some-data:1", "someone/some-data:2"]
+    assert prepare(options, tokenizer, template, 0).content == dataset.content
+    assert prepared(options, tokenizer, template, 0) is not None
+    assert len(loads) == 1
+
+
+@pytest.mark.fault("I70", "a hub dataset that cannot be fetched is named with both ways out; exit 3")
+def test_a_hub_that_is_not_asked_is_an_error_with_both_ways_out(qwen3_folder: Path) -> None:
+    options = DataOptions.model_validate({"train": [{"path": "someone/some-data:test"}]})
+    with pytest.raises(DataError) as refused:
+        prepare(options, load_tokenizer(qwen3_folder), None, 0)
+    (problem,) = refused.value.problems
+    assert refused.value.exit_code == 3
+    assert problem.where == "someone/some-data:test"
+    assert "as a hub dataset it cannot be fetched: Couldn't reach 'someone/some-data'" in problem.what
+    assert "Unset HF_HUB_OFFLINE" in problem.fix
+    assert "hf download --repo-type dataset someone/some-data --local-dir data" in problem.fix
+    assert not kept_file("someone/some-data:test").exists()
+
+
+def test_an_unknown_split_is_answered_with_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    load_dataset = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, split: load_dataset("json", data_files="rows.jsonl", split=split)
+    )
+    assert read("someone/some-data")[0] == [("someone/some-data:1", ROWS[0]), ("someone/some-data:2", ROWS[1])]
+    rows, (problem,) = read("someone/some-data:tset")
+    assert rows == []
+    assert "Unknown split \"tset\". Should be one of ['train']" in problem.what
+
+
+def test_a_row_that_json_has_no_form_for_is_named_and_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": "a", "day": None}, {"text": "b", "day": datetime.datetime(2026, 1, 2)}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    read_back, (problem,) = read("someone/some-data")
+    assert (read_back, problem.where) == ([], "someone/some-data:2")
+    assert "it holds a value of the type datetime" in problem.what
+    assert not list(Path("cache").rglob("*.jsonl"))
+    assert not list(Path("cache").rglob(".fetching-*"))
+
+
+@pytest.mark.parametrize(
+    "path", ["data", "data/rows", "rows/data.jsonl", "a/b/c", "../data", "a/b:c:d:e", "~/data", "a/"]
+)
+def test_what_is_no_hub_dataset(path: str) -> None:
+    Path("data").mkdir()
+    assert not is_hub_dataset(path)
