@@ -226,7 +226,8 @@ def _build(
     once = np.asarray(versions) <= 0
     evaluation = evaluation[once[evaluation]]
     if not len(train):
-        raise DataError(Problem(data.train[0].path, "no row is left to train on", "See the problems above."))
+        fix = "Give rows with a turn that is trained, or raise `repeat` where it takes no row."
+        raise DataError(Problem(data.train[0].path, "no row is left to train on", fix))
     copies = _copies(np.asarray(identities), groups, evaluation)
     return {
         "content": writer.finish(train, evaluation),
