@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from qwentune.errors import ResumeError, UsageError
-from qwentune.facts.architecture import ModelSpec
+from qwentune.facts.architecture import ModelSpec, MoeSpec
 from qwentune.facts.gpus import GPUS, GpuSpec, gpu_spec
 from qwentune.facts.models import MODELS, model_spec
 from qwentune.memory import HostMemory, PlanRequest, RunPlan, make_plan, pinned, plan_warnings, render_plan
@@ -300,6 +302,48 @@ def test_a_large_gpu_keeps_activations_instead_of_recomputing_them() -> None:
     assert not make_plan(QWEN3_8B, RTX_4090, fewer).fits
 
 
+@pytest.mark.parametrize(
+    ("pins", "words"),
+    [
+        ({"micro_batch": 2}, "linear attention (qwen3_5) reads on from one to the next"),
+        ({"gradient_checkpointing": 6}, "Use 4 or 8."),
+    ],
+)
+def test_a_hybrid_takes_one_row_at_a_time_and_recomputes_whole_periods(pins: dict[str, int], words: str) -> None:
+    spec, request = model_spec("Qwen/Qwen3.5-9B"), PlanRequest("lora", 2048, 16)
+    with pytest.raises(UsageError, match=re.escape(words)):
+        make_plan(spec, H200, replace(request, **pins))
+    plan = make_plan(spec, H200, request)
+    assert (plan.fits, plan.choices.micro_batch, plan.choices.attention) == (True, 1, "sdpa")
+    small = make_plan(spec, replace(H200, total_bytes=40 * GIB), request)
+    assert isinstance(small.choices.gradient_checkpointing, int)
+    assert small.choices.gradient_checkpointing % 4 == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "peft"),
+    [
+        ("Qwen/Qwen3-Next-80B-A3B-Instruct", "all-linear", 64176),
+        ("Qwen/Qwen3.5-9B", "all-linear", 36448),
+        ("Qwen/Qwen3.5-9B", ("in_proj_qkv", "out_proj"), 7680),
+        ("Qwen/Qwen3.5-35B-A3B", "all-linear", 29296),
+    ],
+)
+def test_adapters_of_hybrids_count_as_peft_counts_them(name: str, targets: Any, peft: int) -> None:
+    """Counts of peft 0.21 on one period of a tiny model, rank 4."""
+    spec = model_spec(name)
+    linear = spec.linear_attention
+    assert linear is not None
+    tiny = replace(
+        spec,
+        **{"num_layers": 4, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "num_kv_heads": 2},
+        head_dim=32,
+        moe=spec.moe and MoeSpec(4, 2, 64, 64),
+        linear_attention=replace(linear, num_key_heads=2, num_value_heads=4, key_head_dim=32, value_head_dim=32),
+    )
+    assert adapter_parameters(tiny, replace(LORA, rank=4, targets=targets)) == peft
+
+
 requests = st.builds(
     PlanRequest,
     kinds,
@@ -316,7 +360,7 @@ any_spec = st.sampled_from(sorted(MODELS.values(), key=lambda spec: spec.id))
 def neighbours(spec: ModelSpec, gpu: GpuSpec, settings: Settings) -> Iterator[Settings]:
     """The settings that run on the GPU and differ from these by one step in one of them."""
     rows = settings.micro_batch * settings.accumulation
-    sizes = [size for size in range(1, rows + 1) if rows % size == 0]
+    sizes = [size for size in range(1, rows + 1) if rows % size == 0 and (size == 1 or spec.linear_attention is None)]
     here = sizes.index(settings.micro_batch)
     for size in {*sizes[max(0, here - 1) : here], *sizes[here + 1 : here + 2]}:
         yield replace(settings, micro_batch=size, accumulation=rows // size)
@@ -325,6 +369,7 @@ def neighbours(spec: ModelSpec, gpu: GpuSpec, settings: Settings) -> Iterator[Se
         yield replace(settings, gradient_checkpointing=other)
     yield replace(settings, loss="full" if settings.loss == "supervised" else "supervised")
     kernels: set[Attention] = {"sdpa", "eager", "flex_attention"} if gpu.has_bf16 else {"sdpa", "eager"}
+    kernels -= {"flex_attention"} if spec.linear_attention else set()  # transformers declares none for hybrids
     for attention in kernels - {settings.attention}:
         yield replace(settings, attention=attention)
 

@@ -206,3 +206,25 @@ def test_the_closed_form_agrees_with_the_trace(name: str, changes: dict[str, Any
     assert closed == pytest.approx(traced_peak(spec, settings).allocated, rel=0.03)
     evaluation = phases(spec, settings, NO_OVERHEADS, merges_here=False)["evaluate"].allocated
     assert evaluation == pytest.approx(traced_evaluation(spec, settings).allocated, rel=0.03)
+
+
+def hybrid_settings(k: int) -> dict[str, Any]:
+    kind = ("lora", "full", "qlora")[k % 3]
+    return {
+        **{"kind": kind, "micro_batch": 1, "rank": 16, "weights": "bf16", "loss": ("supervised", "full")[k // 5 % 2]},
+        "max_tokens": (512, 2048, 4096, 32768)[k * 3 % 4],
+        "gradient_checkpointing": (True, False, 8)[k // 2 % 3],
+        "optimizer_state": "bf16" if kind == "full" else "fp32",
+    }
+
+
+SIZES = [
+    *(f"Qwen/Qwen3.5-{size}" for size in ("9B", "35B-A3B", "0.8B", "4B", "27B", "122B-A10B")),
+    "Qwen/Qwen3-Next-80B-A3B-Instruct",
+    "Qwen/Qwen3-30B-A3B",
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), [marked(k + 4, (SIZES[k % 8], hybrid_settings(k))) for k in range(24)])
+def test_the_closed_form_agrees_with_the_trace_of_hybrids_and_mixtures(name: str, changes: dict[str, Any]) -> None:
+    test_the_closed_form_agrees_with_the_trace(name, changes)

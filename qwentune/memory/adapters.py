@@ -9,12 +9,12 @@ from qwentune.facts.architecture import ModelSpec
 from qwentune.memory.settings import Settings
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 # Of linear attention: in Qwen3-Next the first two, in Qwen3.5 the next four; the last in both.
 LINEAR_INPUTS = ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 _LINEAR_ATTENTION = (*LINEAR_INPUTS, "out_proj")
 _EMBEDDINGS = ("embed_tokens", "lm_head")
-KNOWN = (*ATTENTION, *_FEED_FORWARD, *_LINEAR_ATTENTION, *_EMBEDDINGS)
+KNOWN = (*ATTENTION, *FEED_FORWARD, *_LINEAR_ATTENTION, *_EMBEDDINGS)
 # PEFT 0.21 maps the names of the feed-forward block onto the fused experts of these.
 _MAPPED_EXPERTS = ("qwen3_moe", "qwen3_next")
 
@@ -28,7 +28,7 @@ def target_names(settings: Settings) -> frozenset[str]:
     if settings.kind == "full":
         return frozenset()
     if settings.targets == "all-linear":
-        return frozenset((*ATTENTION, *_FEED_FORWARD, *_LINEAR_ATTENTION))
+        return frozenset((*ATTENTION, *FEED_FORWARD, *_LINEAR_ATTENTION))
     names = [name.rpartition(".")[2] for name in settings.targets]
     problems = [
         Problem(
@@ -46,7 +46,7 @@ def target_names(settings: Settings) -> frozenset[str]:
 
 def adapts_experts(spec: ModelSpec, settings: Settings) -> bool:
     """Whether routed experts carry adapters: Qwen3's do, and there shared experts do not; Qwen2's do not."""
-    return spec.model_type in _MAPPED_EXPERTS and not target_names(settings).isdisjoint(_FEED_FORWARD)
+    return spec.model_type in _MAPPED_EXPERTS and not target_names(settings).isdisjoint(FEED_FORWARD)
 
 
 def adapter_parameters(spec: ModelSpec, settings: Settings) -> int:
@@ -62,12 +62,11 @@ def adapter_parameters(spec: ModelSpec, settings: Settings) -> int:
     total = spec.num_attention_layers * _adapted(attention, names)
     total += (spec.num_layers - spec.num_attention_layers) * _adapted(linear_attention_fans(spec), names)
     if (wide := adapted_intermediate(spec, settings)) > 0:
-        total += spec.num_layers * _adapted(dict.fromkeys(_FEED_FORWARD, hidden + wide), names)
+        total += spec.num_layers * _adapted(dict.fromkeys(FEED_FORWARD, hidden + wide), names)
     if spec.moe is not None and settings.kind != "full":
         if settings.targets == "all-linear":
             total += spec.num_layers * _gate_fans(spec)
-        if adapts_experts(spec, settings):
-            total += spec.num_layers * spec.moe.num_experts * _expert_fans(spec, names)
+        total += spec.num_layers * adapted_expert_fans(spec, settings)
     total += (spec.vocab_rows + hidden) * sum(name in names for name in _EMBEDDINGS)
     return settings.rank * total
 
@@ -101,9 +100,14 @@ def _gate_fans(spec: ModelSpec) -> int:
     return router + (spec.hidden_size + 1 if spec.moe.shared_intermediate else 0)
 
 
-def _expert_fans(spec: ModelSpec, names: frozenset[str]) -> int:
-    """Of one expert; gate and up are one fused matrix whose adapter has twice the rank."""
-    inner = spec.moe.expert_intermediate if spec.moe else 0
+def adapted_expert_fans(spec: ModelSpec, settings: Settings) -> int:
+    """Inputs and outputs of the adapted matrices of a layer's experts, once per rank.
+
+    Gate and up are one fused matrix whose adapter has twice the rank.
+    """
+    if spec.moe is None or not adapts_experts(spec, settings):
+        return 0
+    names, inner = target_names(settings), spec.moe.expert_intermediate
     gate_up = 2 * (spec.hidden_size + 2 * inner) if names & {"gate_proj", "up_proj"} else 0
     down = inner + spec.hidden_size if "down_proj" in names else 0
-    return gate_up + down
+    return spec.moe.num_experts * (gate_up + down)

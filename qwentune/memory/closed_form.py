@@ -11,7 +11,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 from qwentune.facts.architecture import ModelSpec
-from qwentune.memory.activations import forward_bytes, layer_activations, mask_bytes
+from qwentune.memory.activations import (
+    first_layer_activations,
+    forward_bytes,
+    kept_bytes,
+    layer_activations,
+    mask_bytes,
+)
 from qwentune.memory.adapters import adapter_parameters
 from qwentune.memory.settings import GIB, MIB, Overheads, Settings
 
@@ -167,14 +173,14 @@ def _gradient_bytes(spec: ModelSpec, settings: Settings) -> int:
 
 
 def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Terms]:
-    layer = layer_activations(spec, settings)
+    first, last = first_layer_activations(spec, settings), layer_activations(spec, settings)
     num_checkpointed = settings.num_checkpointed(spec.num_layers)
     num_saved = spec.num_layers - num_checkpointed
-    saved = num_checkpointed * layer.boundary_bytes + num_saved * layer.saved_bytes + mask_bytes(settings)
+    saved = num_checkpointed * last.boundary_bytes + kept_bytes(spec, settings, num_saved) + mask_bytes(spec, settings)
     # The first layers are the recomputed ones: where a layer after them keeps what it saved, it is free by then.
-    recomputed = 0 if num_saved else layer.saved_bytes
-    last_layer_bytes = saved + recomputed + layer.backward_bytes
-    first_layer_bytes = layer.saved_bytes + layer.backward_bytes + mask_bytes(settings)
+    recomputed = 0 if num_saved else last.saved_bytes
+    last_layer_bytes = saved + recomputed + last.backward_bytes
+    first_layer_bytes = first.saved_bytes + first.backward_bytes + mask_bytes(spec, settings)
 
     gradients = _gradient_bytes(spec, settings)
     # Plain gradients are freed after each optimizer step, so in the only micro-batch of a step they do not exist yet.
@@ -196,7 +202,7 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
     final_norm = hidden * (4 + norm_copies * settings.weight_bytes)
     if settings.kind != "qlora":  # whose unpacked weight is more
         last_layer_bytes += hidden * settings.weight_bytes  # the gradient that it is given
-    return [
+    moments = [
         replace(static, gradients=at_head, activations=saved + final_norm, logits=_logit_bytes(spec, settings)),
         replace(static, gradients=early, activations=last_layer_bytes, temporaries=temporaries),
         replace(
@@ -207,6 +213,12 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
         ),
         replace(static, gradients=gradients, temporaries=static.temporaries + waiting - embedding_gradient),
     ]
+    if spec.period > 1:  # the layer before the last is of another kind
+        before = saved - (last.saved_bytes if num_saved else last.boundary_bytes - first.saved_bytes)
+        early += (gradients - early) // spec.num_layers
+        activations = before + first.backward_bytes
+        moments.append(replace(static, gradients=early, activations=activations, temporaries=temporaries))
+    return moments
 
 
 def _logit_bytes(spec: ModelSpec, settings: Settings) -> int:
@@ -232,7 +244,7 @@ def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
     tokens, hidden = settings.forward_tokens, spec.hidden_size
     # DDP's buckets stay.
     gradients = _gradient_bytes(spec, settings) // 2 if settings.sharding == "ddp" else 0
-    body = replace(static, gradients=gradients, activations=forward_bytes(spec, settings) + mask_bytes(settings))
+    body = replace(static, gradients=gradients, activations=forward_bytes(spec, settings) + mask_bytes(spec, settings))
     # Logits in fp32 and their log-softmax.
     at_once = min(tokens, LOSS_CHUNK_TOKENS) if settings.loss == "supervised" else tokens
     head = replace(

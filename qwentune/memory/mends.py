@@ -49,7 +49,7 @@ def find_mends(spec: ModelSpec, device: Device, request: PlanRequest, current: C
             mended = request
             for change in changes:
                 mended = change.apply(mended)
-            if not _works(mended):
+            if not _works(spec, mended):
                 continue
             found = leanest(spec, device, mended)
             if not shortages(spec, device, mended, found):
@@ -82,10 +82,10 @@ def _variants(ladder: Sequence[Sequence[_Change]]) -> Iterator[tuple[_Change, ..
             yield (change, *rest)
 
 
-def _works(request: PlanRequest) -> bool:
+def _works(spec: ModelSpec, request: PlanRequest) -> bool:
     """Whether the libraries can run it: bitsandbytes' weights and moments are not sharded among GPUs."""
     is_bitsandbytes = request.kind == "qlora" or request.optimizer_state == "8bit"
-    return not request_problems(request) and not (is_bitsandbytes and request.sharding in ("zero3", "fsdp2"))
+    return not request_problems(spec, request) and not (is_bitsandbytes and request.sharding in ("zero3", "fsdp2"))
 
 
 def _free_changes(request: PlanRequest) -> Iterator[_Change]:

@@ -10,7 +10,7 @@ from typing import cast
 from pydantic import TypeAdapter, ValidationError
 
 from qwentune.data.sample import Json
-from qwentune.errors import Problem, ResumeError, UsageError
+from qwentune.errors import Problem, ResumeError
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.facts.launch import Sharding
@@ -105,8 +105,6 @@ def make_plan(spec: ModelSpec, gpu: Device, request: PlanRequest) -> RunPlan:
     Raises:
         UsageError: a batch that the ranks cannot share, or unknown target modules.
     """
-    if spec.linear_attention is not None:
-        raise UsageError(Problem("model", f"{spec.checkpoint_type} cannot be planned yet: its linear attention"))
     chosen = fastest(spec, gpu, request)
     if chosen is None:
         chosen = min(candidates(spec, gpu, request), key=lambda candidate: candidate.peak_bytes)

@@ -5,13 +5,14 @@ layer costs another forward pass), with 0.8 of the data sheet's rate, which an H
 traffic of eager Qwen layers was 12 (full) and 16 (LoRA) times what they save for the backward pass, 160 and 250
 kernels per layer; 20 microseconds per kernel on the host reproduce the step time at which small models stop getting
 faster. The 3 microseconds between kernels on the device are unverified; they make larger micro-batches a little faster.
+Linear attention in torch was counted at 45 kernels for each 64 tokens of a layer, forward and backward.
 """
 
 from __future__ import annotations
 
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
-from qwentune.memory.activations import layer_activations
+from qwentune.memory.activations import kept_bytes
 from qwentune.memory.adapters import adapter_parameters
 from qwentune.memory.closed_form import quantised_parameters, trained_parameters
 from qwentune.memory.settings import HostMemory, Settings
@@ -36,12 +37,14 @@ def step_seconds(spec: ModelSpec, settings: Settings, device: GpuSpec | HostMemo
     is_full = settings.kind == "full"
 
     flops = settings.forward_tokens * _flops_per_token(spec, settings, recomputed)
-    traffic = spec.num_layers * layer_activations(spec, settings).saved_bytes * (12 if is_full else 16)
+    traffic = kept_bytes(spec, settings, spec.num_layers) * (12 if is_full else 16)
     traffic *= 1 + _RECOMPUTE_SHARE * recomputed
     if settings.kind == "qlora":
         # Each pass reads half a byte and writes two.
         traffic += 2.5 * quantised_parameters(spec) * (2 + recomputed)
-    kernels = spec.num_layers * (160 if is_full else 250) * (1 + _RECOMPUTE_SHARE * recomputed)
+    num_linear = spec.num_layers - spec.num_attention_layers
+    kernels = spec.num_layers * (160 if is_full else 250) + num_linear * 45 * settings.max_tokens / 64
+    kernels *= 1 + _RECOMPUTE_SHARE * recomputed
 
     on_device = flops / flops_per_second + traffic / bytes_per_second + kernels * _SECONDS_BETWEEN_KERNELS
     micro_batch_seconds = max(on_device, kernels * seconds_per_kernel)
@@ -63,7 +66,7 @@ def _rates(settings: Settings, device: GpuSpec | HostMemory) -> tuple[float, flo
 
 def _flops_per_token(spec: ModelSpec, settings: Settings, recomputed: float) -> float:
     body, head = 2 * spec.active_body_parameters, 2 * spec.head_parameters
-    attention = 2 * spec.num_layers * spec.query_size * settings.max_tokens
+    attention = 2 * spec.num_attention_layers * spec.query_size * settings.max_tokens
     adapters = 2 * adapter_parameters(spec, settings)
     passes = 3 if settings.kind == "full" else 2
     head_passes = (passes + 1) * _TRAINED_SHARE if settings.loss == "supervised" else passes

@@ -86,9 +86,9 @@ def usable_bytes(device: Device, request: PlanRequest) -> int:
     return int(device.free_bytes // request.num_gpus * (1 - request.headroom))
 
 
-def request_problems(request: PlanRequest) -> list[Problem]:
-    """Why the batch cannot be shared among the ranks; empty where it can."""
-    problems: list[Problem] = []
+def request_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
+    """Why the batch cannot be shared among the ranks, or what hybrids do not take; empty where all is well."""
+    problems = _hybrid_problems(spec, request)
     rows, ranks = request.sequences_per_step, request.num_gpus
     if rows % ranks:
         below = rows // ranks * ranks
@@ -112,14 +112,31 @@ def request_problems(request: PlanRequest) -> list[Problem]:
     return problems
 
 
+def _hybrid_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
+    if spec.linear_attention is None:
+        return []
+    problems: list[Problem] = []
+    if request.micro_batch not in ("auto", 1):
+        what = (
+            f"{request.micro_batch} rows, but linear attention ({spec.checkpoint_type}) reads on from one to the next"
+        )
+        problems.append(Problem("batch.micro_batch", what, "batch.micro_batch=auto"))
+    count = request.gradient_checkpointing
+    if count != "auto" and not isinstance(count, bool) and count < spec.num_layers and count % spec.period:
+        below = count // spec.period * spec.period
+        what = f"{count} layers, but {spec.checkpoint_type} repeats itself after {spec.period} different ones"
+        problems.append(Problem("memory.gradient_checkpointing", what, f"Use {below} or {below + spec.period}."))
+    return problems
+
+
 def candidates(spec: ModelSpec, device: Device, request: PlanRequest) -> Iterator[Candidate]:
     """Every choice of settings that the request leaves open, of checkpointing only all layers or none.
 
     Raises:
-        UsageError: the batch cannot be shared among the ranks.
+        UsageError: what `request_problems` finds.
     """
-    _check(request)
-    for micro_batch in _micro_batches(request):
+    _check(spec, request)
+    for micro_batch in _micro_batches(spec, request):
         for checkpointing in _checkpointing(request):
             for sharding in _shardings(device, request):
                 yield _candidate(spec, device, request, micro_batch, checkpointing, sharding)
@@ -127,7 +144,7 @@ def candidates(spec: ModelSpec, device: Device, request: PlanRequest) -> Iterato
 
 def leanest(spec: ModelSpec, device: Device, request: PlanRequest) -> Candidate:
     """The choice with the lowest peak among the smallest and the largest micro-batch."""
-    sizes = _micro_batches(request)
+    sizes = _micro_batches(spec, request)
     return min(
         (
             _candidate(spec, device, request, micro_batch, checkpointing, sharding)
@@ -143,12 +160,12 @@ def fastest(spec: ModelSpec, device: Device, request: PlanRequest) -> Candidate 
     """The fastest choice that fits the device; among equals the leanest. None where none fits.
 
     Raises:
-        UsageError: the batch cannot be shared among the ranks.
+        UsageError: what `request_problems` finds.
     """
-    _check(request)
+    _check(spec, request)
     fitting = [
         found
-        for micro_batch in _micro_batches(request)
+        for micro_batch in _micro_batches(spec, request)
         for sharding in _shardings(device, request)
         if (found := _least_recomputing(spec, device, request, micro_batch, sharding)) is not None
     ]
@@ -180,8 +197,8 @@ def shortages(spec: ModelSpec, device: Device, request: PlanRequest, candidate: 
     return found
 
 
-def _check(request: PlanRequest) -> None:
-    if problems := request_problems(request):
+def _check(spec: ModelSpec, request: PlanRequest) -> None:
+    if problems := request_problems(spec, request):
         raise UsageError(problems)
 
 
@@ -204,7 +221,7 @@ def _candidate(
         accumulation=request.sequences_per_step // request.num_gpus // micro_batch,
         gradient_checkpointing=checkpointing,
         loss="supervised" if request.loss == "auto" else request.loss,
-        attention=_attention(has_bf16) if request.attention == "auto" else request.attention,
+        attention=_attention(spec, has_bf16) if request.attention == "auto" else request.attention,
         sharding=sharding,
         num_ranks=request.num_gpus,
         weights=weights,
@@ -234,29 +251,34 @@ def _least_recomputing(
         return found
     if (found := tried(True)) is None:
         return None
-    # Each layer more that is recomputed takes fewer bytes.
-    too_few, enough = 0, spec.num_layers
+    # Each layer more that is recomputed takes fewer bytes; in hybrids each period.
+    too_few, enough = 0, spec.num_layers // spec.period
     while enough - too_few > 1:
         between = (too_few + enough) // 2
-        if (fewer := tried(between)) is None:
+        if (fewer := tried(between * spec.period)) is None:
             too_few = between
         else:
             enough, found = between, fewer
     return found
 
 
-def _attention(has_bf16: bool) -> Attention:
-    """Rows need a mask that flash kernels do not take; FlexAttention compiles it, where Ampere or later runs."""
-    return "flex_attention" if has_bf16 else "sdpa"
+def _attention(spec: ModelSpec, has_bf16: bool) -> Attention:
+    """Rows need a mask that flash kernels do not take; FlexAttention compiles it, where Ampere or later runs.
+
+    A hybrid's row is one example, which SDPA takes without a mask.
+    """
+    return "flex_attention" if has_bf16 and spec.linear_attention is None else "sdpa"
 
 
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _micro_batches(request: PlanRequest) -> list[int]:
+def _micro_batches(spec: ModelSpec, request: PlanRequest) -> list[int]:
     if request.micro_batch != "auto":
         return [request.micro_batch]
+    if spec.linear_attention is not None:
+        return [1]
     most = max(1, MAX_FORWARD_TOKENS // request.max_tokens)
     return [size for size in _divisors(request.sequences_per_step // request.num_gpus) if size <= most]
 

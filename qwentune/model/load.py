@@ -60,7 +60,11 @@ def load_model(
         )
     if device is not None and device.type != "cpu":
         options["device_map"] = {"": device}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    config: Any = AutoConfig.from_pretrained(folder)
+    text: Any = config.get_text_config()
+    if text is not config:  # a vision tower stands beside; whether the head is tied is said above both
+        text.tie_word_embeddings = config.tie_word_embeddings
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, config=text, output_loading_info=True, **options)
     model, info = loaded
     lost = {name: sorted(map(str, info.get(name, ()))) for name in ("missing_keys", "mismatched_keys", "error_msgs")}
     problems = [
