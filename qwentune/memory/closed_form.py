@@ -250,7 +250,7 @@ def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
     head = replace(
         static,
         gradients=gradients,
-        activations=tokens * hidden * settings.weight_bytes + mask_bytes(settings),
+        activations=tokens * hidden * settings.weight_bytes + mask_bytes(spec, settings),
         logits=at_once * spec.vocab_rows * (4 + 4),
     )
     return max(body, head, key=lambda terms: terms.allocated)
