@@ -15,6 +15,7 @@ from qwentune.errors import UsageError
 from qwentune.facts.gpus import GPUS, gpu_spec
 from qwentune.facts.models import MODELS, config_of, model_spec
 from qwentune.facts.towers import tower_remark, training_problems
+from qwentune.model.load import load_model
 
 # Counts of the model classes of transformers 5.23 on the meta device; those of Qwen2.5 and Qwen3 up to 72B and the MoE
 # equal the exact counts of keras-team/keras-hub@71453d08.
@@ -220,6 +221,20 @@ def test_a_checkpoint_with_a_vision_tower_is_described_by_its_text_tower(
     assert spec.parameters == model.model.language_model.num_parameters()
     assert f"{model_type}: the text tower alone" in tower_remark(spec)
     assert bool(training_problems(spec)) is not model_type.startswith("qwen3_5")
+
+
+def test_a_head_that_a_checkpoint_with_a_vision_tower_ties_is_loaded_tied(tmp_path: Path) -> None:
+    """transformers reads it in the text tower's part, where it may be missing, and would train a new head."""
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+    text = {key: value for key, value in HYBRID_CONFIG.items() if key not in ("model_type", "tie_word_embeddings")}
+    config = CONFIG_MAPPING["qwen3_5"](text_config=text, vision_config=VISION, tie_word_embeddings=True)
+    whole = AutoModelForImageTextToText.from_config(config)
+    whole.save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype="fp32")
+    assert model.num_parameters() == model_spec(str(tmp_path)).parameters
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.equal(whole.lm_head.weight)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qwentune.model.load import decoder_config
+
 
 def load_tuned(base: Path, adapter: Path | None) -> PreTrainedModel:
     """The tuned model in the dtype of its files: adapters, where there are any, on the unquantised base."""
-    model: Any = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, config=decoder_config(base), use_safetensors=True)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
     return model.eval()
@@ -36,7 +38,9 @@ def merge(base: Path, adapter: Path, target: Path) -> None:
     The sums are made in fp32 and rounded once. PEFT refuses to merge weights that are not finite.
     """
     dtype = _dtype(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, config=decoder_config(base), dtype=torch.float32, use_safetensors=True
+    )
     merged: Any = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
     merged = merged.merge_and_unload(safe_merge=True)
     merged.to(dtype).save_pretrained(target)

@@ -101,9 +101,8 @@ def forward_bytes(spec: ModelSpec, settings: Settings) -> int:
     attention = width * (3 * spec.query_size + 2 * spec.kv_size) + 2 * _FP32 * hidden
     # The residual, the normed input and its casts for two adapters.
     casts = 2 * settings.trained_bytes if is_adapted and settings.trained_bytes != width else 0
-    # Five eighths of what the rule would save are there at once, read off the trace.
-    rule = 0 if spec.linear_attention is None else 5 * _delta_rule(settings, spec.linear_attention) // 8
-    per_token = (2 * width + casts) * hidden + max(feed_forward, attention, rule) + _scores(spec, settings)
+    rule = _running_delta_rule(settings, spec.linear_attention) + width * hidden if spec.linear_attention else 0
+    per_token = 2 * width * hidden + max(casts * hidden + max(feed_forward, attention), rule) + _scores(spec, settings)
     return settings.forward_tokens * per_token + experts
 
 
@@ -170,6 +169,13 @@ def _delta_rule(settings: Settings, linear: LinearAttentionSpec) -> int:
     if settings.kind == "full":
         return total + 2 * settings.weight_bytes * linear.value_size
     return total + (settings.trained_bytes * linear.value_size if "out_proj" in target_names(settings) else 0)
+
+
+def _running_delta_rule(settings: Settings, linear: LinearAttentionSpec) -> int:
+    """What lives while the rule runs without gradients."""
+    per_key, per_head_size = (4, 26) if settings.weight_bytes == 2 else (8, 28)
+    sizes = linear.num_value_heads * (linear.key_head_dim + linear.value_head_dim)
+    return per_key * linear.key_size + per_head_size * sizes
 
 
 def _widest_delta_rule(settings: Settings, linear: LinearAttentionSpec) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from qwentune.data.checkpoint import BUILTIN, checkpoint_folder
 from qwentune.errors import Problem, ResumeError, UsageError
@@ -37,6 +37,15 @@ def weights_folder(model: str, revision: str | None) -> Path:
     return folder
 
 
+def decoder_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of the text decoder in `folder`, which may hold a vision tower too."""
+    config: Any = AutoConfig.from_pretrained(folder)
+    text: Any = config.get_text_config()
+    if text is not config:  # whether the head is tied is said above both, and transformers looks below
+        text.tie_word_embeddings = config.tie_word_embeddings
+    return text
+
+
 def load_model(
     folder: Path,
     *,
@@ -60,11 +69,8 @@ def load_model(
         )
     if device is not None and device.type != "cpu":
         options["device_map"] = {"": device}
-    config: Any = AutoConfig.from_pretrained(folder)
-    text: Any = config.get_text_config()
-    if text is not config:  # a vision tower stands beside; whether the head is tied is said above both
-        text.tie_word_embeddings = config.tie_word_embeddings
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, config=text, output_loading_info=True, **options)
+    options["config"] = decoder_config(folder)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     model, info = loaded
     lost = {name: sorted(map(str, info.get(name, ()))) for name in ("missing_keys", "mismatched_keys", "error_msgs")}
     problems = [
