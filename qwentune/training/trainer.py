@@ -250,8 +250,9 @@ class ExactResume(_Mixed):
             explained = disk_error(error, self.checkpoints.run, f"step {step} could not be saved")
             if explained is None:
                 raise
-            with suppress(OSError):
-                remove(self.checkpoints.staging(step))
+            if self.is_world_process_zero():  # which no other rank may take away under it
+                with suppress(OSError):
+                    remove(self.checkpoints.staging(step))
             raise explained from None
         self._published_step = step
         self.accelerator.wait_for_everyone()
