@@ -28,6 +28,7 @@ from qwentune.memory.settings import MIB
 from qwentune.model.attention import IMPLEMENTATIONS
 from qwentune.model.load import load_model
 from tests.runs import ENVIRONMENT, KILLED, final_weights, loss_history, train, write_recipe
+from tests.test_render import rendered, renderer_of
 from tests.test_trace import SETTINGS, measured_bytes
 from tests.test_walk import CHAT_ROWS, ROOT, run_command
 
@@ -36,6 +37,19 @@ pytestmark = [
     pytest.mark.skipif("QWENTUNE_TEST_MODEL" not in os.environ, reason="QWENTUNE_TEST_MODEL names no folder"),
 ]
 
+CHATS = [
+    {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    for question, answer in (
+        ("What is the capital of France?", "The capital of France is Paris."),
+        ("Write a Python expression for the square of x.", "```python\nx ** 2\n```"),
+        ("Translate to French: Good morning.", "Bonjour."),
+        ("How many days are there in a week?", "There are seven days in a week."),
+        ("Which keyword defines a function in Python?", "The `def` keyword is used to define a function in Python."),
+        ("2 + 2 = ?", "2 + 2 = 4"),
+        ("Say hello.", "Hello! How can I assist you today?"),
+        ("法国的首都是哪里？", "法国的首都是巴黎。"),
+    )
+]
 FUNCTIONS = [  # prefix, middle, suffix
     ("def is_even(n: int) -> bool:\n    return ", "n % 2 == 0", "\n\n\nprint(is_even(4))  # True\n"),
     ("def add(a, b):\n    ", "return a + b", "\n\n\nassert add(2, 3) == 5\n"),
@@ -130,6 +144,44 @@ def test_a_real_step_takes_what_the_trace_says(kind: str, checkpointing: bool) -
     traced = traced_peak(model_spec(folder), settings).allocated
     print(json.dumps({"measured MiB": measured / MIB, "traced MiB": traced / MIB}))
     assert traced == pytest.approx(measured, rel=0.005)
+
+
+def test_chats_are_cheapest_under_their_own_template_and_mask(tmp_path: Path) -> None:
+    """Per trained token over plain questions and answers; labels off by one or more stand for a shifted mask."""
+    folder = Path(os.environ["QWENTUNE_TEST_MODEL"])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    renderer = renderer_of(folder)
+    encode = renderer.tokenizer.encode
+    turn_end = [renderer.tokenizer.control_ids["<|im_end|>"]]
+    losses: dict[str, list[float]] = defaultdict(list)
+
+    def cost(name: str, ids: list[int], start: int, stop: int, shift: int = 0) -> None:
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids])).logits[0, start - 1 : stop - 1]
+        wanted = torch.tensor(ids[start + shift : stop + shift])
+        losses[name].append(torch.nn.functional.cross_entropy(logits[: len(wanted)], wanted).item())
+
+    for row, (example,) in zip(CHATS, rendered(renderer, CHATS, tmp_path), strict=True):
+        question, answer = (message["content"] for message in row["messages"])
+        ids = example["input_ids"]
+        places = [k for k, label in enumerate(example["labels"]) if label != -100]
+        start, stop = places[0], places[-1] + 1
+        assert ids[start:stop] == encode([answer])[0] + turn_end
+        cost("ours", ids, start, stop)
+        cost("labels one token late", ids, start, stop, shift=1)
+        cost("labels one token early", ids, start, stop, shift=-1)
+        cost("labels three tokens early", ids, start, stop, shift=-3)
+        for name, form in {
+            "Alpaca's template": "### Instruction:\n{}\n\n### Response:\n",
+            "Llama 2's template": "[INST] {} [/INST] ",
+            "Vicuna's template": "USER: {} ASSISTANT: ",
+        }.items():
+            prompt = encode([form.format(question)])[0]
+            whole = prompt + ids[start:stop]
+            cost(name, whole, len(prompt), len(whole))
+    means = {name: sum(values) / len(values) for name, values in losses.items()}
+    print(json.dumps({name: round(mean, 3) for name, mean in means.items()}))
+    assert means["ours"] < 0.8 * min(mean for name, mean in means.items() if name != "ours")
 
 
 def test_code_is_cheapest_in_the_order_and_with_the_end_that_qwen_trained() -> None:
