@@ -182,7 +182,9 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     text = None if template is None else template.text
     ranks.join(plan.choices.weights)  # only now: no rank may wait for another that still renders
     plan = ranks.agree(lambda: plan)  # each judged by the memory that it saw
-    return _Training(request, loaded, ranks, folder, plan, tokenizer, text, dataset, schedule).run()
+    code = _Training(request, loaded, ranks, folder, plan, tokenizer, text, dataset, schedule).run()
+    ranks.leave()
+    return code
 
 
 @dataclass(frozen=True)
