@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shlex
+import sys
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -92,12 +94,23 @@ def train(
     if exit_folder:  # accelerate turns every code into 1, and tells of no rank which one it had
         with suppress(OSError):  # a supervisor that has died has no use for it
             Path(exit_folder, os.environ.get("RANK", "0")).write_text(str(code))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _end_rank(code)
     console.end(code)
 
 
 def _is_launched() -> bool:
     """Whether accelerate or torchrun has started this process."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _end_rank(code: int) -> None:
+    """Ends one rank of several, without the teardown in which a thread of its process group may abort the process."""
+    if os.environ.get("RANK", "0") == "0":
+        atexit._run_exitfuncs()  # trackers', which only rank 0 has
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run(request: Request) -> int:
@@ -182,9 +195,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     text = None if template is None else template.text
     ranks.join(plan.choices.weights)  # only now: no rank may wait for another that still renders
     plan = ranks.agree(lambda: plan)  # each judged by the memory that it saw
-    code = _Training(request, loaded, ranks, folder, plan, tokenizer, text, dataset, schedule).run()
-    ranks.leave()
-    return code
+    return _Training(request, loaded, ranks, folder, plan, tokenizer, text, dataset, schedule).run()
 
 
 @dataclass(frozen=True)

@@ -77,13 +77,6 @@ class Ranks:
         state = PartialState(cpu=self.device.type == "cpu")
         assert state.num_processes == self.num_ranks, f"{state.num_processes} processes joined, not {self.num_ranks}"
 
-    def leave(self) -> None:
-        """Ends the process group: a thread of it that outlives the interpreter would abort the process."""
-        import torch.distributed
-
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
     def agree(self, decide: Callable[[], T]) -> T:
         """What rank 0 decides, on every rank; its error is raised on every rank too."""
         outcome: list[tuple[T | None, BaseException | None]] = [(None, None)]
