@@ -105,7 +105,7 @@ def _is_launched() -> bool:
 
 
 def _end_rank(code: int) -> None:
-    """Ends one rank of several, without the teardown in which a thread of its process group may abort the process."""
+    """Ends one rank of several without the interpreter's teardown, in which torch was seen to abort a finished one."""
     if os.environ.get("RANK", "0") == "0":
         atexit._run_exitfuncs()  # trackers', which only rank 0 has
     sys.stdout.flush()
