@@ -19,13 +19,14 @@ import typer
 
 from qwentune import console
 from qwentune.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, DoesNotFitError
+from qwentune.training import reports
+from qwentune.training.hangs import HangWatch
 from qwentune.training.signals import ORPHAN_GRACE_SECONDS, stoppable, take_over
 
 if TYPE_CHECKING:
     from qwentune.training.run_folder import RunFolder
 
 POLL_SECONDS = 0.5
-HUNG_SECONDS = 60.0
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -97,7 +98,7 @@ def run(
 
 @dataclass
 class _Watched:
-    """What the supervisor has seen: the last signal that it passed on, the rank that hung, the training processes."""
+    """What the supervisor has seen: the last signal that it passed on, the words for a rank that hung, the trainers."""
 
     stopped_by: int | None = None
     hung: str | None = None
@@ -115,18 +116,18 @@ def supervise(arguments: list[str], launch: Path, num_processes: int, folder: Ru
             *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)),
             *("--num_processes", str(num_processes), "--quiet", "-m", "qwentune.train", *arguments),
         ]
-        environment = {**os.environ, "QWENTUNE_EXIT_FOLDER": scratch}
+        environment = {**os.environ, reports.FOLDER: scratch}
         received: list[int] = []
         previous = take_over(lambda number, _: received.append(number))
         launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_supervisor)
         watched = _Watched()
         try:
-            launcher_code = _watch(launcher, received, watched)
+            launcher_code = _watch(launcher, received, HangWatch(Path(scratch), num_processes), watched)
             _end_orphans(launcher.pid, watched.trainers)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)  # type: ignore[arg-type]
-        codes = {int(file.name): int(file.read_text()) for file in Path(scratch).iterdir()}
+        codes = reports.exit_codes(Path(scratch))
     code, reason = _verdict(launcher_code, codes, num_processes, watched)
     if reason:
         console.say(reason)
@@ -140,13 +141,11 @@ def _die_with_supervisor() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _watch(launcher: subprocess.Popen[bytes], received: list[int], watched: _Watched) -> int:
+def _watch(launcher: subprocess.Popen[bytes], received: list[int], hangs: HangWatch, watched: _Watched) -> int:
     """The launcher's exit code, once it has ended.
 
-    Each signal received goes to the trainers, as soon as there are any. A rank that the system has stopped, with
-    others still running, ends them all.
+    Each signal received goes to the trainers, as soon as there are any. A rank that hangs ends them all.
     """
-    stopped: dict[str, float] = {}
     while True:
         try:
             return launcher.wait(timeout=POLL_SECONDS)
@@ -158,13 +157,12 @@ def _watch(launcher: subprocess.Popen[bytes], received: list[int], watched: _Wat
                 for process in trainers:
                     with suppress(psutil.NoSuchProcess):
                         process.send_signal(watched.stopped_by)
-            stopped = _stopped_ranks(trainers, stopped)
-            hung = [rank for rank, since in stopped.items() if time.monotonic() - since > HUNG_SECONDS]
-            if hung and len(stopped) < len(trainers):
-                watched.hung = hung[0]
+            watched.hung = hangs.find(trainers)
+            if watched.hung is not None:
                 for process in (*trainers, launcher):
                     with suppress(psutil.NoSuchProcess):
                         process.kill()
+                return launcher.wait()
 
 
 def _trainers(launcher: int) -> list[psutil.Process]:
@@ -174,17 +172,6 @@ def _trainers(launcher: int) -> list[psutil.Process]:
     except psutil.NoSuchProcess:
         return []
     return [process for process in children if _is_trainer(process)]
-
-
-def _stopped_ranks(trainers: list[psutil.Process], before: dict[str, float]) -> dict[str, float]:
-    """The ranks that stand still (SIGSTOP), with the time at which they were first seen so."""
-    found: dict[str, float] = {}
-    for process in trainers:
-        with suppress(psutil.Error):
-            if process.status() == psutil.STATUS_STOPPED:
-                rank = process.environ().get("RANK", "0")
-                found[rank] = before.get(rank, time.monotonic())
-    return found
 
 
 def _is_trainer(process: psutil.Process) -> bool:
@@ -220,8 +207,7 @@ def _is_alive(process: psutil.Process) -> bool:
 def _verdict(launcher_code: int, codes: dict[int, int], num_ranks: int, watched: _Watched) -> tuple[int, str]:
     """The run's exit code, and what is to be said of ranks that could not speak for themselves."""
     if watched.hung is not None:
-        what = f"Rank {watched.hung} has stood still for {HUNG_SECONDS:.0f} s while others wait for it: all are ended."
-        return EXIT_BUG, what
+        return EXIT_BUG, f"{watched.hung}: all are ended."
     silent = [rank for rank in range(num_ranks) if rank not in codes]
     if silent and watched.stopped_by is not None:  # the signal came before Python had a handler for it
         return (EXIT_INTERRUPTED if watched.stopped_by == signal.SIGINT else EXIT_PREEMPTED), ""

@@ -36,6 +36,8 @@ from qwentune.errors import (
     UsageError,
     UserError,
 )
+from qwentune.training import reports
+from qwentune.training.reports import Report
 from qwentune.training.signals import StoppedEarlyError, stoppable, watch_launcher
 
 if TYPE_CHECKING:
@@ -90,10 +92,7 @@ def train(
     if _is_launched():
         watch_launcher()
     code = stoppable(lambda: console.run(lambda: run(request)))
-    exit_folder = os.environ.get("QWENTUNE_EXIT_FOLDER")
-    if exit_folder:  # accelerate turns every code into 1, and tells of no rank which one it had
-        with suppress(OSError):  # a supervisor that has died has no use for it
-            Path(exit_folder, os.environ.get("RANK", "0")).write_text(str(code))
+    Report().end(code)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _end_rank(code)
     console.end(code)
@@ -138,7 +137,7 @@ def run(request: Request) -> int:
 
 def _exit_code_is_lost() -> bool:
     """Whether a launcher stands above this process that turns every exit code into 1, and no supervisor above it."""
-    return _is_launched() and "QWENTUNE_EXIT_FOLDER" not in os.environ and os.environ.get("RANK", "0") == "0"
+    return _is_launched() and reports.FOLDER not in os.environ and os.environ.get("RANK", "0") == "0"
 
 
 def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:

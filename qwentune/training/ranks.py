@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from qwentune.facts.launch import Sharding
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+# How long a rank waits for others: they stand by while rank 0 writes and hashes a checkpoint, which can be a terabyte.
+PATIENCE = timedelta(hours=1)
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's two names: since 2.9, and before
 
 
@@ -74,7 +77,7 @@ class Ranks:
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if is_deepspeed and weights == "bf16" else "no"
         from accelerate import PartialState
 
-        state = PartialState(cpu=self.device.type == "cpu")
+        state = PartialState(cpu=self.device.type == "cpu", timeout=PATIENCE)
         assert state.num_processes == self.num_ranks, f"{state.num_processes} processes joined, not {self.num_ranks}"
 
     def agree(self, decide: Callable[[], T]) -> T:

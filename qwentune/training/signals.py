@@ -10,9 +10,11 @@ from collections.abc import Callable
 from types import FrameType
 
 from qwentune.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from qwentune.training.reports import Report
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ORPHAN_GRACE_SECONDS = 300.0  # enough for a long step and a save
+EARLY_GRACE_SECONDS = 5.0  # before training there is nothing to save
 
 
 class StoppedEarlyError(BaseException):
@@ -49,7 +51,12 @@ def _watch(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(ORPHAN_GRACE_SECONDS)
+    deadline = time.monotonic() + ORPHAN_GRACE_SECONDS
+    time.sleep(EARLY_GRACE_SECONDS)
+    while time.monotonic() < deadline and signal.getsignal(signal.SIGTERM) is not _stop_early:
+        time.sleep(1.0)
+    # Too late, or nothing to save yet and stuck in torch, where no handler runs, such as in a wait for the launcher.
+    Report().end(EXIT_PREEMPTED)
     os._exit(EXIT_PREEMPTED)
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qwentune.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from qwentune.training.ranks import PATIENCE
 from qwentune.training.signals import take_over
 
 SAVE = 1  # a wish to stop is the number of its signal above this: a stop beats a save
@@ -49,7 +50,7 @@ class StopOnSignal(TrainerCallback):
     ) -> None:
         """Makes the group in which the ranks agree."""
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for a save, and for the end once all ranks know of a signal."""

@@ -26,6 +26,7 @@ from qwentune.training.checkpoints import Checkpoints
 from qwentune.training.diagnose import first_not_finite
 from qwentune.training.disk import disk_error
 from qwentune.training.progress import Recorder
+from qwentune.training.reports import Report
 from qwentune.training.trackers import observe
 
 _Mixed = Trainer if TYPE_CHECKING else object
@@ -64,6 +65,8 @@ class ExactResume(_Mixed):
         self.checkpoint_facts = dict(checkpoint_facts)
         self.recorder = recorder
         self.output = output
+        self.report = Report()
+        self.report.listen()
         self._first_bad_step: Tensor | None = None
         self._window_start = time.monotonic()
 
@@ -95,10 +98,12 @@ class ExactResume(_Mixed):
     # The step.
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        self.report.pass_mark()
         if not model.training:
             model.train()  # walks all modules, so only when an evaluation went before
         # Ranks average their gradients; the loss is already a share of the whole batch's mean.
         loss = self.loss_head.loss(model, self._prepare_inputs(inputs)) * self.args.world_size
+        self.report.pass_mark()
         kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(loss, **kwargs)
         return loss.detach()
@@ -207,6 +212,7 @@ class ExactResume(_Mixed):
                 totals[0] += self.loss_head.loss(model, batch)
                 totals[1] += batch["weight"].sum()
         model.train()
+        self.report.pass_mark()
         if self.args.world_size > 1:
             dist.all_reduce(totals)
         loss = float(totals[0] / totals[1])

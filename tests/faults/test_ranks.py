@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from qwentune.training import hangs
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.runs import ENVIRONMENT, KILL_AT, KILLED, final_weights, loss_history, train, write_recipe
 from tests.warm import Warm
@@ -28,8 +29,10 @@ LAUNCH = {1: "launch/single.yaml", 2: "launch/cpu-2.yaml"}
 import sys
 from pathlib import Path
 from qwentune import supervise
+from qwentune.training import hangs
 from qwentune.training.run_folder import RunFolder
-launch, ranks, supervise.HUNG_SECONDS = LAUNCH[int(sys.argv[1])], int(sys.argv[1]), float(sys.argv[2])
+launch, ranks = LAUNCH[int(sys.argv[1])], int(sys.argv[1])
+hangs.STOPPED_SECONDS = hangs.LATE_SECONDS = float(sys.argv[2])
 folder = RunFolder(Path(sys.argv[3]).parent / "run")
 sys.exit(supervise.supervise(sys.argv[3:], Path(launch), ranks, folder))
 """
@@ -224,6 +227,85 @@ def test_a_rank_that_hangs_is_named_and_all_are_ended(tmp_path: Path, unwatched:
     assert "Rank 1 has stood still for 3 s while others wait for it" in errors
     assert status_of(run)["reason"].startswith("Rank 1 has stood still")
     assert not [rank for rank in ranks.values() if is_alive(rank)]
+
+
+# What every Python process of a run imports first. One rank comes to a place where it stays for good; where the others
+# wait for it in the same function, no mark tells them apart, and they give up in the end.
+STUCK = """
+import os, sys
+from datetime import timedelta
+if "RANK" in os.environ:
+    import torch
+    from qwentune.training import ranks
+    ranks.PATIENCE = timedelta(seconds=20)
+if os.environ.get("RANK") == "{rank}":
+    from {module} import {place}
+    whole, calls = {place}.{method}, []
+    def stuck(*args, **kwargs):
+        calls.append(0)
+        while len(calls) > {calls}:
+            pass
+        return whole(*args, **kwargs)
+    {place}.{method} = stuck
+"""
+IN_A_BATCH = {"module": "qwentune.data.batch", "place": "TrainBatches", "method": "__getitem__", "calls": 5}
+IN_A_SAVE = {"module": "qwentune.training.trainer", "place": "ExactResume", "method": "_save_rng_state", "calls": 0}
+
+
+@pytest.mark.fault("D30", "a rank stuck in code is named with the line, after five minutes or when the others give up")
+@pytest.mark.parametrize(
+    ("rank", "place", "said"),
+    [
+        (0, IN_A_BATCH, r"has not come on for \d+ s while others wait for it"),
+        (1, IN_A_BATCH, r"has not come on for \d+ s while others wait for it"),
+        (1, IN_A_SAVE, r"did not come on until the others gave up"),
+    ],
+)
+def test_a_rank_that_is_stuck_in_code_is_named_with_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, place: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(STUCK.format(rank=rank, **place))
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", f"{tmp_path}:{ENVIRONMENT.get('PYTHONPATH', '')}")
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    recipe = write_recipe(tmp_path, model, batch={"micro_batch": 1}, output={"save_every_steps": 3})
+    process = supervised(recipe, hung_seconds=4)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    sentence = rf"Rank {rank} {said} \(in .*sitecustomize.py:\d+ in stuck\): all are ended."
+    assert re.search(sentence, errors), errors
+    assert re.match(sentence, status_of(tmp_path / "run")["reason"])
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_rank_that_is_only_slow_goes_on(slow: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock of the supervisor: a rank may be late by the limit, and by ten times its usual delay."""
+    now = 0.0
+    monkeypatch.setattr(hangs.time, "monotonic", lambda: now)
+    ahead = {slow: 1, 1 - slow: 2}
+    progress = hangs.Delay({0: 0, 1: 0})
+    for seconds, marks, late in [
+        (1, {0: 1, 1: 1}, None),
+        (2, ahead, None),
+        (299, ahead, None),
+        (2, {0: 2, 1: 2}, None),  # came on after 301 s at the last moment between two polls
+        (9999, {0: 2, 1: 2}, None),  # an evaluation or a save: nobody waits
+        (1, {slow: 2, 1 - slow: 3}, None),
+        (3000, {}, None),
+        (11, {}, slow),
+    ]:
+        now += seconds
+        assert progress.late_rank(marks, stopped=False) == late, seconds
+
+
+def test_stopped_ranks_are_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(hangs.time, "monotonic", lambda: now)
+    progress = hangs.Delay({0: 0, 1: 0})
+    progress.late_rank({0: 4, 1: 5}, stopped=False)
+    now += 9999
+    assert progress.late_rank({}, stopped=True) is None
+    now += 299
+    assert progress.late_rank({}, stopped=False) is None
 
 
 @pytest.mark.fault("D23", "a signal in the first second, before a trainer can take it: exit 75, not a bug")
