@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
 import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
@@ -170,13 +172,25 @@ def _contents(paths: Sequence[str]) -> list[str]:
 def _publish(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int, folder: Path) -> None:
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
     try:
-        with ExampleWriter(staging, tokenizer.control_ids.values()) as writer:
+        with ExampleWriter(staging, tokenizer.control_ids.values()) as writer, _no_garbage():
             description = _build(data, tokenizer, template, seed, writer)
         (staging / "description.json").write_text(json.dumps(description, ensure_ascii=False))
         replace_folder(staging, folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _no_garbage() -> Generator[None]:
+    """Stops the search for cyclic garbage: it would walk through all tokens in memory again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _build(

@@ -235,8 +235,9 @@ class Dialogue:
         if self.guard == "|":
             return 0
         form = self.template.reasoning_form
-        plain = self._rendered([template_message(m, form) for m in self.unguarded], self.conversation.tools)
-        guarded = self._rendered(self.rows, self.tools)
+        rows = self.unguarded if not self.trained else self.unguarded[: self.trained[-1] + 1]
+        plain = self._rendered([template_message(m, form) for m in rows], self.conversation.tools)
+        guarded = self.rendering
         if guarded.replace(self.guard, "|") != plain:
             raise RowError(
                 "the chat template treats '|' in a text specially, so that its texts and its control tokens cannot be "
@@ -250,9 +251,15 @@ class Dialogue:
         """The pieces of a rendering of this dialogue."""
         return self.encoder.split(rendering, self.guard).pieces
 
+    @cached_property
+    def rendering(self) -> str:
+        """The messages through the last turn that is trained, under its mode; all where none is."""
+        return self._rendered(self.rows if not self.trained else self.rows[: self.trained[-1] + 1], self.tools)
+
     def _rendered(self, messages: Sequence[TemplateMessage], tools: Sequence[dict[str, Json]]) -> str:
+        mode = self.mode(self.trained[-1]) if self.trained else "default"
         try:
-            return self.template.render([messages], tools)[0]
+            return self.template.render([messages], tools, mode=mode)[0]
         except TemplateRefusalError as error:
             raise RowError(f"the chat template refuses the messages: {error}", _REFUSED) from None
 

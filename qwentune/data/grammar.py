@@ -112,7 +112,7 @@ class _Reading:
         if i == self.last:
             if self.rendering[stop:].strip():
                 raise _UnexpectedError
-            self._prove_conserved(range(i + 1), self.rendering, start)
+            self._prove_conserved(range(i + 1), self.rendering, start, self.dialogue.tools)
         else:
             self._prove_conserved(range(i, i + 1), self.rendering[start:stop], 0)
         first, end = bisect_right(pieces.ends, start), bisect_right(pieces.ends, stop)
@@ -156,13 +156,15 @@ class _Reading:
         if first:
             rows, tools = [*dialogue.rows[: self.num_leading], *dialogue.rows[first : i + 1]], tools[:1]
         try:
+            if not first and i == dialogue.trained[-1]:
+                return dialogue.rendering
             return dialogue.template.render([rows], tools, mode=dialogue.mode(i))[0]
-        except TemplateRefusalError:
+        except (RowError, TemplateRefusalError):
             raise _UnexpectedError from None
 
-    def _prove_conserved(self, kept: range, rendering: str, context_length: int) -> None:
-        whole = kept.start == 0
-        tools = self.dialogue.tools if whole else ()
+    def _prove_conserved(
+        self, kept: range, rendering: str, context_length: int, tools: Sequence[dict[str, Json]] = ()
+    ) -> None:
         messages = [self.messages[k] for k in kept]
         if first_lost(messages, tools, rendering, context_length, has_reasoning=self.has_reasoning) is not None:
             raise _UnexpectedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -12,6 +13,7 @@ Piece: TypeAlias = int | str  # a control token's id, or a text in which no cont
 
 LONGEST_HEADER = len("<|im_start|>assistant")
 CLOSED_THOUGHT = "</think>\n\n"
+_LINE = re.compile(r"[ \t]*\S")
 LONGEST_KEPT = 32  # shorter texts, such as the lines that name a role, come again in every dialogue
 
 
@@ -64,17 +66,17 @@ class Encoder:
 def _cut(text: str) -> list[str]:
     """The text cut where what follows recurs: after the line that names a role, and after closed reasoning.
 
-    Only between a line feed and a character that is no white space: there the encodings of both sides, one after the
-    other, are the encoding of the whole (`Tokenizer.cuts_after_newline`).
+    Only between a line feed and a line that is not empty: there the encodings of both sides, one after the other, are
+    the encoding of the whole (`Tokenizer.cuts_after_newline`).
     """
     cuts = [0]
     header = text.find("\n", 0, LONGEST_HEADER) + 1
-    if 0 < header < len(text) and not text[header].isspace():
+    if header and _LINE.match(text, header):
         cuts.append(header)
     thought = text.find(CLOSED_THOUGHT)
     if thought >= 0:
         after = thought + len(CLOSED_THOUGHT)
-        if cuts[-1] < after < len(text) and not text[after].isspace():
+        if cuts[-1] < after and _LINE.match(text, after):
             cuts.append(after)
     return [text[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 

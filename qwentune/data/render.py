@@ -323,7 +323,7 @@ class Renderer:
 def _identity(sample: Sample, examples: Sequence[Rendered]) -> int:
     if isinstance(sample, Code):  # each row is cut at other places
         return hash((sample.repo, sample.files, sample.cut))
-    return hash(tuple(tuple(example.input_ids) for example in examples))
+    return hash(tuple((one.shared, one.back, *one.input_ids[one.shared :]) for one in examples))
 
 
 def _histories(turns: Sequence[Turn]) -> dict[int, Sequence[Piece]]:

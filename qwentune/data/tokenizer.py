@@ -17,8 +17,8 @@ from qwentune.errors import Problem, UsageError
 
 CONTROL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")
 END_OF_TEXT = "<|endoftext|>"
-# In these every alternative that takes in a line feed ends with one or with white space, so a character that is no
-# white space begins a part of its own after it. A pattern that is not listed costs time, nothing else.
+# In these every alternative that takes in a line feed takes in all white space up to the last one and ends there, so a
+# line that is not empty begins a part of its own. A pattern that is not listed costs time, nothing else.
 PATTERNS_THAT_CUT_AFTER_NEWLINE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -33,8 +33,7 @@ class Tokenizer:
 
     `control_ids` maps every `<|…|>` token to its id; `encode` never produces one of them. `<think>`, `<tool_call>` and
     the like are no control tokens: text that spells them becomes them, as on an inference server.
-    `cuts_after_newline`: a text cut between a line feed and a character that is no white space is encoded as its two
-    halves are.
+    `cuts_after_newline`: a text cut between a line feed and a line that is not empty is encoded as its two halves are.
     """
 
     backend: Backend
