@@ -133,12 +133,10 @@ def test_a_dialogue_is_trained_as_the_oracle_says_or_refused_for_a_reason_it_see
     agrees(of, path, 100)
 
 
-@pytest.mark.parametrize(
-    "num_examples", [pytest.param(200, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.soak)]
-)
+@pytest.mark.slow
 @TEMPLATES
-def test_many_dialogues_are_trained_as_the_oracle_says(path: Path, of: Both, num_examples: int) -> None:
-    agrees(of, path, num_examples)
+def test_many_dialogues_are_trained_as_the_oracle_says(path: Path, of: Both) -> None:
+    agrees(of, path, 2000)
 
 
 @TEMPLATES

@@ -14,7 +14,7 @@ from qwentune.errors import EXIT_BUG
 from qwentune.training import reports
 
 STOPPED_SECONDS = 60.0  # for a rank that the system has stopped
-LATE_SECONDS = 300.0  # for one that runs but passes no mark, unless ten times its usual delay is longer
+LATE_SECONDS = 600.0  # for one that runs but passes no mark, unless ten times its usual delay is longer
 LEFT_SECONDS = 3.0  # for one that stays when the others have ended with an error; torchrun gives it 30
 ANSWER_SECONDS = 0.5
 
