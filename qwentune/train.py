@@ -344,10 +344,11 @@ class _Training:
     ) -> tuple[SftTrainer, StopOnSignal]:
         """The trainer over the model, new or from the checkpoint."""
         from qwentune.data.batch import EvalBatches, TrainBatches
+        from qwentune.facts.launch import uses_deepspeed
         from qwentune.model.head import LossHead
         from qwentune.training.learning_rate import learning_rate_factor
         from qwentune.training.probe import Probe
-        from qwentune.training.shards import bound_buckets
+        from qwentune.training.shards import configure
         from qwentune.training.stop import StopOnSignal
         from qwentune.training.trackers import continue_record
         from qwentune.training.trainer import SftTrainer, training_arguments
@@ -373,7 +374,7 @@ class _Training:
             accumulation=choices.accumulation,
             optimizer_state=choices.optimizer_state,
             evaluates=len(evaluation) > 0,
-            deepspeed_bf16=ranks.sharding in ("zero2", "zero3") and choices.weights == "bf16",
+            deepspeed_bf16=uses_deepspeed(ranks.sharding) and choices.weights == "bf16",
             seed=recipe.seed,
             on_gpu=ranks.device.type == "cuda",
         )
@@ -400,7 +401,7 @@ class _Training:
             recorder=recorder,
             output=recipe.output,
         )
-        bound_buckets(trainer.accelerator, model)
+        configure(trainer.accelerator, model)
         trainer.add_callback(Probe(trainer, self._measured))
         return trainer, stop
 

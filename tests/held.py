@@ -50,12 +50,11 @@ def look_at_ddp(trainer: Any, model: Any) -> None:
     )
 
 
-def look_at_zero(engine: Any) -> None:
-    """ZeRO: a share of the gradients and of fp32 weights and moments, and the bucket that was just released."""
-    optimizer = engine.optimizer
-    gradients = [x for group in optimizer.averaged_gradients.values() for x in group or ()]
-    masters = optimizer.single_partition_of_fp32_groups
-    write(engine.module.parameters(), bytes_of(gradients) + buckets[-1], [*masters, *tensors_of(optimizer.optimizer)])
+def look_at_zero(engine: Any, gradients: Iterable[Any], bucket: int) -> None:
+    """ZeRO: gradients, whole or a share, with their bucket; a share of fp32 weights and moments."""
+    masters = engine.optimizer.single_partition_of_fp32_groups
+    states = [*masters, *tensors_of(engine.optimizer.optimizer)]
+    write(engine.module.parameters(), bytes_of(gradients) + bucket, states)
 
 
 def watch_ddp() -> None:
@@ -71,24 +70,35 @@ def watch_ddp() -> None:
 
 
 def watch_zero() -> None:
-    """Looks before the engine steps, and when it releases its buckets."""
+    """Looks before stage 1 reduces, before the engine steps in stage 2, and when it releases its buckets."""
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    step, release = DeepSpeedEngine.step, DeepSpeedZeroOptimizer._release_ipg_buffers
+    step, reduce = DeepSpeedEngine.step, DeepSpeedEngine.allreduce_gradients
+    release = DeepSpeedZeroOptimizer._release_ipg_buffers
 
     def looked_at(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if buckets and self.is_gradient_accumulation_boundary():
-            look_at_zero(self)
+        zero = self.optimizer
+        if zero.partition_gradients and buckets and self.is_gradient_accumulation_boundary():
+            look_at_zero(self, [x for group in zero.averaged_gradients.values() for x in group or ()], buckets[-1])
         return step(self, *args, **kwargs)
 
+    def reduced(self: Any, *args: Any, **kwargs: Any) -> None:
+        zero = self.optimizer
+        if not zero.partition_gradients and self.is_gradient_accumulation_boundary():
+            look_at_zero(self, [x.grad for x in self.module.parameters()], filled(zero))
+        reduce(self, *args, **kwargs)
+
+    def filled(zero: Any) -> int:
+        return sum(buffer.nbytes for bucket in zero.ipg_buckets.values() for buffer in bucket.buffer)
+
     def released(self: Any) -> None:
-        sizes = [buffer.nbytes for bucket in self.ipg_buckets.values() for buffer in bucket.buffer]
-        buckets.extend([sum(sizes)] if sizes else [])
+        buckets.extend([filled(self)] if filled(self) else [])
         release(self)
 
     DeepSpeedEngine.step = looked_at  # type: ignore[method-assign]
     DeepSpeedZeroOptimizer._release_ipg_buffers = released  # type: ignore[method-assign]
+    DeepSpeedEngine.allreduce_gradients = reduced  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ def losses(run: Path) -> list[float]:
     [
         ("cpu-2", "full"),
         pytest.param("cpu-2", "lora", marks=pytest.mark.slow),
-        pytest.param("cpu-zero2", "full", marks=pytest.mark.slow),
-        pytest.param("cpu-zero2", "lora", marks=pytest.mark.soak),
+        pytest.param("zero1", "full", marks=pytest.mark.slow),
+        pytest.param("zero2", "full", marks=pytest.mark.slow),
+        pytest.param("zero2", "lora", marks=pytest.mark.soak),
     ],
 )
 def test_two_ranks_train_like_one_process(tmp_path: Path, launch: str, kind: str) -> None:
@@ -54,7 +55,9 @@ def test_two_ranks_train_like_one_process(tmp_path: Path, launch: str, kind: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launch", "kind"), [("cpu-2", "full"), ("cpu-zero2", "full"), ("cpu-zero2", "lora")])
+@pytest.mark.parametrize(
+    ("launch", "kind"), [("cpu-2", "full"), ("zero1", "full"), ("zero2", "full"), ("zero2", "lora")]
+)
 def test_each_rank_holds_what_the_plan_says(tmp_path: Path, launch: str, kind: str) -> None:
     """Parameters, gradients with DDP's and DeepSpeed's buckets, and optimizer states, to the byte."""
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))

@@ -18,11 +18,11 @@ from qwentune.training.ranks import ALLOCATOR, expand_segments
     [
         ("single", "none"),
         ("ddp", "ddp"),
+        ("zero1", "zero1"),
         ("zero2", "zero2"),
         ("zero3", "zero3"),
         ("fsdp2", "fsdp2"),
         ("cpu-2", "ddp"),
-        ("cpu-zero2", "zero2"),
     ],
 )
 def test_the_plan_knows_what_a_launch_file_does(name: str, sharding: str) -> None:

@@ -161,15 +161,20 @@ def _static(spec: ModelSpec, settings: Settings) -> Terms:
 def _gradient_bytes(spec: ModelSpec, settings: Settings) -> int:
     """All gradients of one rank once the backward pass is through."""
     trained = trained_parameters(spec, settings)
+    if settings.sharding == "zero1":  # nothing is shared out before the optimizer steps
+        return settings.trained_bytes * trained + _bucket_bytes(spec, settings)
     if settings.uses_deepspeed:
-        bucket = settings.trained_bytes * min(trained, DEEPSPEED_BUCKET_VALUES)
         num_buckets = 2 if settings.sharding == "zero3" else 1  # stage 3 fills one while the other is on its way
-        return _share(4 * trained, settings.num_ranks) + num_buckets * bucket
+        return _share(4 * trained, settings.num_ranks) + num_buckets * _bucket_bytes(spec, settings)
     if settings.sharding == "fsdp2":
         one_layer = settings.trained_bytes * trained // spec.num_layers
         return _share(settings.trained_bytes * trained, settings.num_ranks) + one_layer
     # DDP holds the gradients a second time, in its buckets.
     return settings.trained_bytes * trained * (2 if settings.sharding == "ddp" else 1)
+
+
+def _bucket_bytes(spec: ModelSpec, settings: Settings) -> int:
+    return settings.trained_bytes * min(trained_parameters(spec, settings), DEEPSPEED_BUCKET_VALUES)
 
 
 def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Terms]:
@@ -196,6 +201,8 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
     # bitsandbytes unpacks the weight that it multiplies with.
     unpacked = 2 * spec.hidden_size * max(spec.dense_intermediate, spec.query_size)
     temporaries = static.temporaries + tied_gradient + (unpacked if settings.kind == "qlora" else 0)
+    if settings.sharding in ("zero1", "zero2"):
+        temporaries += _bucket_bytes(spec, settings)  # laid flat once more to travel
 
     norm_copies = 2 if settings.kind == "full" else 1  # a norm that is trained keeps what it scales
     hidden = settings.forward_tokens * spec.hidden_size
@@ -213,6 +220,10 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
         ),
         replace(static, gradients=gradients, temporaries=static.temporaries + waiting - embedding_gradient),
     ]
+    if settings.sharding == "zero1" or (settings.sharding == "zero2" and settings.trained_bytes == 4):
+        # A rank's share: as it came from the bucket, flat, and in fp32 where it was not.
+        share = _share(8 * trained_parameters(spec, settings), settings.num_ranks)
+        moments.append(replace(static, gradients=share))
     if spec.period > 1:  # the layer before the last is of another kind
         before = saved - (last.saved_bytes if num_saved else last.boundary_bytes - first.saved_bytes)
         early += (gradients - early) // spec.num_layers

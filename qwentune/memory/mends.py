@@ -120,7 +120,7 @@ def _costly_changes(device: Device, request: PlanRequest) -> Iterator[list[_Chan
     """Changes that cost exactness, quality, text or hardware, in that order; variants of one are listed together."""
     if request.keep > 1 and request.disk_free_bytes is not None:
         yield [_Change("keep one checkpoint", ("output.keep=1",), lambda asked: replace(asked, keep=1))]
-    is_sharded = request.sharding in ("zero2", "zero3", "fsdp2")
+    is_sharded = request.sharding in ("zero1", "zero2", "zero3", "fsdp2")
     if request.kind == "full" and request.optimizer_state != "8bit" and not is_sharded:
         yield [
             _Change(

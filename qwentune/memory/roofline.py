@@ -24,8 +24,8 @@ _SECONDS_BETWEEN_KERNELS = 3e-6
 _RECOMPUTE_SHARE = 0.36  # of a layer's traffic and kernels belongs to its forward pass
 # Of the tokens of a dialogue, taken; the supervised loss computes their logits alone, twice.
 _TRAINED_SHARE = 0.5
-# What sharding costs where links are fast; only the order of the four matters.
-_SHARDING_COST = {"none": 1.0, "ddp": 1.02, "zero2": 1.04, "fsdp2": 1.08, "zero3": 1.12}
+# What sharding costs where links are fast; only the order of them matters.
+_SHARDING_COST = {"none": 1.0, "ddp": 1.02, "zero1": 1.03, "zero2": 1.04, "fsdp2": 1.08, "zero3": 1.12}
 # A desktop CPU; plans for a CPU are ranked with it, and no time is promised.
 _CPU_FLOPS, _CPU_BANDWIDTH, _CPU_SECONDS_PER_KERNEL = 2e11, 3e10, 5e-6
 

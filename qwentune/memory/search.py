@@ -295,4 +295,4 @@ def _shardings(device: Device, request: PlanRequest) -> tuple[Sharding, ...]:
     if isinstance(device, HostMemory) or request.kind == "qlora":
         # On a CPU accelerate runs FSDP2 as DDP; 4-bit weights are not sharded.
         return ("ddp",)
-    return ("ddp", "zero2", "fsdp2") if request.kind == "full" else ("ddp", "fsdp2")
+    return ("ddp", "zero1", "zero2", "fsdp2") if request.kind == "full" else ("ddp", "fsdp2")

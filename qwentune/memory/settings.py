@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from qwentune.facts.gpus import GpuSpec
-from qwentune.facts.launch import Sharding
+from qwentune.facts.launch import Sharding, uses_deepspeed
 
 Tuning: TypeAlias = Literal["full", "lora", "qlora"]
 Loss: TypeAlias = Literal["full", "supervised"]
@@ -66,7 +66,7 @@ class Settings:
     @property
     def uses_deepspeed(self) -> bool:
         """Whether DeepSpeed keeps an fp32 copy of the trained parameters."""
-        return self.sharding in ("zero2", "zero3")
+        return uses_deepspeed(self.sharding)
 
     def num_checkpointed(self, num_layers: int) -> int:
         """How many of `num_layers` layers are recomputed in the backward pass."""

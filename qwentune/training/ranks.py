@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from qwentune.facts.launch import Sharding
+from qwentune.facts.launch import Sharding, uses_deepspeed, zero
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class Ranks:
         num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
         sharding: Sharding = "none" if num_ranks == 1 else "ddp"
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            sharding = "zero3" if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "zero2"
+            sharding = zero(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"), "accelerate's deepspeed_config")
         elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
             sharding = "fsdp2"
         return cls(int(os.environ.get("RANK", "0")), num_ranks, sharding, on_cpu)
@@ -64,7 +64,8 @@ class Ranks:
 
     def join(self, weights: str) -> None:
         """Makes the process group, on the CPU's gloo where there is no GPU; `weights` is the dtype of the plan."""
-        if self.sharding in ("zero2", "zero3"):
+        is_deepspeed = uses_deepspeed(self.sharding)
+        if is_deepspeed:
             import deepspeed
 
             from qwentune.training.shards import load_only_weights
@@ -73,7 +74,6 @@ class Ranks:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             load_only_weights()
         # A user's accelerate defaults would switch autocast on behind the Trainer's back; DeepSpeed casts by it.
-        is_deepspeed = self.sharding in ("zero2", "zero3")
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if is_deepspeed and weights == "bf16" else "no"
         from accelerate import PartialState
 

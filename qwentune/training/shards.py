@@ -27,12 +27,19 @@ def load_only_weights() -> None:
     TorchCheckpointEngine.load = load
 
 
-def bound_buckets(accelerator: Any, model: Any) -> None:
-    """Makes DeepSpeed's bucket for gradients no larger than all of them, as the plan reckons; it is allocated whole."""
+def configure(accelerator: Any, model: Any) -> None:
+    """Makes DeepSpeed hold what the plan reckons, before it has seen the model; nothing where it is not used.
+
+    Its bucket for gradients, which is allocated whole, is no larger than all of them. Stage 2 adds gradients up in
+    fp32, which the optimizer takes as they are; sums in bf16 it would copy twice in its step.
+    """
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None:
         return
-    options = plugin.deepspeed_config["zero_optimization"]
+    config = plugin.deepspeed_config
+    options = config["zero_optimization"]
+    if options["stage"] == 2:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     asked = options.get("reduce_bucket_size", DEEPSPEED_BUCKET_VALUES)
     most = int(asked) if isinstance(asked, int | float) else DEEPSPEED_BUCKET_VALUES
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -325,7 +325,8 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
         "tuning": {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}, "data": {"eval_fraction": 0.1},
         "output": {"save_every_minutes": 1e-5, "eval_every_steps": 2, "best": "loss"},
     },
-    "cpu-zero2": {"output": {"save_every_steps": 4}},
+    "zero1": {"output": {"save_every_steps": 4}},
+    "zero2": {"output": {"save_every_steps": 4}},
 }  # fmt: skip
 
 
