@@ -97,11 +97,12 @@ def look_at(paths: Sequence[str]) -> list[Seen]:
 
 
 def draft(model: str, spec: ModelSpec, files: Sequence[Seen], gpu: str | None, path: str) -> str:
-    """The text of the recipe: the richest kind of tuning that fits, at a length that few rows exceed.
+    """The text of the recipe: the richest kind of tuning that the GPUs alone hold, at a length that few rows exceed.
 
     Raises:
         DoesNotFitError: not even 4-bit weights fit.
     """
+    from qwentune.facts.launch import offloads
     from qwentune.facts.packing import packing_problems
     from qwentune.memory.judge import device_of, judge, refusal
     from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
@@ -110,6 +111,7 @@ def draft(model: str, spec: ModelSpec, files: Sequence[Seen], gpu: str | None, p
     can_pack = not packing_problems(spec.checkpoint_type)
     tokens = sorted(number for file in files for number in file.tokens)
     device, ranks, sharding = device_of(Hardware(gpu=gpu or "auto"), here=False)
+    sharding = "none" if ranks == 1 else sharding
     folder = f"runs/{Path(path).stem}"
     plan = None
     for max_tokens in dict.fromkeys(_length(tokens, share, spec.max_positions) for share in SHARES):
@@ -123,7 +125,7 @@ def draft(model: str, spec: ModelSpec, files: Sequence[Seen], gpu: str | None, p
                 device=device, num_ranks=ranks, sharding=sharding,
             )  # fmt: skip
             needs.append(f"{kind} ({plan.peak_bytes / 2**30:.1f} GiB)")
-            if plan.fits:
+            if plan.fits and not offloads(plan.choices.sharding):
                 many = len(tokens)
                 return _render(
                     model=model, recipe=path, kind=kind, files=files, max_tokens=max_tokens, packing=packing,

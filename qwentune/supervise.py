@@ -11,6 +11,7 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +19,7 @@ import psutil
 import typer
 
 from qwentune import console
-from qwentune.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, DoesNotFitError
+from qwentune.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, DoesNotFitError, Problem, UsageError
 from qwentune.training import reports
 from qwentune.training.hangs import HangWatch
 from qwentune.training.signals import ORPHAN_GRACE_SECONDS, stoppable, take_over
@@ -58,7 +59,7 @@ def run(
 
     The plan of an earlier start is judged again, not made anew, unless `replan` says so.
     """
-    from qwentune.facts.launch import launch_file
+    from qwentune.facts.launch import launch_file, uses_deepspeed
     from qwentune.facts.models import model_spec, refuse_untrainable
     from qwentune.facts.towers import tower_remark
     from qwentune.memory import render_plan
@@ -92,7 +93,10 @@ def run(
     if not plan.fits and not force_memory:
         raise DoesNotFitError(refusal(plan))
     if launch == "auto":
-        launch = "single" if count == 1 else plan.choices.sharding
+        launch = "single" if plan.choices.sharding == "none" else plan.choices.sharding
+    if uses_deepspeed(plan.choices.sharding) and find_spec("deepspeed") is None:
+        what = f"launch/{launch}.yaml needs DeepSpeed, which is not installed"
+        raise UsageError(Problem("hardware.launch", what, "pip install 'qwentune[deepspeed]'"))
     return supervise(arguments, launch_file(launch), count, folder)
 
 

@@ -2,7 +2,8 @@
 
     accelerate launch … tests/held.py FOLDER RECIPE
 
-FOLDER/RANK.json has the bytes of parameters, gradients (with what carries them between ranks) and optimizer states.
+FOLDER/RANK.json has the bytes of parameters, gradients (with what carries them between ranks) and optimizer states,
+and of what is in host memory in place of a GPU's.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ def bytes_of(tensors: Iterable[Any]) -> int:
     return sum(size for size in storages.values() if size > 4)
 
 
-def write(parameters: Iterable[Any], gradients: int, states: Iterable[Any]) -> None:
+def write(parameters: Iterable[Any], gradients: int, states: Iterable[Any], host: Iterable[Any] = ()) -> None:
     """Notes what this rank holds; what is noted later counts."""
     held = {"weights": bytes_of(parameters), "gradients": gradients, "optimizer": bytes_of(states)}
+    held["host"] = bytes_of(host)
     FOLDER.joinpath(f"{torch.distributed.get_rank()}.json").write_text(json.dumps(held))
 
 
@@ -51,10 +53,16 @@ def look_at_ddp(trainer: Any, model: Any) -> None:
 
 
 def look_at_zero(engine: Any, gradients: Iterable[Any], bucket: int) -> None:
-    """ZeRO: gradients, whole or a share, with their bucket; a share of fp32 weights and moments."""
-    masters = engine.optimizer.single_partition_of_fp32_groups
-    states = [*masters, *tensors_of(engine.optimizer.optimizer)]
-    write(engine.module.parameters(), bytes_of(gradients) + bucket, states)
+    """ZeRO: gradients, whole or a share, with their bucket; a share of fp32 weights and moments, here or there."""
+    zero = engine.optimizer
+    masters = zero.single_partition_of_fp32_groups
+    states = [*masters, *tensors_of(zero.optimizer)]
+    if not zero.cpu_offload:
+        write(engine.module.parameters(), bytes_of(gradients) + bucket, states)
+        return
+    sums, staging = zero.accumulated_grads_in_cpu.values(), zero.param_buffer_of_bit16_for_cpu_offload_groups
+    host = [*states, *(master.grad for master in masters), *sums, *staging, zero.temp_grad_buffer_for_cpu_offload]
+    write(engine.module.parameters(), bucket, [], host)
 
 
 def watch_ddp() -> None:

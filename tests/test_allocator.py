@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from qwentune.facts.gpus import GpuSpec, gpu_spec
+from qwentune.facts.launch import Sharding
 from qwentune.facts.models import config_of, model_spec
 from qwentune.memory.allocator import LARGE_PAGE_BYTES, SMALL_PAGE_BYTES, Allocator, CardIsFullError
 from qwentune.memory.cross_check import cross_checked
@@ -169,6 +170,19 @@ def test_where_nothing_fits_the_refusal_has_mends() -> None:
     plan = cross_checked(SPEC, tiny_card, pinned, make_plan(SPEC, tiny_card, pinned), lambda _: None)
     assert not plan.fits
     assert plan.mends
+
+
+@pytest.mark.parametrize("sharding", ["zero2-offload", "fsdp2"])
+def test_the_trace_has_what_sharding_changes_from_the_closed_form(sharding: Sharding) -> None:
+    request = replace(REQUEST, kind="full", sequences_per_step=2, num_gpus=2, sharding=sharding)
+    said = list[str]()
+    closed = make_plan(SPEC, card(40 * GIB), request)
+    traced = cross_checked(SPEC, card(40 * GIB), request, closed, said.append)
+    assert ["by the trace" in line for line in said] == [True]
+    planned, found = (plan.phases["train_step"] for plan in (closed, traced))
+    assert found != planned
+    assert found.total == pytest.approx(planned.total, rel=0.03)
+    assert found.terms["optimizer"] == pytest.approx(planned.terms["optimizer"], abs=MIB)  # counters of steps
 
 
 def test_a_closed_form_that_is_wrong_is_called_a_bug() -> None:

@@ -10,7 +10,7 @@ import pytest
 from qwentune.errors import UsageError
 from qwentune.facts.launch import sharding_of
 from qwentune.shipped import shipped_files
-from qwentune.training.ranks import ALLOCATOR, expand_segments
+from qwentune.training.ranks import ALLOCATOR, Ranks, expand_segments
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,8 @@ from qwentune.training.ranks import ALLOCATOR, expand_segments
         ("zero1", "zero1"),
         ("zero2", "zero2"),
         ("zero3", "zero3"),
+        ("zero2-offload", "zero2-offload"),
+        ("zero3-offload", "zero3-offload"),
         ("fsdp2", "fsdp2"),
         ("cpu-2", "ddp"),
     ],
@@ -43,6 +45,33 @@ def test_a_launch_file_of_ones_own_that_says_nothing_known_is_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="TPU"):
         sharding_of("mine")
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["zero_stage: 0", "zero_stage: 1\n  offload_optimizer_device: cpu", "zero_stage: 3\n  offload_param_device: cpu"],
+)
+def test_what_the_plan_cannot_reckon_is_refused_in_the_file_and_in_the_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "mine.yaml").write_text(f"distributed_type: DEEPSPEED\ndeepspeed_config:\n  {options}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="zero_stage is"):
+        sharding_of("mine")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for option in options.split("\n"):
+        name, _, value = option.strip().partition(": ")
+        monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name.upper()}", value)
+    with pytest.raises(UsageError, match="zero_stage is"):
+        Ranks.of_environment()
+
+
+def test_one_rank_may_offload(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "2", "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
+    for name, value in told.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert Ranks.of_environment() == Ranks(0, 1, "zero2-offload")
 
 
 @pytest.mark.parametrize("name", ALLOCATOR)

@@ -208,7 +208,9 @@ def test_more_layers_never_take_less_memory(spec: ModelSpec, settings: Settings)
     assert all(smaller[name] <= larger[name] for name in smaller)
 
 
-shardings: st.SearchStrategy[Sharding] = st.sampled_from(["zero1", "zero2", "zero3", "fsdp2"])
+shardings: st.SearchStrategy[Sharding] = st.sampled_from(
+    ["zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "fsdp2"]
+)
 
 
 @given(specs, settings_strategy, shardings, st.integers(1, 63))
@@ -350,6 +352,7 @@ requests = st.builds(
     st.sampled_from([512, 1024, 2048, 4096, 8192, 16384, 32768]),
     st.sampled_from([1, 4, 8, 16, 48, 64]),
     rank=st.sampled_from([8, 16, 64]),
+    num_gpus=st.sampled_from([1, 1, 2, 8]),
     headroom=st.sampled_from([0.0, 0.03, 0.1]),
     optimizer_state=st.sampled_from(["auto", "8bit"]),
 )
@@ -372,11 +375,23 @@ def neighbours(spec: ModelSpec, gpu: GpuSpec, settings: Settings) -> Iterator[Se
     kernels -= {"flex_attention"} if spec.linear_attention else set()  # transformers declares none for hybrids
     for attention in kernels - {settings.attention}:
         yield replace(settings, attention=attention)
+    for sharding in shardings_of(settings) - {settings.sharding}:
+        yield replace(settings, sharding=sharding)
+
+
+def shardings_of(settings: Settings) -> set[Sharding]:
+    """What the ranks of a run may share, and whether the host may hold the optimizer."""
+    if settings.kind != "full":
+        alone: set[Sharding] = {"none"} if settings.num_ranks == 1 else {"ddp"}
+        return alone | ({"fsdp2"} if settings.kind == "lora" and settings.num_ranks > 1 else set())
+    offloading: set[Sharding] = set() if settings.optimizer_state == "8bit" else {"zero2-offload", "zero3-offload"}
+    return offloading | ({"none"} if settings.num_ranks == 1 else {"ddp", "zero1", "zero2", "fsdp2"})
 
 
 @hypothesis.settings(max_examples=300, deadline=None)
 @given(any_spec, any_gpu, requests)
 def test_a_plan_fits_and_no_neighbour_that_is_faster_does(spec: ModelSpec, gpu: GpuSpec, request: PlanRequest) -> None:
+    assume(request.sequences_per_step % request.num_gpus == 0)
     chosen = fastest(spec, gpu, request)
     assume(chosen is not None)
     assert chosen is not None
@@ -456,6 +471,42 @@ def test_many_gpus_share_what_one_cannot_hold() -> None:
     plan = make_plan(QWEN3_8B, gpu_spec("a100-40gb"), PlanRequest("full", 4096, 16, num_gpus=8))
     assert plan.fits
     assert plan.choices.sharding in ("zero2", "fsdp2")
+
+
+def test_one_gpu_trains_what_it_cannot_hold_with_the_optimizer_in_host_memory() -> None:
+    request = PlanRequest("full", 2048, 16, optimizer_steps=100)
+    spec, with_host = model_spec("Qwen/Qwen3-4B"), make_plan(model_spec("Qwen/Qwen3-4B"), RTX_4090, request)
+    assert (with_host.fits, with_host.choices.sharding) == (True, "zero2-offload")
+    step = with_host.phases["train_step"].terms
+    assert step["optimizer"] == 0
+    assert step["gradients"] < 2 * GIB, "a bucket"
+    assert with_host.phases["load"].terms["temporaries"] == 2 * spec.parameters, "the copy that becomes fp32"
+    states = (4 + 4 + 2 + 8) * spec.parameters  # weights and gradients in fp32, new weights, moments
+    assert states < with_host.host_bytes < 1.5 * states
+    fast = make_plan(spec, H200, replace(request, num_gpus=1))
+    assert fast.choices.sharding == "none"
+    assert with_host.gpu_hours is not None
+    same = make_plan(spec, RTX_4090, replace(request, sharding="none", headroom=0.0))
+    assert same.gpu_hours is not None
+    assert same.gpu_hours < with_host.gpu_hours, "the way to the host and the optimizer there take time"
+
+    short = make_plan(spec, RTX_4090, replace(request, host_free_bytes=with_host.host_bytes - 1))
+    assert (short.fits, short.limiting_phase, short.choices.sharding) == (False, "train_step", "none")
+
+
+def test_offloading_is_offered_where_another_launch_file_is_named() -> None:
+    spec, request = model_spec("Qwen/Qwen3-4B"), PlanRequest("full", 2048, 16, sharding="none")
+    plan = make_plan(spec, RTX_4090, request)
+    assert plan.mends[0].overrides == ("hardware.launch=zero2-offload",)
+    assert make_plan(spec, RTX_4090, apply_overrides(request, plan.mends[0].overrides)).fits
+    scarce = make_plan(spec, RTX_4090, replace(request, host_free_bytes=32 * GIB))
+    assert not any("offload" in override for mend in scarce.mends for override in mend.overrides)
+
+
+def test_offloaded_states_that_the_host_cannot_hold_are_refused() -> None:
+    request = PlanRequest("full", 2048, 16, sharding="zero2-offload", host_free_bytes=32 * GIB)
+    plan = make_plan(model_spec("Qwen/Qwen3-4B"), RTX_4090, request)
+    assert (plan.fits, plan.limiting_phase) == (False, "host")
 
 
 @pytest.mark.parametrize("sharding", ["zero3", "fsdp2"])

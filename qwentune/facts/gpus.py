@@ -32,6 +32,16 @@ class GpuSpec:
         """Whether the hardware computes in bf16."""
         return self.bf16_tflops is not None
 
+    @property
+    def link_gb_per_second(self) -> float:
+        """10^9 bytes per second between the GPU and pinned host memory, each way.
+
+        Source: PCIe 3, 4 and 5 with 16 lanes carry 16, 32 and 64; four fifths are taken. Which of them a card has is
+        told by its architecture (unverified for each card, and a slot may have fewer lanes).
+        """
+        major, _ = self.compute_capability
+        return 0.8 * (16.0 if major < 8 else 32.0 if major == 8 else 64.0)
+
 
 # Memory: "banner" a start-up banner of a training run that names the card, "OOM" an out-of-memory message of torch,
 # "unverified" by analogy. Rates: all from the vendors' data sheets written from memory.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +12,16 @@ import yaml
 from qwentune.errors import Problem, UsageError, nearest
 from qwentune.shipped import shipped, shipped_files
 
-Sharding = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
-_ZERO: tuple[Sharding, ...] = ("zero1", "zero2", "zero3")
+Sharding = Literal["none", "ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "fsdp2"]
+# By the stage, and where the optimizer's states are.
+_ZERO: dict[tuple[str, str], Sharding] = {
+    ("1", "none"): "zero1",
+    ("2", "none"): "zero2",
+    ("3", "none"): "zero3",
+    ("2", "cpu"): "zero2-offload",
+    ("3", "cpu"): "zero3-offload",
+}
+_ZERO_OPTIONS = {"zero_stage": "2", "offload_optimizer_device": "none", "offload_param_device": "none"}
 
 
 def launch_file(name: str) -> Path:
@@ -31,21 +41,35 @@ def sharding_of(name: str) -> Sharding:
     kind = config.get("distributed_type")
     deepspeed: dict[str, Any] = config.get("deepspeed_config") or {}
     if kind == "DEEPSPEED":
-        return zero(deepspeed.get("zero_stage"), str(file))
+        return zero(deepspeed, str(file))
     known: dict[Any, Sharding] = {"NO": "none", "MULTI_GPU": "ddp", "FSDP": "fsdp2"}
     if kind not in known:
         raise UsageError(Problem(str(file), f"distributed_type is {kind!r}", "It is NO, MULTI_GPU, FSDP or DEEPSPEED."))
     return known[kind]
 
 
-def zero(stage: Any, where: str) -> Sharding:
-    """The sharding of a stage of DeepSpeed's ZeRO that was read from `where`; UsageError for any but 1, 2 and 3."""
-    found: Sharding | None = next((name for name in _ZERO if name == f"zero{stage}"), None)
-    if found is None:
-        raise UsageError(Problem(where, f"zero_stage is {stage!r}", "It is 1, 2 or 3."))
-    return found
+def zero(options: Mapping[str, Any], where: str) -> Sharding:
+    """The sharding that accelerate's options for DeepSpeed make; UsageError, with `where`, for an unknown one."""
+    asked = {name: str(options.get(name, default)).lower() for name, default in _ZERO_OPTIONS.items()}
+    stage, states, weights = asked.values()
+    if (stage, states) not in _ZERO or weights != "none":
+        fix = "zero_stage is 1, 2 or 3, and in 2 and 3 offload_optimizer_device may be cpu."
+        raise UsageError(Problem(where, ", ".join(f"{name} is {value}" for name, value in asked.items()), fix))
+    return _ZERO[stage, states]
+
+
+def zero_of_environment() -> Sharding:
+    """The sharding that accelerate has told this process; UsageError for one that is not known."""
+    prefix = "ACCELERATE_DEEPSPEED_"
+    told = {name: os.environ[prefix + name.upper()] for name in _ZERO_OPTIONS if prefix + name.upper() in os.environ}
+    return zero(told, "deepspeed_config")
 
 
 def uses_deepspeed(sharding: Sharding) -> bool:
     """Whether DeepSpeed runs the optimizer, over an fp32 copy of the trained parameters."""
-    return sharding in _ZERO
+    return sharding in _ZERO.values()
+
+
+def offloads(sharding: Sharding) -> bool:
+    """Whether the optimizer and its states are in host memory."""
+    return sharding in ("zero2-offload", "zero3-offload")

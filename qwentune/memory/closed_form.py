@@ -129,7 +129,21 @@ def state_bytes(spec: ModelSpec, settings: Settings) -> int:
 def host_bytes(spec: ModelSpec, settings: Settings) -> int:
     """Bytes of host memory that the ranks of one machine need beside their GPUs, the page cache left out."""
     gathered = base_weight_bytes(spec, settings) if settings.is_sharded and settings.kind == "full" else 0
-    return settings.num_ranks * HOST_BYTES_PER_RANK + gathered
+    return settings.num_ranks * (HOST_BYTES_PER_RANK + offloaded_bytes(spec, settings)) + gathered
+
+
+def offloaded_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """Bytes of host memory for what a rank's GPU hands over: the optimizer's states, gradients, and staging.
+
+    fp32 weights and gradients, the new weights and one tensor's gradient are pinned, in blocks of a power of two as
+    torch takes them. The two moments are not; nor are the gradients summed over micro-batches, or, while a checkpoint
+    is read, its fp32 weights, which are more.
+    """
+    if not settings.offloads:
+        return 0
+    trained = _share(trained_parameters(spec, settings), settings.num_ranks)
+    pinned = (4 * trained, 4 * trained, settings.trained_bytes * trained, _largest_tensor_bytes(spec, settings))
+    return sum(1 << (size - 1).bit_length() for size in pinned) + (8 + 4) * trained
 
 
 def disk_bytes(spec: ModelSpec, settings: Settings, keep: int) -> int:
@@ -153,8 +167,10 @@ def _static(spec: ModelSpec, settings: Settings) -> Terms:
         layer = weights - settings.weight_bytes * spec.embedding_parameters
         unsharded = 2 * layer // spec.num_layers + settings.weight_bytes * spec.embedding_parameters
         weights, adapters = _share(weights, settings.num_ranks), _share(adapters, settings.num_ranks)
+    if settings.sharding == "zero2-offload":  # on its way to the host a gradient passes one tensor's room
+        unsharded = _largest_tensor_bytes(spec, settings)
     if settings.is_sharded or settings.uses_deepspeed:
-        optimizer = _share(optimizer, settings.num_ranks)
+        optimizer = 0 if settings.offloads else _share(optimizer, settings.num_ranks)
     return Terms(weights=weights, adapters=adapters, optimizer=optimizer, temporaries=unsharded)
 
 
@@ -164,8 +180,9 @@ def _gradient_bytes(spec: ModelSpec, settings: Settings) -> int:
     if settings.sharding == "zero1":  # nothing is shared out before the optimizer steps
         return settings.trained_bytes * trained + _bucket_bytes(spec, settings)
     if settings.uses_deepspeed:
-        num_buckets = 2 if settings.sharding == "zero3" else 1  # stage 3 fills one while the other is on its way
-        return _share(4 * trained, settings.num_ranks) + num_buckets * _bucket_bytes(spec, settings)
+        num_buckets = 2 if settings.is_sharded else 1  # stage 3 fills one while the other is on its way
+        share = 0 if settings.offloads else _share(4 * trained, settings.num_ranks)
+        return share + num_buckets * _bucket_bytes(spec, settings)
     if settings.sharding == "fsdp2":
         one_layer = settings.trained_bytes * trained // spec.num_layers
         return _share(settings.trained_bytes * trained, settings.num_ranks) + one_layer
@@ -201,8 +218,9 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
     # bitsandbytes unpacks the weight that it multiplies with.
     unpacked = 2 * spec.hidden_size * max(spec.dense_intermediate, spec.query_size)
     temporaries = static.temporaries + tied_gradient + (unpacked if settings.kind == "qlora" else 0)
-    if settings.sharding in ("zero1", "zero2"):
-        temporaries += _bucket_bytes(spec, settings)  # laid flat once more to travel
+    if settings.uses_deepspeed and not settings.is_sharded:
+        # What travels is laid flat once more; a tensor larger than the bucket travels alone.
+        temporaries += max(_bucket_bytes(spec, settings), _largest_tensor_bytes(spec, settings))
 
     norm_copies = 2 if settings.kind == "full" else 1  # a norm that is trained keeps what it scales
     hidden = settings.forward_tokens * spec.hidden_size
@@ -270,6 +288,10 @@ def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
 def _load(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
     """Every rank reads all weights before they are shared among the ranks."""
     loading = _loading_bytes(spec, settings)
+    if settings.uses_deepspeed and not settings.is_sharded:
+        # The rank's share is copied once before it becomes fp32.
+        share = _share(settings.trained_bytes * trained_parameters(spec, settings), settings.num_ranks)
+        loading = max(loading, share)
     return replace(static, weights=base_weight_bytes(spec, settings), optimizer=0, temporaries=loading)
 
 

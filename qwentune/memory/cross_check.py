@@ -11,12 +11,12 @@ from dataclasses import asdict, replace
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.memory.allocator import CardIsFullError
-from qwentune.memory.closed_form import Terms, trained_parameters
+from qwentune.memory.closed_form import Terms, phases, trained_parameters
 from qwentune.memory.meta_step import recorded_step, traced_evaluation, traced_peak
 from qwentune.memory.plan import Choices, PhaseBytes, RunPlan, make_plan
 from qwentune.memory.replay import replay
 from qwentune.memory.search import Device, PlanRequest
-from qwentune.memory.settings import MIB, Settings
+from qwentune.memory.settings import MIB, Settings, device_overheads
 
 LARGEST_DISAGREEMENT = 0.03
 MOST_PLANS = 4
@@ -27,14 +27,11 @@ def cross_checked(
 ) -> RunPlan:
     """The plan with its training step and evaluation traced; where they do not fit, the fastest plan that then does.
 
-    `tell` gets the figures in words. A plan that shares weights or gradients among ranks comes back as it is.
+    `tell` gets the figures in words.
     """
     traced: dict[Choices, dict[str, Terms]] = {}
     usable, asked, checked = plan.usable_bytes, request, plan
     for _ in range(MOST_PLANS):
-        if plan.choices.sharding not in ("none", "ddp"):
-            tell(f"The trace knows ranks that hold all weights; this plan has {plan.choices.sharding}.")
-            return replace(plan, usable_bytes=usable)
         if plan.choices not in traced:
             traced[plan.choices] = _traced_phases(spec, device, request, plan)
             _compare(plan, traced[plan.choices]["train_step"], tell)
@@ -59,25 +56,40 @@ def _traced_phases(spec: ModelSpec, device: Device, request: PlanRequest, plan: 
         targets=request.targets,
         **asdict(plan.choices),
     )
-    planned, buckets = plan.phases["train_step"].terms, 0
-    if settings.sharding == "ddp":  # gradients stay between steps, and a second time in DDP's buckets
+    if settings.sharding != "none":  # gradients stay between steps
         settings = replace(settings, accumulation=max(2, settings.accumulation))
-        buckets = settings.trained_bytes * trained_parameters(spec, settings)
-    overheads = {"workspaces": planned["workspaces"], "context": planned["context"]}
-    step, evaluation = (
-        replace(terms, gradients=terms.gradients + buckets, **overheads)
-        for terms in (traced_peak(spec, settings), traced_evaluation(spec, settings))
+    shared, alone = (
+        phases(spec, replace(settings, sharding=sharding), device_overheads(device), merges_here=False)
+        for sharding in (settings.sharding, "none")
     )
-    evaluation = replace(evaluation, allocator=plan.phases["evaluate"].terms["allocator"])
-    if isinstance(device, GpuSpec):
+    step, evaluation = (
+        _among_ranks(terms, shared[name], alone[name])
+        for name, terms in (
+            ("train_step", traced_peak(spec, settings)),
+            ("evaluate", traced_evaluation(spec, settings)),
+        )
+    )
+    if isinstance(device, GpuSpec) and settings.sharding in ("none", "ddp"):
         recording, blocks = recorded_step(spec, settings)
-        libraries, capacity = (planned["workspaces"], buckets), plan.usable_bytes - step.context
+        buckets = settings.trained_bytes * trained_parameters(spec, settings) if settings.sharding == "ddp" else 0
+        libraries, capacity = (step.workspaces, buckets), plan.usable_bytes - step.context
         reserved = replay(recording, blocks, libraries).peak_reserved
         if reserved > capacity:
             with suppress(CardIsFullError):
                 reserved = replay(recording, blocks, libraries, capacity).peak_reserved
         step = replace(step, allocator=max(0, reserved - step.allocated))
     return {"train_step": step, "evaluate": evaluation}
+
+
+def _among_ranks(traced: Terms, shared: Terms, alone: Terms) -> Terms:
+    """A traced phase, which is that of a rank that holds everything, with what the closed form says sharding changes.
+
+    What lies outside tensors is the closed form's.
+    """
+    given, without = shared.as_dict(), alone.as_dict()
+    tensors = {name: max(0, size + given[name] - without[name]) for name, size in traced.as_dict().items()}
+    outside = {name: given[name] for name in ("workspaces", "allocator", "context")}
+    return Terms(**{**tensors, **outside})
 
 
 def _compare(plan: RunPlan, traced: Terms, tell: Callable[[str], None]) -> None:
@@ -106,6 +118,6 @@ def _with_phases(plan: RunPlan, traced: Mapping[str, Terms], usable: int, on_gpu
         allocated_peak_bytes=peak - terms["allocator"] - terms["context"],
         limiting_phase=plan.limiting_phase if is_short_elsewhere else limiting,
         phases=phases,
-        host_bytes=plan.host_bytes if on_gpu else peak * plan.gpus,
+        host_bytes=plan.host_bytes + (0 if on_gpu else (peak - plan.peak_bytes) * plan.gpus),
         mends=() if fits else plan.mends,
     )

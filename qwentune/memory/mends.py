@@ -8,10 +8,13 @@ from itertools import combinations
 
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
+from qwentune.facts.launch import Sharding
 from qwentune.memory.search import Candidate, Device, PlanRequest, leanest, request_problems, shortages
 
 _MAX_MENDS = 6
 _FEWEST_TOKENS = 256
+_OFFLOADING: tuple[Sharding, ...] = ("zero2-offload", "zero3-offload")
+_NOT_FOR_BITSANDBYTES = ("zero3", "fsdp2", *_OFFLOADING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +86,9 @@ def _variants(ladder: Sequence[Sequence[_Change]]) -> Iterator[tuple[_Change, ..
 
 
 def _works(spec: ModelSpec, request: PlanRequest) -> bool:
-    """Whether the libraries can run it: bitsandbytes' weights and moments are not sharded among GPUs."""
+    """Whether the libraries can run it: bitsandbytes' weights and moments are neither sharded nor offloaded."""
     is_bitsandbytes = request.kind == "qlora" or request.optimizer_state == "8bit"
-    return not request_problems(spec, request) and not (is_bitsandbytes and request.sharding in ("zero3", "fsdp2"))
+    return not request_problems(spec, request) and not (is_bitsandbytes and request.sharding in _NOT_FOR_BITSANDBYTES)
 
 
 def _free_changes(request: PlanRequest) -> Iterator[_Change]:
@@ -120,7 +123,9 @@ def _costly_changes(device: Device, request: PlanRequest) -> Iterator[list[_Chan
     """Changes that cost exactness, quality, text or hardware, in that order; variants of one are listed together."""
     if request.keep > 1 and request.disk_free_bytes is not None:
         yield [_Change("keep one checkpoint", ("output.keep=1",), lambda asked: replace(asked, keep=1))]
-    is_sharded = request.sharding in ("zero1", "zero2", "zero3", "fsdp2")
+    if isinstance(device, GpuSpec) and request.kind == "full" and request.sharding not in ("auto", *_OFFLOADING):
+        yield [_offloaded(launch) for launch in _OFFLOADING]
+    is_sharded = request.sharding not in ("auto", "none", "ddp")
     if request.kind == "full" and request.optimizer_state != "8bit" and not is_sharded:
         yield [
             _Change(
@@ -172,6 +177,14 @@ def _shorter(max_tokens: int) -> _Change:
         f"shorten examples to {max_tokens} tokens",
         (f"data.max_tokens={max_tokens}",),
         lambda asked: replace(asked, max_tokens=max_tokens),
+    )
+
+
+def _offloaded(launch: Sharding) -> _Change:
+    return _Change(
+        "hold the optimizer's states in host memory",
+        (f"hardware.launch={launch}",),
+        lambda asked: replace(asked, sharding=launch),
     )
 
 

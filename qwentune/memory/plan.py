@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import cast
 
 from pydantic import TypeAdapter, ValidationError
@@ -17,7 +17,16 @@ from qwentune.facts.launch import Sharding
 from qwentune.memory.closed_form import disk_bytes
 from qwentune.memory.mends import Mend, find_mends
 from qwentune.memory.roofline import step_seconds
-from qwentune.memory.search import Device, PlanRequest, candidates, fastest, needed_host_bytes, shortages, usable_bytes
+from qwentune.memory.search import (
+    Device,
+    PlanRequest,
+    burden,
+    candidates,
+    fastest,
+    needed_host_bytes,
+    shortages,
+    usable_bytes,
+)
 from qwentune.memory.settings import Attention, Dtype, Loss, Settings, StateDtype
 
 FEWEST_USEFUL_STEPS = 50
@@ -107,7 +116,7 @@ def make_plan(spec: ModelSpec, gpu: Device, request: PlanRequest) -> RunPlan:
     """
     chosen = fastest(spec, gpu, request)
     if chosen is None:
-        chosen = min(candidates(spec, gpu, request), key=lambda candidate: candidate.peak_bytes)
+        chosen = min(candidates(spec, gpu, request), key=partial(burden, spec, gpu, request))
     missing = shortages(spec, gpu, request, chosen)
     limiting = chosen.limiting_phase
     is_gpu = isinstance(gpu, GpuSpec)

@@ -25,7 +25,16 @@ _RECOMPUTE_SHARE = 0.36  # of a layer's traffic and kernels belongs to its forwa
 # Of the tokens of a dialogue, taken; the supervised loss computes their logits alone, twice.
 _TRAINED_SHARE = 0.5
 # What sharding costs where links are fast; only the order of them matters.
-_SHARDING_COST = {"none": 1.0, "ddp": 1.02, "zero1": 1.03, "zero2": 1.04, "fsdp2": 1.08, "zero3": 1.12}
+_SHARDING_COST = {
+    "none": 1.0,
+    "ddp": 1.02,
+    "zero1": 1.03,
+    "zero2": 1.04,
+    "zero2-offload": 1.04,
+    "fsdp2": 1.08,
+    "zero3": 1.12,
+    "zero3-offload": 1.12,
+}
 # A desktop CPU; plans for a CPU are ranked with it, and no time is promised.
 _CPU_FLOPS, _CPU_BANDWIDTH, _CPU_SECONDS_PER_KERNEL = 2e11, 3e10, 5e-6
 
@@ -51,7 +60,20 @@ def step_seconds(spec: ModelSpec, settings: Settings, device: GpuSpec | HostMemo
     # Read weight, gradient and moments; write weight and moments.
     optimizer_traffic = trained_parameters(spec, settings) * 2 * (3 * settings.trained_bytes)
     seconds = settings.accumulation * micro_batch_seconds + optimizer_traffic / bytes_per_second
-    return seconds * _SHARDING_COST[settings.sharding]
+    return seconds * _SHARDING_COST[settings.sharding] + _offload_seconds(spec, settings, device)
+
+
+def _offload_seconds(spec: ModelSpec, settings: Settings, device: GpuSpec | HostMemory) -> float:
+    """Seconds of one optimizer step for the way to the host and back, and for the optimizer there."""
+    if not settings.offloads or isinstance(device, HostMemory):
+        return 0.0
+    trained = trained_parameters(spec, settings)
+    # Gradients go down; each further micro-batch fetches them again to add its own. New weights come up.
+    journeys = 2 * settings.accumulation - 1 + 1
+    link = journeys * settings.trained_bytes * trained / settings.num_ranks / (device.link_gb_per_second * 1e9)
+    # Clip: gradient read and written; AdamW: gradient, weight and moments read, all but the gradient written; the new
+    # weights, read in fp32 and written in the model's dtype. All ranks share the host.
+    return link + trained * (8 + 16 + 12 + 4 + settings.trained_bytes) / _CPU_BANDWIDTH
 
 
 def _rates(settings: Settings, device: GpuSpec | HostMemory) -> tuple[float, float, float]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeAlias
 
 from qwentune.errors import Problem, UsageError
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.facts.launch import Sharding
-from qwentune.memory.closed_form import Terms, disk_bytes, host_bytes, phases
+from qwentune.memory.closed_form import Terms, disk_bytes, host_bytes, offloaded_bytes, phases
 from qwentune.memory.roofline import step_seconds
 from qwentune.memory.settings import (
     Attention,
@@ -152,8 +153,13 @@ def leanest(spec: ModelSpec, device: Device, request: PlanRequest) -> Candidate:
             for checkpointing in _checkpointing(request)
             for sharding in _shardings(device, request)
         ),
-        key=lambda candidate: candidate.peak_bytes,
+        key=partial(burden, spec, device, request),
     )
+
+
+def burden(spec: ModelSpec, device: Device, request: PlanRequest, candidate: Candidate) -> tuple[bool, int]:
+    """Orders candidates from the leanest on: by peak, and last those that offload more than the host can hold."""
+    return not _host_takes(spec, device, request, candidate), candidate.peak_bytes
 
 
 def fastest(spec: ModelSpec, device: Device, request: PlanRequest) -> Candidate | None:
@@ -179,7 +185,8 @@ def fastest(spec: ModelSpec, device: Device, request: PlanRequest) -> Candidate 
 def needed_host_bytes(spec: ModelSpec, device: Device, candidate: Candidate) -> int:
     """Host memory of all ranks of one machine; for a CPU run that is everything."""
     if isinstance(device, HostMemory):
-        return candidate.peak_bytes * candidate.settings.num_ranks
+        settings = candidate.settings
+        return (candidate.peak_bytes + offloaded_bytes(spec, settings)) * settings.num_ranks
     return host_bytes(spec, candidate.settings)
 
 
@@ -188,13 +195,22 @@ def shortages(spec: ModelSpec, device: Device, request: PlanRequest, candidate: 
     found: list[str] = []
     if candidate.peak_bytes > usable_bytes(device, request):
         found.append(candidate.limiting_phase)
-    host = needed_host_bytes(spec, device, candidate)
-    if request.host_free_bytes is not None and host > request.host_free_bytes:
+    if not _has_host_bytes(spec, device, request, candidate):
         found.append("host")
     disk = disk_bytes(spec, candidate.settings, request.keep)
     if request.disk_free_bytes is not None and disk > request.disk_free_bytes:
         found.append("disk")
     return found
+
+
+def _has_host_bytes(spec: ModelSpec, device: Device, request: PlanRequest, candidate: Candidate) -> bool:
+    free = request.host_free_bytes
+    return free is None or needed_host_bytes(spec, device, candidate) <= free
+
+
+def _host_takes(spec: ModelSpec, device: Device, request: PlanRequest, candidate: Candidate) -> bool:
+    """Whether the host holds what the candidate offloads; where it holds too little for any run, nothing is chosen."""
+    return not candidate.settings.offloads or _has_host_bytes(spec, device, request, candidate)
 
 
 def _check(spec: ModelSpec, request: PlanRequest) -> None:
@@ -243,7 +259,7 @@ def _least_recomputing(
 
     def tried(checkpointing: bool | int) -> Candidate | None:
         found = _candidate(spec, device, request, micro_batch, checkpointing, sharding)
-        return found if found.peak_bytes <= usable else None
+        return found if found.peak_bytes <= usable and _host_takes(spec, device, request, found) else None
 
     if request.gradient_checkpointing != "auto":
         return tried(request.gradient_checkpointing)
@@ -290,9 +306,12 @@ def _checkpointing(request: PlanRequest) -> tuple[bool | int, ...]:
 def _shardings(device: Device, request: PlanRequest) -> tuple[Sharding, ...]:
     if request.sharding != "auto":
         return (request.sharding,)
+    # Adapters have few states, and bitsandbytes' 8-bit ones are its GPU kernels'.
+    has_states = isinstance(device, GpuSpec) and request.kind == "full" and request.optimizer_state != "8bit"
+    offloading: tuple[Sharding, ...] = ("zero2-offload", "zero3-offload") if has_states else ()
     if request.num_gpus == 1:
-        return ("none",)
+        return ("none", *offloading)
     if isinstance(device, HostMemory) or request.kind == "qlora":
         # On a CPU accelerate runs FSDP2 as DDP; 4-bit weights are not sharded.
         return ("ddp",)
-    return ("ddp", "zero1", "zero2", "fsdp2") if request.kind == "full" else ("ddp", "fsdp2")
+    return ("ddp", "zero1", "zero2", "fsdp2", *offloading) if request.kind == "full" else ("ddp", "fsdp2")

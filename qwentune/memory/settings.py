@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from qwentune.facts.gpus import GpuSpec
-from qwentune.facts.launch import Sharding, uses_deepspeed
+from qwentune.facts.launch import Sharding, offloads, uses_deepspeed
 
 Tuning: TypeAlias = Literal["full", "lora", "qlora"]
 Loss: TypeAlias = Literal["full", "supervised"]
@@ -61,12 +61,17 @@ class Settings:
     @property
     def is_sharded(self) -> bool:
         """Whether a rank holds only its share of the weights."""
-        return self.sharding in ("zero3", "fsdp2")
+        return self.sharding in ("zero3", "zero3-offload", "fsdp2")
 
     @property
     def uses_deepspeed(self) -> bool:
         """Whether DeepSpeed keeps an fp32 copy of the trained parameters."""
         return uses_deepspeed(self.sharding)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer and its states are in host memory."""
+        return offloads(self.sharding)
 
     def num_checkpointed(self, num_layers: int) -> int:
         """How many of `num_layers` layers are recomputed in the backward pass."""

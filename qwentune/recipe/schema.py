@@ -143,7 +143,7 @@ class Precision(Section):
 class Hardware(Section):
     gpu: Name = _key("auto", "a name that `qwentune gpus` lists, cpu, or auto: what is present")
     count: Auto | Count = _key("auto", "number of GPUs; auto: all that are present")
-    launch: Name = _key("auto", "a file of launch/ without its ending; auto: the plan's")
+    launch: Name = _key("auto", "a file of launch/ without its ending, such as zero2-offload; auto: the plan's")
 
 
 class MemoryOptions(Section):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from qwentune.facts.launch import Sharding, uses_deepspeed, zero
+from qwentune.facts.launch import Sharding, offloads, uses_deepspeed, zero_of_environment
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class Ranks:
         num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
         sharding: Sharding = "none" if num_ranks == 1 else "ddp"
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            sharding = zero(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"), "accelerate's deepspeed_config")
+            sharding = zero_of_environment()
         elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
             sharding = "fsdp2"
         return cls(int(os.environ.get("RANK", "0")), num_ranks, sharding, on_cpu)
@@ -78,6 +78,11 @@ class Ranks:
         from accelerate import PartialState
 
         state = PartialState(cpu=self.device.type == "cpu", timeout=PATIENCE)
+        if offloads(self.sharding) and self.device.type == "cuda":
+            import torch
+
+            # Launchers leave one thread to each of several ranks; the optimizer needs all that the host has.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.num_ranks))
         assert state.num_processes == self.num_ranks, f"{state.num_processes} processes joined, not {self.num_ranks}"
 
     def agree(self, decide: Callable[[], T]) -> T:

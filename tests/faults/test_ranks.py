@@ -327,6 +327,8 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     },
     "zero1": {"output": {"save_every_steps": 4}},
     "zero2": {"output": {"save_every_steps": 4}},
+    "zero2-offload": {"output": {"save_every_steps": 4}},
+    "zero3-offload": {"output": {"save_every_steps": 4}},
 }  # fmt: skip
 
 
