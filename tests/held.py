@@ -9,6 +9,7 @@ and of what is in host memory in place of a GPU's.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -85,16 +86,18 @@ def watch_zero() -> None:
     step, reduce = DeepSpeedEngine.step, DeepSpeedEngine.allreduce_gradients
     release = DeepSpeedZeroOptimizer._release_ipg_buffers
 
+    def is_time(engine: Any, stage: int) -> bool:
+        return engine.zero_optimization_stage() == stage and engine.is_gradient_accumulation_boundary()
+
     def looked_at(self: Any, *args: Any, **kwargs: Any) -> Any:
-        zero = self.optimizer
-        if zero.partition_gradients and buckets and self.is_gradient_accumulation_boundary():
-            look_at_zero(self, [x for group in zero.averaged_gradients.values() for x in group or ()], buckets[-1])
+        if is_time(self, stage=2):
+            averaged = self.optimizer.averaged_gradients
+            look_at_zero(self, [x for group in averaged.values() for x in group or ()], buckets[-1])
         return step(self, *args, **kwargs)
 
     def reduced(self: Any, *args: Any, **kwargs: Any) -> None:
-        zero = self.optimizer
-        if not zero.partition_gradients and self.is_gradient_accumulation_boundary():
-            look_at_zero(self, [x.grad for x in self.module.parameters()], filled(zero))
+        if is_time(self, stage=1):
+            look_at_zero(self, [x.grad for x in self.module.parameters()], filled(self.optimizer))
         reduce(self, *args, **kwargs)
 
     def filled(zero: Any) -> int:
@@ -110,6 +113,5 @@ def watch_zero() -> None:
 
 
 if __name__ == "__main__":
-    watch_ddp()
-    watch_zero()
+    (watch_zero if "ACCELERATE_USE_DEEPSPEED" in os.environ else watch_ddp)()
     console.main(train.train)
