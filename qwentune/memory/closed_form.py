@@ -29,6 +29,8 @@ LOSS_CHUNK_TOKENS = 1024
 NF4_BYTES_PER_PARAMETER = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 # The most values in a bucket in which DeepSpeed reduces gradients; it is made whole, so runs ask for no larger one.
 DEEPSPEED_BUCKET_VALUES = 500_000_000
+# The most gathered values that its stage 3 keeps for later; what runs now may be more. For one rank it gathers nothing.
+DEEPSPEED_LIVE_VALUES = 1_000_000_000
 # One NCCL communicator; up to 1.6 GB was reported once (NVIDIA/nccl#864), unverified.
 NCCL_BYTES = 512 * MIB
 # Interpreter, torch, CUDA libraries and pinned buffers of a rank on a GPU, unverified.
@@ -166,6 +168,9 @@ def _static(spec: ModelSpec, settings: Settings) -> Terms:
         # Two layers (the current one and the prefetched one) and the root unit are gathered at a time.
         layer = weights - settings.weight_bytes * spec.embedding_parameters
         unsharded = 2 * layer // spec.num_layers + settings.weight_bytes * spec.embedding_parameters
+        if settings.uses_deepspeed:
+            kept = settings.weight_bytes * min(spec.parameters, DEEPSPEED_LIVE_VALUES)
+            unsharded = max(unsharded, kept) if settings.num_ranks > 1 else 0
         weights, adapters = _share(weights, settings.num_ranks), _share(adapters, settings.num_ranks)
     if settings.sharding == "zero2-offload":  # on its way to the host a gradient passes one tensor's room
         unsharded = _largest_tensor_bytes(spec, settings)
@@ -180,9 +185,10 @@ def _gradient_bytes(spec: ModelSpec, settings: Settings) -> int:
     if settings.sharding == "zero1":  # nothing is shared out before the optimizer steps
         return settings.trained_bytes * trained + _bucket_bytes(spec, settings)
     if settings.uses_deepspeed:
-        num_buckets = 2 if settings.is_sharded else 1  # stage 3 fills one while the other is on its way
         share = 0 if settings.offloads else _share(4 * trained, settings.num_ranks)
-        return share + num_buckets * _bucket_bytes(spec, settings)
+        # Stage 3 fills one bucket while another is on its way.
+        leaving = _leaving_bytes(spec, settings) if settings.is_sharded else 0
+        return share + _bucket_bytes(spec, settings) + leaving
     if settings.sharding == "fsdp2":
         one_layer = settings.trained_bytes * trained // spec.num_layers
         return _share(settings.trained_bytes * trained, settings.num_ranks) + one_layer
@@ -192,6 +198,11 @@ def _gradient_bytes(spec: ModelSpec, settings: Settings) -> int:
 
 def _bucket_bytes(spec: ModelSpec, settings: Settings) -> int:
     return settings.trained_bytes * min(trained_parameters(spec, settings), DEEPSPEED_BUCKET_VALUES)
+
+
+def _leaving_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """What is laid flat once more to travel; a gradient larger than the bucket travels alone."""
+    return max(_bucket_bytes(spec, settings), _largest_tensor_bytes(spec, settings))
 
 
 def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Terms]:
@@ -219,8 +230,7 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
     unpacked = 2 * spec.hidden_size * max(spec.dense_intermediate, spec.query_size)
     temporaries = static.temporaries + tied_gradient + (unpacked if settings.kind == "qlora" else 0)
     if settings.uses_deepspeed and not settings.is_sharded:
-        # What travels is laid flat once more; a tensor larger than the bucket travels alone.
-        temporaries += max(_bucket_bytes(spec, settings), _largest_tensor_bytes(spec, settings))
+        temporaries += _leaving_bytes(spec, settings)
 
     norm_copies = 2 if settings.kind == "full" else 1  # a norm that is trained keeps what it scales
     hidden = settings.forward_tokens * spec.hidden_size
