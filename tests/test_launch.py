@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from qwentune import supervise
 from qwentune.errors import UsageError
 from qwentune.facts.launch import sharding_of
 from qwentune.shipped import shipped_files
 from qwentune.training.ranks import ALLOCATOR, Ranks, expand_segments
+from tests.runs import write_recipe
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,13 @@ def test_what_the_plan_cannot_reckon_is_refused_in_the_file_and_in_the_ranks(
         monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name.upper()}", value)
     with pytest.raises(UsageError, match="zero_stage is"):
         Ranks.of_environment()
+
+
+def test_deepspeed_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "find_spec", lambda _: None)
+    recipe = write_recipe(tmp_path, "builtin:tiny-qwen3")
+    with pytest.raises(UsageError, match=r"zero2\.yaml needs DeepSpeed(?s:.*)pip install 'qwentune\[deepspeed\]'"):
+        supervise.run(str(recipe), ["hardware.launch=zero2"], [], False, False, False)
 
 
 def test_one_rank_may_offload(monkeypatch: pytest.MonkeyPatch) -> None:

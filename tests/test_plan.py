@@ -503,6 +503,12 @@ def test_offloading_is_offered_where_another_launch_file_is_named() -> None:
     assert not any("offload" in override for mend in scarce.mends for override in mend.overrides)
 
 
+def test_states_in_8_bits_are_not_offloaded() -> None:
+    request = PlanRequest("full", 2048, 16, optimizer_state="8bit", sharding="zero2-offload")
+    with pytest.raises(UsageError, match="8bit, but zero2-offload"):
+        make_plan(QWEN3_8B, H200, request)
+
+
 def test_offloaded_states_that_the_host_cannot_hold_are_refused() -> None:
     request = PlanRequest("full", 2048, 16, sharding="zero2-offload", host_free_bytes=32 * GIB)
     plan = make_plan(model_spec("Qwen/Qwen3-4B"), RTX_4090, request)

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 from qwentune.errors import Problem, UsageError
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
-from qwentune.facts.launch import Sharding
+from qwentune.facts.launch import Sharding, offloads
 from qwentune.memory.closed_form import Terms, disk_bytes, host_bytes, offloaded_bytes, phases
 from qwentune.memory.roofline import step_seconds
 from qwentune.memory.settings import (
@@ -88,8 +88,13 @@ def usable_bytes(device: Device, request: PlanRequest) -> int:
 
 
 def request_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
-    """Why the batch cannot be shared among the ranks, or what hybrids do not take; empty where all is well."""
+    """Why the ranks cannot share the batch, or what hybrids or the host do not take; empty where all is well."""
     problems = _hybrid_problems(spec, request)
+    if request.optimizer_state == "8bit" and request.sharding != "auto" and offloads(request.sharding):
+        what = f"8bit, but {request.sharding} holds the states in host memory, and 8 bits are a matter of GPU kernels"
+        problems.append(
+            Problem("precision.optimizer_state", what, "Leave it at auto, or take another hardware.launch.")
+        )
     rows, ranks = request.sequences_per_step, request.num_gpus
     if rows % ranks:
         below = rows // ranks * ranks
