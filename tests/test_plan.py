@@ -418,6 +418,7 @@ def drawn(count: int) -> list[tuple[ModelSpec, GpuSpec, PlanRequest]]:
             rank=rng.choice([8, 16, 64]),
             headroom=rng.choice([0.0, 0.03, 0.1]),
             optimizer_state=rng.choice(["auto", "8bit"]),  # type: ignore[arg-type]
+            sharding="none",  # as the trace runs it
         )
         is_traceable = gpu.has_bf16 or spec.moe is None  # grouped products run on meta in bf16 only
         is_traceable &= spec.linear_attention is None  # of which the closed form knows the weights only, so far
