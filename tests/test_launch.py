@@ -51,7 +51,12 @@ def test_a_launch_file_of_ones_own_that_says_nothing_known_is_refused(
 
 @pytest.mark.parametrize(
     "options",
-    ["zero_stage: 0", "zero_stage: 1\n  offload_optimizer_device: cpu", "zero_stage: 3\n  offload_param_device: cpu"],
+    [
+        "deepspeed_config_file: own.json",
+        "zero_stage: 0",
+        "zero_stage: 1\n  offload_optimizer_device: cpu",
+        "zero_stage: 3\n  offload_param_device: cpu",
+    ],
 )
 def test_what_the_plan_cannot_reckon_is_refused_in_the_file_and_in_the_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str

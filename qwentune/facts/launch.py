@@ -21,7 +21,7 @@ _ZERO: dict[tuple[str, str], Sharding] = {
     ("2", "cpu"): "zero2-offload",
     ("3", "cpu"): "zero3-offload",
 }
-_ZERO_OPTIONS = {"zero_stage": "2", "offload_optimizer_device": "none", "offload_param_device": "none"}
+_ZERO_OPTIONS = {"zero_stage": "not given", "offload_optimizer_device": "none", "offload_param_device": "none"}
 
 
 def launch_file(name: str) -> Path:
