@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     from qwentune.data.dataset import Dataset
     from qwentune.data.schedule import Schedule
     from qwentune.data.tokenizer import Tokenizer
+    from qwentune.facts.architecture import ModelSpec
     from qwentune.memory.plan import RunPlan
+    from qwentune.memory.search import Device
     from qwentune.recipe import LoadedRecipe, Recipe
     from qwentune.training.checkpoints import Checkpoint, Checkpoints
     from qwentune.training.progress import Recorder
@@ -194,7 +196,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     text = None if template is None else template.text
     ranks.join(plan.choices.weights)  # only now: no rank may wait for another that still renders
     plan = ranks.agree(lambda: plan)  # each judged by the memory that it saw
-    return _Training(request, loaded, ranks, folder, plan, tokenizer, text, dataset, schedule).run()
+    return _Training(request, loaded, ranks, folder, spec, device, plan, tokenizer, text, dataset, schedule).run()
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,8 @@ class _Training:
     loaded: LoadedRecipe
     ranks: Ranks
     folder: RunFolder
+    spec: ModelSpec
+    device: Device
     plan: RunPlan
     tokenizer: Tokenizer
     template: str | None
@@ -280,7 +284,8 @@ class _Training:
         """Trains until nothing is left to do; the exit code where a signal stopped it before that, else None."""
         from torch import OutOfMemoryError
 
-        from qwentune.memory.judge import ran_out
+        from qwentune.memory.judge import ran_out, settings_of
+        from qwentune.memory.profile import keep_profile
         from qwentune.training.progress import Recorder
 
         recorder = Recorder(self.folder, self.schedule.num_steps, start.step) if self.ranks.leads else None
@@ -295,6 +300,10 @@ class _Training:
                 ),
                 "Training ended; the last checkpoint is kept.",
             ) from None
+        if recorder is not None:
+            tuning, max_tokens = self.loaded.recipe.tuning, self.loaded.recipe.data.max_tokens
+            settings = settings_of(self.plan, tuning, max_tokens)
+            keep_profile([*recorder.latest], self.spec, settings, self.device, _library_versions())
         step = trainer.state.global_step
         if stop.agreed and step < self.schedule.num_steps:
             self._status(_state(stop.exit_code), stop.exit_code, f"signal {stop.agreed}: saved at step {step}", step)

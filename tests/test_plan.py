@@ -612,7 +612,7 @@ def test_a_plan_survives_json() -> None:
     values = json.loads(json.dumps(plan.to_json()))
     assert RunPlan.from_json(values) == plan
     contract = "schema fits gpu gpus usable_bytes peak_bytes allocated_peak_bytes limiting_phase phases choices"
-    contract += " optimizer_steps gpu_hours host_bytes disk_bytes mends"
+    contract += " optimizer_steps gpu_hours host_bytes disk_bytes mends profile"
     assert set(values) == set(contract.split())
     assert set(values["mends"][0]) == {"change", "saves_bytes", "overrides"}
 

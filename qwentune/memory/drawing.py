@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from qwentune.memory.plan import RunPlan, plan_warnings
+from qwentune.memory.profile import Profile
 from qwentune.memory.settings import GIB
 
 _COLUMNS = 80
@@ -72,7 +73,7 @@ def _explanation(plan: RunPlan, num_layers: int) -> tuple[str, str]:
     run = ""
     if plan.optimizer_steps is not None:
         run = f" {plan.optimizer_steps} steps"
-        run += f", about {plan.gpu_hours:.2g} GPU-hours." if plan.gpu_hours is not None else "."
+        run += f", about {plan.gpu_hours:.2g} GPU-hours {_basis(plan.profile)}." if plan.gpu_hours is not None else "."
     has_adapters = plan.phases["train_step"].terms["adapters"] > 0
     adapters = f" adapters {choices.adapters}," if has_adapters else ""
     return (
@@ -82,6 +83,12 @@ def _explanation(plan: RunPlan, num_layers: int) -> tuple[str, str]:
         f"{choices.optimizer_state}; host {_gib(plan.host_bytes)} GiB, "
         f"disk {_gib(plan.disk_bytes)} GiB.",
     )
+
+
+def _basis(profile: Profile | None) -> str:
+    if profile is None:
+        return "by the bare roofline: no run on such a card has been timed here"
+    return f"calibrated by {profile.num_steps} measured steps of {profile.model} on this card"
 
 
 def _bar(num_bytes: int, whole_bytes: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from qwentune.data.sample import Json
@@ -14,9 +14,10 @@ from qwentune.facts.launch import Sharding, sharding_of
 from qwentune.facts.models import ModelSpec
 from qwentune.facts.present import free_disk_bytes, free_host_bytes, present_gpus
 from qwentune.memory.adapters import ATTENTION, KNOWN
-from qwentune.memory.plan import RunPlan, make_plan, pinned
+from qwentune.memory.plan import RunPlan, calibrated, make_plan, pinned
+from qwentune.memory.profile import find_profile
 from qwentune.memory.search import Auto, Device, PlanRequest
-from qwentune.memory.settings import HostMemory
+from qwentune.memory.settings import HostMemory, Settings
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
 
 FEWEST_SPARE = 0.03  # of the usable bytes
@@ -45,7 +46,7 @@ def judge(
     A `fresh` run leaves what the folder holds where it is on the disk.
 
     With `tell` the training step is traced too, which takes torch and some seconds, and the trace has the last word;
-    `tell` gets the figures in words.
+    `tell` gets the figures in words. GPU-hours are scaled by what was measured on such a card, where anything was.
 
     Raises UsageError where the batch cannot be shared among the ranks, or for an optimizer state that AdamW never has.
     """
@@ -81,7 +82,20 @@ def judge(
 
         plan = cross_checked(spec, device, request, plan, tell)
     _refuse_state_of_another_dtype(plan, tuning)
-    return plan
+    return calibrated(plan, find_profile(spec, tuning.kind, device))
+
+
+def settings_of(plan: RunPlan, tuning: Tuning, max_tokens: int) -> Settings:
+    """The settings of the training step that the plan chose, or judged again."""
+    tuning = _continued(tuning)
+    return Settings(
+        kind=tuning.kind,
+        max_tokens=max_tokens,
+        num_ranks=plan.gpus,
+        rank=tuning.rank,
+        targets=tuning.targets if isinstance(tuning.targets, str) else tuple(tuning.targets),
+        **asdict(plan.choices),
+    )
 
 
 def _continued(tuning: Tuning) -> Tuning:

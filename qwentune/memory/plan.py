@@ -16,6 +16,7 @@ from qwentune.facts.gpus import GpuSpec
 from qwentune.facts.launch import Sharding
 from qwentune.memory.closed_form import disk_bytes
 from qwentune.memory.mends import Mend, find_mends
+from qwentune.memory.profile import Profile
 from qwentune.memory.roofline import step_seconds
 from qwentune.memory.search import (
     Device,
@@ -60,7 +61,7 @@ class RunPlan:
     """A plan as `plan --json` prints it, per rank.
 
     `limiting_phase` is the phase with the highest peak, or "host" or "disk" where only that does not suffice.
-    `gpu` is "cpu" for a run on the CPU.
+    `gpu` is "cpu" for a run on the CPU. `gpu_hours` are the roofline's, times the factor of a `profile`.
     """
 
     schema: int
@@ -78,6 +79,7 @@ class RunPlan:
     host_bytes: int
     disk_bytes: int
     mends: tuple[Mend, ...]
+    profile: Profile | None = None
 
     def to_json(self) -> dict[str, Json]:
         """The plan as JSON values."""
@@ -141,6 +143,14 @@ def make_plan(spec: ModelSpec, gpu: Device, request: PlanRequest) -> RunPlan:
         disk_bytes=disk_bytes(spec, chosen.settings, request.keep),
         mends=find_mends(spec, gpu, request, chosen) if missing else (),
     )
+
+
+def calibrated(plan: RunPlan, profile: Profile | None) -> RunPlan:
+    """The plan with its time as long as the profile says, which leaves every choice as it is."""
+    if profile is None:
+        return plan
+    gpu_hours = None if plan.gpu_hours is None else plan.gpu_hours * profile.factor
+    return replace(plan, gpu_hours=gpu_hours, profile=profile)
 
 
 def pinned(request: PlanRequest, choices: Choices) -> PlanRequest:

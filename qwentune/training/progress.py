@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import suppress
 from types import TracebackType
 
@@ -20,6 +21,7 @@ class Recorder:
     def __init__(self, folder: RunFolder, num_steps: int, first_step: int) -> None:
         self.folder = folder
         self.num_steps = num_steps
+        self.latest: deque[MetricsRow] = deque(maxlen=1000)  # of this process, which earlier ones may not be like
         terminal = Console(stderr=True, highlight=False, soft_wrap=True)
         self.bar = None
         if terminal.is_terminal:
@@ -48,6 +50,7 @@ class Recorder:
     def logged(self, row: MetricsRow) -> None:
         """Takes the metrics of one logged step."""
         self.folder.append(METRICS, row)
+        self.latest.append(row)
         loss, speed = f"{row['loss']:.4f}", f"{row['tokens_per_second']:.0f}"
         line = f"step {row['step']}/{self.num_steps}  loss {loss}  lr {row['learning_rate']:.2e}  {speed} tokens/s"
         if self.bar is None:
