@@ -421,7 +421,6 @@ def drawn(count: int) -> list[tuple[ModelSpec, GpuSpec, PlanRequest]]:
             sharding="none",  # as the trace runs it
         )
         is_traceable = gpu.has_bf16 or spec.moe is None  # grouped products run on meta in bf16 only
-        is_traceable &= spec.linear_attention is None  # of which the closed form knows the weights only, so far
         if is_traceable and fastest(spec, gpu, request) is not None:
             found.append((spec, gpu, request))
     return found

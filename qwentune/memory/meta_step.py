@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.models import config_of
 from qwentune.memory.closed_form import Terms
-from qwentune.memory.delta_rule import folded_delta_rule
+from qwentune.memory.delta_rule import traceable_delta_rule
 from qwentune.memory.replay import BLOCKS_OF_A_KIND, Recording, depth, record
 from qwentune.memory.settings import Settings
 from qwentune.memory.trace import Bytes, Step, peak, trace
@@ -36,7 +36,7 @@ from qwentune.recipe import Tuning
 def traced_peak(spec: ModelSpec, settings: Settings) -> Terms:
     """The worst moment of the training step of one unsharded rank, device workspaces left out."""
     build, num_recomputed, num_kept = _steps(spec, settings)
-    with traceable(spec):
+    with traceable(spec, settings):
         _, terms = peak(trace(build, num_recomputed, num_kept))
     return _terms(terms)
 
@@ -45,7 +45,7 @@ def traced_evaluation(spec: ModelSpec, settings: Settings) -> Terms:
     """The worst moment of an evaluation, which takes one row at a time; device workspaces left out."""
     settings = replace(settings, micro_batch=1, accumulation=1, gradient_checkpointing=False)
     build, _, num_blocks = _steps(spec, settings)
-    with traceable(spec):
+    with traceable(spec, settings):
         _, terms = peak(trace(lambda _, kept: evaluation_of(build(0, kept)), 0, num_blocks))
     return _terms(terms)
 
@@ -77,7 +77,7 @@ def recorded_step(spec: ModelSpec, settings: Settings) -> tuple[Recording, list[
     """The same step as the allocator sees it, and which recorded block each block of the model is like."""
     build, num_recomputed, num_kept = _steps(spec, settings)
     counts = min(num_recomputed, BLOCKS_OF_A_KIND), min(num_kept, BLOCKS_OF_A_KIND)
-    with traceable(spec):
+    with traceable(spec, settings):
         return record(build(*counts), counts[0]), depth(num_recomputed, num_kept)
 
 
@@ -186,9 +186,9 @@ def _states(parameter: Tensor, settings: Settings, is_embedding: bool) -> list[T
 
 
 @contextmanager
-def traceable(spec: ModelSpec) -> Iterator[None]:
+def traceable(spec: ModelSpec, settings: Settings) -> Iterator[None]:
     """Lets the model run on meta tensors."""
-    with no_autocast(), folded_delta_rule(spec.model_type) if spec.linear_attention else nullcontext():
+    with no_autocast(), traceable_delta_rule(spec.model_type, settings) if spec.linear_attention else nullcontext():
         yield
 
 

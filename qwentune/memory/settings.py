@@ -25,7 +25,8 @@ class Settings:
 
     `gradient_checkpointing` is a claim about all layers, or the number of layers that are recomputed. `loss` "full"
     holds all logits; "supervised" computes the loss in chunks of positions and recomputes their logits backward.
-    `rank` and `targets` count only for adapters.
+    `rank` and `targets` count only for adapters. Hybrids run the delta rule and the convolution before it in torch, or
+    fused by flash-linear-attention and causal-conv1d.
     """
 
     kind: Tuning
@@ -42,6 +43,8 @@ class Settings:
     optimizer_state: StateDtype
     rank: int
     targets: Targets
+    fuses_delta_rule: bool = False
+    fuses_convolution: bool = False
 
     @property
     def forward_tokens(self) -> int:
