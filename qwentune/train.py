@@ -302,7 +302,7 @@ class _Training:
             ) from None
         if recorder is not None:
             tuning, max_tokens = self.loaded.recipe.tuning, self.loaded.recipe.data.max_tokens
-            settings = settings_of(self.plan, tuning, max_tokens)
+            settings = settings_of(self.plan, tuning, max_tokens, self.device)
             keep_profile([*recorder.latest], self.spec, settings, self.device, _library_versions())
         step = trainer.state.global_step
         if stop.agreed and step < self.schedule.num_steps:

@@ -10,11 +10,24 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qwentune.facts import present
 from qwentune.facts.architecture import MoeSpec
+from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.models import config_of, model_spec
+from qwentune.memory import HostMemory, PlanRequest, make_plan
 from qwentune.memory.closed_form import phases
+from qwentune.memory.cross_check import cross_checked
 from qwentune.memory.delta_rule import fold
-from qwentune.memory.meta_step import evaluation_of, meta_batch, step_of, traced_evaluation, traced_peak
+from qwentune.memory.judge import _kernels
+from qwentune.memory.meta_step import (
+    evaluation_of,
+    meta_batch,
+    meta_network,
+    step_of,
+    traceable,
+    traced_evaluation,
+    traced_peak,
+)
 from qwentune.memory.settings import Overheads, Settings
 from qwentune.memory.trace import live_bytes, peak
 from qwentune.model.attention import IMPLEMENTATIONS
@@ -228,3 +241,62 @@ SIZES = [
 @pytest.mark.parametrize(("name", "changes"), [marked(k + 4, (SIZES[k % 8], hybrid_settings(k))) for k in range(24)])
 def test_the_closed_form_agrees_with_the_trace_of_hybrids_and_mixtures(name: str, changes: dict[str, Any]) -> None:
     test_the_closed_form_agrees_with_the_trace(name, changes)
+
+
+FUSED_PACKAGES = ("fla", "causal_conv1d")
+FUSED = {"fuses_delta_rule": True, "fuses_convolution": True}
+
+
+def fused_cases() -> list[Any]:
+    every = product(range(24), (FUSED, {**FUSED, "fuses_convolution": False}))
+    cases = [(SIZES[k % 7], {**hybrid_settings(k), **fused}) for k, fused in every]
+    return [marked(k + 4 if k == 0 else k + 17, case) for k, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize(("name", "changes"), fused_cases())
+def test_the_closed_form_agrees_with_the_trace_with_fused_kernels(name: str, changes: dict[str, Any]) -> None:
+    test_the_closed_form_agrees_with_the_trace(name, changes)
+
+
+def test_what_a_fused_delta_rule_keeps_is_what_its_source_saves() -> None:
+    """Per token, in bf16: fla-core 0.6.0's `save_for_backward` and causal-conv1d's, against the same layer in torch."""
+    spec, settings = replace(model_spec("Qwen/Qwen3.5-9B"), num_layers=8), replace(SETTINGS, weights="bf16")
+    settings = replace(settings, micro_batch=1, max_tokens=4096, gradient_checkpointing=False)
+    config = AutoConfig.for_model(**config_of(spec))
+    kept: dict[str, list[torch.Tensor]] = {}
+    for name in ("rule", "convolution"):
+        kept[name] = saved = []
+
+        def keep(x: torch.Tensor, saved: list[torch.Tensor] = saved) -> torch.Tensor:
+            saved.append(x)
+            return x
+
+        fused = replace(settings, fuses_delta_rule=name == "rule", fuses_convolution=name == "convolution")
+        with traceable(spec, fused):
+            layer = meta_network(config, fused, 4).model.layers[0].linear_attn
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                layer(torch.empty((1, 4096, 4096), dtype=torch.bfloat16, device="meta", requires_grad=True))
+    shapes = [(tuple(x.shape), x.dtype) for x in kept["rule"]]
+    half, full = torch.bfloat16, torch.float32
+    at = shapes.index(((1, 4096, 16, 128), half))
+    assert shapes[at : at + 8] == [
+        *[((1, 4096, 16, 128), half), ((1, 4096, 16), full)] * 2,
+        ((1, 4096, 32, 128), half),
+        *[((1, 4096, 32), full), ((1, 4096, 32), half), ((1, 4096, 32, 64), half)],
+    ]
+    assert sum(x.shape == (1, 8192, 4096) for x in kept["convolution"]) == 1
+
+
+def test_fused_kernels_are_traced_where_they_are_installed_and_a_gpu_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, card = model_spec("Qwen/Qwen3.5-9B"), gpu_spec("h200")
+    request = PlanRequest("lora", 8192, 16, kernels=frozenset(FUSED_PACKAGES))
+    plain, fused = (make_plan(spec, card, asked) for asked in (replace(request, kernels=frozenset()), request))
+    assert fused.choices.gradient_checkpointing < plain.choices.gradient_checkpointing
+    said: list[str] = []
+    checked = cross_checked(spec, card, request, fused, said.append)
+    assert checked.fits
+    assert not any("bug" in line for line in said)
+    assert _kernels(card) == frozenset()
+    monkeypatch.setattr(present, "find_spec", lambda name: name in FUSED_PACKAGES or None)
+    assert _kernels(card) == frozenset(FUSED_PACKAGES)
+    assert _kernels(HostMemory(2**36)) == frozenset()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ import psutil
 from qwentune.facts.gpus import GPUS, GpuSpec, gpu_spec
 
 MIB = 2**20
+KERNELS = ("fla", "causal_conv1d")  # that transformers takes for hybrids by itself: the delta rule, its convolution
 QUERY = "index,uuid,name,memory.total,memory.free,compute_cap"
 
 
@@ -42,6 +44,11 @@ def present_gpus() -> PresentGpus | None:
     _, _, name, total_mib, _, capability = rows[0]
     free_bytes = min(int(row[4]) for row in rows) * MIB
     return PresentGpus(replace(_named(name, int(total_mib) * MIB, capability), total_bytes=free_bytes), len(rows))
+
+
+def installed_kernels() -> frozenset[str]:
+    """The packages of fused kernels for hybrids that are installed here."""
+    return frozenset(name for name in KERNELS if find_spec(name) is not None)
 
 
 def free_host_bytes() -> int:

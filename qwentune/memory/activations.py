@@ -4,7 +4,7 @@ Source: a trace on meta tensors of transformers 5.24's eager Qwen2, Qwen3 and Qw
 replaced by a stub with FlashAttention's saved tensors, fitted over six to eight shapes: what a layer saves is met
 within 0.2 %; the backward transient was taken at real Qwen shapes and errs by up to 5 % of it, upwards. Layers of
 linear attention were fitted likewise with transformers' delta rule in torch, at heads 128 wide: within 1 % in bf16,
-2 % in fp32.
+2 % in fp32. With fused kernels the tensors were counted in their source.
 """
 
 from __future__ import annotations
@@ -160,19 +160,36 @@ def _attention(spec: ModelSpec, settings: Settings) -> int:
 
 
 def _delta_rule(settings: Settings, linear: LinearAttentionSpec) -> int:
-    """What linear attention keeps: the convolution's tensors, the rule's in fp32, and its states between chunks."""
-    per_key, per_repeated_key, per_value = (8, 32, 30) if settings.weight_bytes == 2 else (19, 46, 36)
-    heads = linear.num_value_heads
-    states = heads * linear.key_head_dim * linear.value_head_dim // 64
-    total = per_key * linear.key_size + per_repeated_key * heads * linear.key_head_dim + per_value * linear.value_size
-    total += 1310 * heads + _FP32 * states
+    """What linear attention keeps: the convolution's tensors, the rule's and the gated norm's after it."""
+    width, heads = settings.weight_bytes, linear.num_value_heads
+    if settings.fuses_delta_rule:
+        # The convolution's input and its activation's; queries and keys normed, values, and a matrix of 64 per head.
+        total = 2 * width * linear.conv_size + width * linear.conv_size + 2 * _FP32 * linear.num_key_heads
+        total += (64 * width + width + 3 * _FP32) * heads + (3 * _FP32 + width) * linear.value_size
+        total += _FP32 * heads if settings.kind == "full" else 0
+    else:
+        # All of it in fp32, and the states between chunks.
+        per_key, per_repeated_key, per_value = (8, 32, 30) if width == 2 else (19, 46, 36)
+        total = per_key * linear.key_size + per_repeated_key * heads * linear.key_head_dim
+        total += per_value * linear.value_size + 1310 * heads + _FP32 * _states(linear)
+    if settings.fuses_convolution:  # which computes its activation again
+        total -= width * linear.conv_size
     if settings.kind == "full":
         return total + 2 * settings.weight_bytes * linear.value_size
     return total + (settings.trained_bytes * linear.value_size if "out_proj" in target_names(settings) else 0)
 
 
+def _states(linear: LinearAttentionSpec) -> int:
+    """Values of the states between chunks of 64 tokens, per token."""
+    return linear.num_value_heads * linear.key_head_dim * linear.value_head_dim // 64
+
+
 def _running_delta_rule(settings: Settings, linear: LinearAttentionSpec) -> int:
     """What lives while the rule runs without gradients."""
+    if settings.fuses_delta_rule:
+        width, repeated_key = settings.weight_bytes, linear.num_value_heads * linear.key_head_dim
+        copies = 2 * linear.conv_size + 2 * linear.key_size  # of what the convolution made, and queries and keys normed
+        return width * (copies + repeated_key + 4 * linear.value_size + 64 * linear.num_value_heads + _states(linear))
     per_key, per_head_size = (4, 26) if settings.weight_bytes == 2 else (8, 28)
     sizes = linear.num_value_heads * (linear.key_head_dim + linear.value_head_dim)
     return per_key * linear.key_size + per_head_size * sizes
@@ -180,6 +197,12 @@ def _running_delta_rule(settings: Settings, linear: LinearAttentionSpec) -> int:
 
 def _widest_delta_rule(settings: Settings, linear: LinearAttentionSpec) -> int:
     """What lives while the rule's backward pass has made its gradients and released the states."""
+    if settings.fuses_delta_rule:
+        # What was kept for it, what its forward pass makes is made again, and the gradients of both and of the states.
+        width, repeated_key = settings.weight_bytes, linear.num_value_heads * linear.key_head_dim
+        kept = (2 if settings.fuses_convolution else 3) * linear.conv_size + 64 * linear.num_value_heads
+        made = 3 * repeated_key + 2 * linear.key_size + 6 * linear.value_size + 2 * _states(linear)
+        return width * (kept + made)
     per_key, per_head_size = (8, 47) if settings.weight_bytes == 2 else (20, 57)
     sizes = linear.num_value_heads * (linear.key_head_dim + linear.value_head_dim)
     return per_key * linear.key_size + per_head_size * sizes

@@ -54,6 +54,8 @@ def _traced_phases(spec: ModelSpec, device: Device, request: PlanRequest, plan: 
         num_ranks=request.num_gpus,
         rank=request.rank,
         targets=request.targets,
+        fuses_delta_rule="fla" in request.kernels,
+        fuses_convolution="causal_conv1d" in request.kernels,
         **asdict(plan.choices),
     )
     if settings.sharding != "none":  # gradients stay between steps

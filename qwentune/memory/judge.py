@@ -12,7 +12,7 @@ from qwentune.errors import Problem, UsageError
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.launch import Sharding, sharding_of
 from qwentune.facts.models import ModelSpec
-from qwentune.facts.present import free_disk_bytes, free_host_bytes, present_gpus
+from qwentune.facts.present import free_disk_bytes, free_host_bytes, installed_kernels, present_gpus
 from qwentune.memory.adapters import ATTENTION, KNOWN
 from qwentune.memory.plan import RunPlan, calibrated, make_plan, pinned
 from qwentune.memory.profile import find_profile
@@ -66,6 +66,7 @@ def judge(
         weights=precision.weights,
         adapters=precision.adapters,
         optimizer_state=precision.optimizer_state,
+        kernels=_kernels(device),
         headroom=memory.headroom,
         keep=output.keep,
         optimizer_steps=optimizer_steps,
@@ -85,17 +86,24 @@ def judge(
     return calibrated(plan, find_profile(spec, tuning.kind, device))
 
 
-def settings_of(plan: RunPlan, tuning: Tuning, max_tokens: int) -> Settings:
+def settings_of(plan: RunPlan, tuning: Tuning, max_tokens: int, device: Device) -> Settings:
     """The settings of the training step that the plan chose, or judged again."""
-    tuning = _continued(tuning)
+    tuning, kernels = _continued(tuning), _kernels(device)
     return Settings(
         kind=tuning.kind,
         max_tokens=max_tokens,
         num_ranks=plan.gpus,
         rank=tuning.rank,
         targets=tuning.targets if isinstance(tuning.targets, str) else tuple(tuning.targets),
+        fuses_delta_rule="fla" in kernels,
+        fuses_convolution="causal_conv1d" in kernels,
         **asdict(plan.choices),
     )
+
+
+def _kernels(device: Device) -> frozenset[str]:
+    """What is installed here is taken to be installed where another GPU runs too."""
+    return frozenset() if isinstance(device, HostMemory) else installed_kernels()
 
 
 def _continued(tuning: Tuning) -> Tuning:

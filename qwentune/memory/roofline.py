@@ -52,7 +52,9 @@ def step_seconds(spec: ModelSpec, settings: Settings, device: GpuSpec | HostMemo
         # Each pass reads half a byte and writes two.
         traffic += 2.5 * quantised_parameters(spec) * (2 + recomputed)
     num_linear = spec.num_layers - spec.num_attention_layers
-    kernels = spec.num_layers * (160 if is_full else 250) + num_linear * 45 * settings.max_tokens / 64
+    kernels = spec.num_layers * (160 if is_full else 250)
+    if not settings.fuses_delta_rule:
+        kernels += num_linear * 45 * settings.max_tokens / 64
     kernels *= 1 + _RECOMPUTE_SHARE * recomputed
 
     on_device = flops / flops_per_second + traffic / bytes_per_second + kernels * _SECONDS_BETWEEN_KERNELS

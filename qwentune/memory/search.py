@@ -36,7 +36,8 @@ MAX_FORWARD_TOKENS = 65536
 class PlanRequest:
     """What a recipe asks for, as far as it decides bytes and seconds; "auto" leaves the choice to the plan.
 
-    `sharding` is what the launch file gives. `optimizer_steps` is None where the data has not been counted.
+    `kernels` are the packages of fused kernels for hybrids that the run will find. `sharding` is what the launch file
+    gives. `optimizer_steps` is None where the data has not been counted.
     `host_free_bytes` and `disk_free_bytes` are what the system says, None where it is not judged. `headroom` is the
     fraction of the device's memory that stays free.
     """
@@ -55,6 +56,7 @@ class PlanRequest:
     weights: Dtype | Auto = "auto"
     adapters: Dtype | Auto = "auto"
     optimizer_state: StateDtype | Auto = "auto"
+    kernels: frozenset[str] = frozenset()
     headroom: float = 0.03
     keep: int = 3
     optimizer_steps: int | None = None
@@ -250,6 +252,8 @@ def _candidate(
         optimizer_state=trained if request.optimizer_state == "auto" else request.optimizer_state,
         rank=request.rank,
         targets=request.targets,
+        fuses_delta_rule="fla" in request.kernels,
+        fuses_convolution="causal_conv1d" in request.kernels,
     )
     overheads = device_overheads(device)
     merges_here = isinstance(device, HostMemory)
