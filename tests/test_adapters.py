@@ -49,6 +49,14 @@ def test_a_target_that_names_no_module_is_refused(tmp_path: Path) -> None:
         add_adapters(model, Tuning(kind="lora", targets=["q_proj", "c_attn"]), "fp32")
 
 
+def test_the_experts_of_a_mixture_are_adapted_by_the_names_of_the_feed_forward_block(tmp_path: Path) -> None:
+    model = load_model(add_weights(write_checkpoint(tmp_path, "qwen3_moe")), dtype="fp32")
+    adapted = add_adapters(model, Tuning(kind="lora", targets=["gate_proj", "up_proj", "down_proj"]), "fp32")
+    assert {name.split(".mlp.")[1].split(".")[0] for name, x in adapted.named_parameters() if x.requires_grad} == {
+        "experts"
+    }
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_rows_of_untaught_tokens_are_trained_saved_and_merged(tmp_path: Path, tied: bool) -> None:
     base = add_weights(write_checkpoint(tmp_path / "base", "qwen3", tied=tied, eos="<|endoftext|>"))

@@ -155,6 +155,21 @@ def test_what_this_machine_does_not_have_is_named_all_at_once(tmp_path: Path, qw
     assert "output.report_to  trackio is not installed" in refused.stderr
 
 
+@pytest.mark.parametrize("command", ["plan", "train in this process"])
+def test_half_of_what_experts_hold_as_one_is_answered_with_the_other(
+    tmp_path: Path, qwen3_moe_folder: Path, command: str
+) -> None:
+    """PEFT would say so once the weights are read; this folder has none."""
+    (tmp_path / "rows.jsonl").write_text(GOOD_ROW)
+    write_recipe(tmp_path, qwen3_moe_folder, tuning={"kind": "lora", "targets": ["q_proj", "gate_proj"]})
+    finished = run(tmp_path, *RECIPE_COMMANDS[command], "recipe.yaml")
+    assert_is_refused(finished, 2)
+    assert "tuning.targets  gate_proj without up_proj, but the experts of qwen3_moe" in finished.stderr
+    mend = "tuning.targets=[q_proj,gate_proj,up_proj]"
+    assert mend in finished.stderr
+    assert run(tmp_path, *RECIPE_COMMANDS["plan"], "recipe.yaml", mend, "--json").returncode == 0
+
+
 @pytest.mark.fault(
     "K77", "the second is refused with process, host and time of the first, exit 7; the dead hold nothing"
 )

@@ -8,6 +8,10 @@ from typing import Literal, TypeAlias
 Kind: TypeAlias = Literal["base", "chat", "hybrid", "thinking"]
 
 
+# PEFT 0.21 adapts the fused experts of these by the names of the feed-forward block; gate and up are one matrix there.
+FUSED_ADAPTED_EXPERTS = ("qwen3_moe", "qwen3_next")
+
+
 @dataclass(frozen=True, slots=True)
 class MoeSpec:
     """The experts of one layer; `shared_intermediate` is 0 where no shared expert runs for every token."""

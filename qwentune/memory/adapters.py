@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qwentune.errors import Problem, UsageError, nearest
-from qwentune.facts.architecture import ModelSpec
+from qwentune.facts.architecture import FUSED_ADAPTED_EXPERTS, ModelSpec
 from qwentune.memory.settings import Settings
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -15,8 +15,6 @@ LINEAR_INPUTS = ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_p
 _LINEAR_ATTENTION = (*LINEAR_INPUTS, "out_proj")
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 KNOWN = (*ATTENTION, *FEED_FORWARD, *_LINEAR_ATTENTION, *_EMBEDDINGS)
-# PEFT 0.21 maps the names of the feed-forward block onto the fused experts of these.
-_MAPPED_EXPERTS = ("qwen3_moe", "qwen3_next")
 
 
 def target_names(settings: Settings) -> frozenset[str]:
@@ -46,7 +44,7 @@ def target_names(settings: Settings) -> frozenset[str]:
 
 def adapts_experts(spec: ModelSpec, settings: Settings) -> bool:
     """Whether routed experts carry adapters: Qwen3's do, and there shared experts do not; Qwen2's do not."""
-    return spec.model_type in _MAPPED_EXPERTS and not target_names(settings).isdisjoint(FEED_FORWARD)
+    return spec.model_type in FUSED_ADAPTED_EXPERTS and not target_names(settings).isdisjoint(FEED_FORWARD)
 
 
 def adapter_parameters(spec: ModelSpec, settings: Settings) -> int:
@@ -96,7 +94,7 @@ def _adapted(fans: Mapping[str, int], names: frozenset[str]) -> int:
 def _gate_fans(spec: ModelSpec) -> int:
     """PEFT 0.21 adapts Qwen3's router and the gate of a shared expert; of Qwen2's the latter alone."""
     assert spec.moe is not None
-    router = spec.hidden_size + spec.moe.num_experts if spec.model_type in _MAPPED_EXPERTS else 0
+    router = spec.hidden_size + spec.moe.num_experts if spec.model_type in FUSED_ADAPTED_EXPERTS else 0
     return router + (spec.hidden_size + 1 if spec.moe.shared_intermediate else 0)
 
 

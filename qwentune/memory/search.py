@@ -8,7 +8,7 @@ from functools import partial
 from typing import Literal, TypeAlias
 
 from qwentune.errors import Problem, UsageError
-from qwentune.facts.architecture import ModelSpec
+from qwentune.facts.architecture import FUSED_ADAPTED_EXPERTS, ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.facts.launch import Sharding, offloads
 from qwentune.memory.closed_form import Terms, disk_bytes, host_bytes, offloaded_bytes, phases
@@ -90,8 +90,8 @@ def usable_bytes(device: Device, request: PlanRequest) -> int:
 
 
 def request_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
-    """Why the ranks cannot share the batch, or what hybrids or the host do not take; empty where all is well."""
-    problems = _hybrid_problems(spec, request)
+    """Why the ranks cannot share the batch, or what model or host do not take; empty where all is well."""
+    problems = [*_target_problems(spec, request), *_hybrid_problems(spec, request)]
     if request.optimizer_state == "8bit" and request.sharding != "auto" and offloads(request.sharding):
         what = f"8bit, but {request.sharding} holds the states in host memory, and 8 bits are a matter of GPU kernels"
         problems.append(
@@ -118,6 +118,20 @@ def request_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
             )
         )
     return problems
+
+
+def _target_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
+    fused = ("gate_proj", "up_proj")
+    if request.kind == "full" or request.targets == "all-linear" or spec.model_type not in FUSED_ADAPTED_EXPERTS:
+        return []
+    given = [name.rpartition(".")[2] for name in request.targets]
+    named = [name for name in fused if name in given]
+    if len(named) != 1:
+        return []
+    other = fused[1 - fused.index(named[0])]
+    what = f"{named[0]} without {other}, but the experts of {spec.checkpoint_type} hold both as one matrix"
+    fix = f"Name both or neither: tuning.targets=[{','.join((*request.targets, other))}]"
+    return [Problem("tuning.targets", what, fix)]
 
 
 def _hybrid_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:

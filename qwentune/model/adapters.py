@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from qwentune.errors import Problem, RecipeError
+from qwentune.facts.architecture import FUSED_ADAPTED_EXPERTS
 from qwentune.model.load import DTYPES
 from qwentune.recipe import Tuning
 
@@ -62,7 +63,9 @@ def _cast(model: PeftModel, dtype: str) -> PeftModel:
 
 def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
     # PEFT accepts a list of which only some match, and the rest is never trained.
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Module)}
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if model.config.model_type in FUSED_ADAPTED_EXPERTS:
+        names |= {"gate_proj", "up_proj", "down_proj"}  # parameters of the experts, no modules
     problems = [
         Problem("tuning.targets", f"no module is called {target!r}", f"The model has {', '.join(_linear(model))}.")
         for target in targets
