@@ -30,12 +30,14 @@ _FP32 = 4
 class LayerActivations:
     """Bytes of one layer: saved by its forward pass, and held on top while its backward pass runs.
 
-    `boundary_bytes` is the layer's input, all that remains of a checkpointed layer.
+    `boundary_bytes` is the layer's input, all that remains of a checkpointed layer. `experts_bytes` is held on top
+    while the gradients of experts' weights come, less than nothing where much of what was saved is free by then.
     """
 
     boundary_bytes: int
     saved_bytes: int
     backward_bytes: int
+    experts_bytes: int
 
 
 def first_layer_activations(spec: ModelSpec, settings: Settings) -> LayerActivations:
@@ -55,7 +57,13 @@ def kept_bytes(spec: ModelSpec, settings: Settings, num_layers: int) -> int:
 def layer_activations(spec: ModelSpec, settings: Settings) -> LayerActivations:
     """The activations of one layer of full attention for one micro-batch."""
     mixer = _attention(spec, settings) + _copies(spec, settings, ATTENTION[:-1])
-    return _layer(spec, settings, ATTENTION, mixer, 0)
+    widest = 0
+    if settings.attention == "eager":
+        # Two gradients of the scores in fp32; the probabilities' copy in 16 bits is gone by then.
+        per_score = 2 * _FP32 - (2 if settings.weight_bytes == 2 else 0)
+        widest = mixer + per_score * settings.forward_tokens * spec.num_heads
+        widest += (_FP32 + 2 * settings.weight_bytes) * spec.hidden_size
+    return _layer(spec, settings, ATTENTION, mixer, widest)
 
 
 def linear_layer_activations(spec: ModelSpec, settings: Settings, linear: LinearAttentionSpec) -> LayerActivations:
@@ -83,7 +91,15 @@ def _layer(spec: ModelSpec, settings: Settings, modules: tuple[str, ...], mixer:
         boundary_bytes=tokens * boundary,
         saved_bytes=tokens * saved + experts,
         backward_bytes=tokens * max(_backward(spec, settings), widest - saved),
+        experts_bytes=tokens * _experts_backward(spec, settings),
     )
+
+
+def _experts_backward(spec: ModelSpec, settings: Settings) -> int:
+    """Per token: gradients of the experts' inputs and outputs, less what of both and of their activation is free."""
+    if (moe := spec.moe) is None:
+        return 0
+    return settings.weight_bytes * moe.top_k * (spec.hidden_size - 4 * moe.expert_intermediate)
 
 
 def forward_bytes(spec: ModelSpec, settings: Settings) -> int:
@@ -102,15 +118,17 @@ def forward_bytes(spec: ModelSpec, settings: Settings) -> int:
     # The residual, the normed input and its casts for two adapters.
     casts = 2 * settings.trained_bytes if is_adapted and settings.trained_bytes != width else 0
     rule = _running_delta_rule(settings, spec.linear_attention) + width * hidden if spec.linear_attention else 0
-    per_token = 2 * width * hidden + max(casts * hidden + max(feed_forward, attention), rule) + _scores(spec, settings)
+    attention += _running_scores(spec, settings)
+    per_token = 2 * width * hidden + max(casts * hidden + max(feed_forward, attention), rule)
     return settings.forward_tokens * per_token + experts
 
 
 def mask_bytes(spec: ModelSpec, settings: Settings) -> int:
-    """Bytes of the boolean attention mask and of the additive copy that SDPA makes of it; rows of hybrids need none."""
-    if settings.attention not in ("sdpa", "eager") or (settings.attention == "sdpa" and spec.linear_attention):
-        return 0
-    return settings.micro_batch * settings.max_tokens**2 * (1 + settings.weight_bytes)
+    """Bytes of the boolean mask that eager attention makes of a batch.
+
+    SDPA takes rows that do not branch without one; of a branching row it sees 384 queries at a time.
+    """
+    return settings.forward_tokens**2 if settings.attention == "eager" else 0
 
 
 def _norms(spec: ModelSpec, settings: Settings) -> int:
@@ -209,10 +227,18 @@ def _widest_delta_rule(settings: Settings, linear: LinearAttentionSpec) -> int:
 
 
 def _scores(spec: ModelSpec, settings: Settings) -> int:
-    """Eager attention keeps the probabilities of every head in fp32 and in the compute type."""
+    """Eager attention keeps the probabilities of every head in fp32 and in the compute type, and its mask."""
     if settings.attention != "eager":
         return 0
-    return spec.num_heads * settings.max_tokens * (_FP32 + settings.weight_bytes)
+    per_score = _FP32 + (2 if settings.weight_bytes == 2 else 0)
+    return settings.forward_tokens * (per_score * spec.num_heads + 1)
+
+
+def _running_scores(spec: ModelSpec, settings: Settings) -> int:
+    """What eager attention holds at its softmax: scores, their cast to fp32 and the probabilities."""
+    if settings.attention != "eager":
+        return 0
+    return settings.forward_tokens * spec.num_heads * (10 if settings.weight_bytes == 2 else 8)
 
 
 def _feed_forward(spec: ModelSpec, settings: Settings) -> int:
@@ -247,4 +273,4 @@ def _backward(spec: ModelSpec, settings: Settings) -> int:
         total += (2 * _FP32 + width) * hidden
     if spec.moe is not None:
         total += (4 if settings.kind == "full" else 3) * width * spec.moe.top_k * hidden + 3 * hidden
-    return total + _scores(spec, settings)
+    return total

@@ -212,13 +212,18 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
     saved = num_checkpointed * last.boundary_bytes + kept_bytes(spec, settings, num_saved) + mask_bytes(spec, settings)
     # The first layers are the recomputed ones: where a layer after them keeps what it saved, it is free by then.
     recomputed = 0 if num_saved else last.saved_bytes
-    last_layer_bytes = saved + recomputed + last.backward_bytes
-    first_layer_bytes = first.saved_bytes + first.backward_bytes + mask_bytes(spec, settings)
 
     gradients = _gradient_bytes(spec, settings)
     # Plain gradients are freed after each optimizer step, so in the only micro-batch of a step they do not exist yet.
     starts_without = settings.accumulation == 1 and settings.sharding == "none"
     head_gradient = settings.weight_bytes * spec.head_parameters if settings.kind == "full" else 0
+    # New ones of a layer's experts: gate's and up's where earlier ones are there to be added to, else all three stay.
+    experts = settings.weight_bytes * spec.expert_parameters_per_layer if settings.kind == "full" else 0
+    at_last = experts if starts_without else 2 * experts // 3
+    at_first = 0 if starts_without else at_last  # counted with all gradients
+    last_layer_bytes = saved + recomputed + max(last.backward_bytes, at_last + last.experts_bytes)
+    first_layer_bytes = first.saved_bytes + max(first.backward_bytes, at_first + first.experts_bytes)
+    first_layer_bytes += mask_bytes(spec, settings)
     early = min(gradients, head_gradient) if starts_without else gradients
     at_head = 0 if starts_without else gradients  # the head's own is counted with the logits
     # The embedding's gradient comes after the first layer's, unless the tied head has made it.
@@ -255,7 +260,7 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
     if spec.period > 1:  # the layer before the last is of another kind
         before = saved - (last.saved_bytes if num_saved else last.boundary_bytes - first.saved_bytes)
         early += (gradients - early) // spec.num_layers
-        activations = before + first.backward_bytes
+        activations = before + max(first.backward_bytes, at_last + first.experts_bytes)
         moments.append(replace(static, gradients=early, activations=activations, temporaries=temporaries))
     return moments
 
