@@ -106,6 +106,18 @@ def _kernels(device: Device) -> frozenset[str]:
     return frozenset() if isinstance(device, HostMemory) else installed_kernels()
 
 
+def kernel_remark(spec: ModelSpec, device: Device) -> str:
+    """How the plan takes linear attention to run, in words; empty where the model has none, or for a CPU."""
+    if spec.linear_attention is None or isinstance(device, HostMemory):
+        return ""
+    kernels = _kernels(device)
+    rule = "flash-linear-attention" if "fla" in kernels else "torch, which is slower and holds more"
+    convolution = "causal-conv1d" if "causal_conv1d" in kernels else "torch"
+    return (
+        f"Linear attention is planned as what is installed here runs it: by {rule}; its convolution by {convolution}."
+    )
+
+
 def _continued(tuning: Tuning) -> Tuning:
     """The tuning with the rank and the targets of the adapter that it starts from, where that is to be had."""
     config = Path(tuning.start_from or "", "adapter_config.json")
