@@ -381,11 +381,13 @@ def neighbours(spec: ModelSpec, gpu: GpuSpec, settings: Settings) -> Iterator[Se
 
 def shardings_of(settings: Settings) -> set[Sharding]:
     """What the ranks of a run may share, and whether the host may hold the optimizer."""
-    if settings.kind != "full":
-        alone: set[Sharding] = {"none"} if settings.num_ranks == 1 else {"ddp"}
-        return alone | ({"fsdp2"} if settings.kind == "lora" and settings.num_ranks > 1 else set())
-    offloading: set[Sharding] = set() if settings.optimizer_state == "8bit" else {"zero2-offload", "zero3-offload"}
-    return offloading | ({"none"} if settings.num_ranks == 1 else {"ddp", "zero1", "zero2", "fsdp2"})
+    alone: set[Sharding] = {"none"} if settings.num_ranks == 1 else {"ddp"}
+    if settings.kind == "qlora" or settings.optimizer_state == "8bit":  # bitsandbytes
+        return alone
+    if settings.kind == "lora":
+        return alone | ({"fsdp2"} if settings.num_ranks > 1 else set())
+    sharding: set[Sharding] = {"zero1", "zero2", "fsdp2"} if settings.num_ranks > 1 else set()
+    return alone | sharding | {"zero2-offload", "zero3-offload"}
 
 
 @hypothesis.settings(max_examples=300, deadline=None)

@@ -329,12 +329,12 @@ def _checkpointing(request: PlanRequest) -> tuple[bool | int, ...]:
 def _shardings(device: Device, request: PlanRequest) -> tuple[Sharding, ...]:
     if request.sharding != "auto":
         return (request.sharding,)
-    # Adapters have few states, and bitsandbytes' 8-bit ones are its GPU kernels'.
-    has_states = isinstance(device, GpuSpec) and request.kind == "full" and request.optimizer_state != "8bit"
+    # Adapters have few states; bitsandbytes' weights and moments are neither sharded nor offloaded.
+    is_bitsandbytes = request.kind == "qlora" or request.optimizer_state == "8bit"
+    has_states = isinstance(device, GpuSpec) and request.kind == "full" and not is_bitsandbytes
     offloading: tuple[Sharding, ...] = ("zero2-offload", "zero3-offload") if has_states else ()
     if request.num_gpus == 1:
         return ("none", *offloading)
-    if isinstance(device, HostMemory) or request.kind == "qlora":
-        # On a CPU accelerate runs FSDP2 as DDP; 4-bit weights are not sharded.
+    if isinstance(device, HostMemory) or is_bitsandbytes:  # on a CPU accelerate runs FSDP2 as DDP
         return ("ddp",)
     return ("ddp", "zero1", "zero2", "fsdp2", *offloading) if request.kind == "full" else ("ddp", "fsdp2")
