@@ -459,48 +459,22 @@ class _Training:
             self.folder.write("plan.json", json.dumps(plan, indent=2) + "\n")
 
     def _publish(self, checkpoints: Checkpoints, base: Path) -> None:
-        """Copies the weights of the last checkpoint, or of the best, out with all that stands around them."""
-        from qwentune.durable import remove, replace_folder
-        from qwentune.exporting.package import copy_weights, model_card, stop_token_ids, write_package
-        from qwentune.training.best import best_step
-        from qwentune.training.checkpoints import verify
+        """Puts the trained weights into the run folder."""
+        from qwentune.exporting.publish import publish
 
         if not self.ranks.leads:
             return
-        recipe, report = self.loaded.recipe, self.dataset.report
-        last, skipped = checkpoints.newest()
-        if last is None:
-            raise ResumeError(skipped, "The run ended without a checkpoint.")
-        source = last
-        if recipe.output.best is not None and (best := best_step(last)) is not None:
-            found = verify(checkpoints.published(best))
-            if isinstance(found, Problem):
-                console.say(f"warning: the best step, {best}, is lost and the last is published: {found}")
-            else:
-                source = found
-        target = self.folder.path / ("model" if recipe.tuning.kind == "full" else "adapter")
-        staging = target.with_name(f".{target.name}.writing")
-        remove(staging)
-        copy_weights(source.folder, staging)
-        write_package(
-            staging,
-            base,
+        last, published = publish(
+            self.folder,
+            checkpoints,
+            self.loaded.recipe,
+            self.dataset.report,
+            base=base,
+            tokenizer=self.tokenizer,
             chat_template=self.template,
-            stop_token_ids=stop_token_ids(report, self.tokenizer.control_ids),
-            end_of_text_id=self.tokenizer.end_of_text_id,
         )
-        replace_folder(staging, target)
-        card = model_card(
-            name=self.folder.path.name,
-            base=recipe.model,
-            tuning=recipe.tuning.kind,
-            report=report,
-            step=last.step,
-            loss=(self.folder.last_metrics() or {}).get("loss"),
-        )
-        self.folder.write("README.md", card)
-        how = "all steps are done" if last.step >= self.schedule.num_steps else "the eval loss stopped falling"
-        self._status("finished", EXIT_OK, f"{how}; published step {source.step}", last.step)
+        how = "all steps are done" if last >= self.schedule.num_steps else "the eval loss stopped falling"
+        self._status("finished", EXIT_OK, f"{how}; published step {published}", last)
 
     def _status(self, state: State, code: int | None, reason: str, step: int | None = None) -> None:
         if not self.ranks.leads:

@@ -1,0 +1,71 @@
+"""From the last checkpoint of a run, or its best, to the trained weights in the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwentune import console
+from qwentune.data.tokenizer import Tokenizer
+from qwentune.durable import remove, replace_folder
+from qwentune.errors import Problem, ResumeError
+from qwentune.exporting.package import copy_weights, model_card, stop_token_ids, write_package
+from qwentune.recipe import Recipe
+from qwentune.training.best import best_step
+from qwentune.training.checkpoints import Checkpoint, Checkpoints, verify
+from qwentune.training.run_folder import RunFolder
+
+
+def publish(
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    recipe: Recipe,
+    report: Mapping[str, Any],
+    *,
+    base: Path,
+    tokenizer: Tokenizer,
+    chat_template: str | None,
+) -> tuple[int, int]:
+    """The last step of the run and the one whose weights it publishes, with all that stands around them.
+
+    `report` is the data's. Raises ResumeError where no whole checkpoint is left.
+    """
+    last, skipped = checkpoints.newest()
+    if last is None:
+        raise ResumeError(skipped, "The run ended without a checkpoint.")
+    source = _best(checkpoints, last) if recipe.output.best is not None else last
+    target = folder.path / ("model" if recipe.tuning.kind == "full" else "adapter")
+    staging = target.with_name(f".{target.name}.writing")
+    remove(staging)
+    copy_weights(source.folder, staging)
+    write_package(
+        staging,
+        base,
+        chat_template=chat_template,
+        stop_token_ids=stop_token_ids(report, tokenizer.control_ids),
+        end_of_text_id=tokenizer.end_of_text_id,
+    )
+    replace_folder(staging, target)
+    card = model_card(
+        name=folder.path.name,
+        base=recipe.model,
+        tuning=recipe.tuning.kind,
+        report=report,
+        step=last.step,
+        loss=(folder.last_metrics() or {}).get("loss"),
+    )
+    folder.write("README.md", card)
+    return last.step, source.step
+
+
+def _best(checkpoints: Checkpoints, last: Checkpoint) -> Checkpoint:
+    """The best checkpoint of a run; the last one where that is damaged, which is said, or where none was the best."""
+    best = best_step(last)
+    if best is None:
+        return last
+    found = verify(checkpoints.published(best))
+    if isinstance(found, Problem):
+        console.say(f"warning: the best step, {best}, is lost and the last is published: {found}")
+        return last
+    return found
