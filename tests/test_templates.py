@@ -162,6 +162,13 @@ def test_what_is_read_off_one_rendering_is_what_the_rule_gives(path: Path, of: B
         assert num_read > 0.5 * num_trained
 
 
+@TEMPLATES
+def test_a_message_that_is_said_twice_stands_twice(path: Path, of: Both) -> None:
+    said = [("user", "a"), ("assistant", "b"), ("user", "X"), ("user", "X"), ("assistant", "c"), ("user", "d")]
+    messages = [{"role": role, "content": text} for role, text in [*said, ("assistant", "e")]]
+    assert of.agree({"messages": messages}) is (path.stem not in NEVER_TRAINED)
+
+
 def dialogue_of(renderer: Renderer, row: Row) -> Dialogue | None:
     assert renderer.template is not None
     try:

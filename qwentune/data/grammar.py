@@ -86,8 +86,8 @@ class _Reading:
             exchange = self._exchange(first, i)
             openings = self._openings(exchange, first, i)
             if first != exchange_before or not position:
-                user_message = exchange[: min(openings.values())]
-                start = self.rendering.find(user_message, position)
+                # With the answer's opening, for the message before may say the same.
+                start = self.rendering.find(exchange[: min(openings.values())] + self.grammar.assistant, position)
                 answers = sum(self.messages[k].role == "assistant" for k in range(exchange_before, first))
                 if start < 0 or self.rendering.count(self.grammar.assistant, position, start) != answers:
                     raise _UnexpectedError
