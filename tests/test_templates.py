@@ -169,6 +169,14 @@ def test_a_message_that_is_said_twice_stands_twice(path: Path, of: Both) -> None
     assert of.agree({"messages": messages}) is (path.stem not in NEVER_TRAINED)
 
 
+@TEMPLATES
+def test_an_answer_after_an_answer_is_trained_where_the_rule_holds(path: Path, of: Both) -> None:
+    said = [("user", "a"), ("assistant", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "e")]
+    messages: list[dict[str, object]] = [{"role": role, "content": text} for role, text in said]
+    messages[1]["train"] = False
+    of.agree({"messages": messages})
+
+
 def dialogue_of(renderer: Renderer, row: Row) -> Dialogue | None:
     assert renderer.template is not None
     try:

@@ -62,6 +62,7 @@ class Dialogue:
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Json], ...]
     num_inserted: int  # messages that the row does not have: the default system text
+    lines: str  # every text of the row, each from a new line
     guard: str  # stands for "|" in every text of the row; "|" itself where no text holds one
     template: ChatTemplate
     options: RenderOptions
@@ -90,13 +91,15 @@ class Dialogue:
                 for i, message in enumerate(messages)
             ]
         texts = [text for message in messages for text in message_texts(message)]
-        guard = choose_guard([*texts, *texts_of(list(conversation.tools))])
+        lines = "\n".join([*texts, *texts_of(list(conversation.tools))])
+        guard = choose_guard(lines)
         return cls(
             conversation=conversation,
             unguarded=tuple(messages),
             messages=tuple(guarded_message(message, guard) for message in messages),
             tools=tuple(guarded_object(tool, guard) for tool in conversation.tools),
             num_inserted=num_inserted,
+            lines=lines,
             guard=guard,
             template=template,
             options=options,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from qwentune.data.conservation import first_lost
 from qwentune.data.dialogue import Dialogue, RenderOptions, Turn, through_last_control_token
+from qwentune.data.particulars import Particulars
 from qwentune.data.pieces import Encoder, Piece
 from qwentune.data.sample import Conversation, Json, Message, RowError, Source, ToolCall
 from qwentune.data.template import ChatTemplate, Mode, TemplateRefusalError
@@ -25,7 +26,8 @@ class Grammar:
 
     `user` and `assistant` open a message of that role, each beginning with a control token; `prompts` are the whole
     generation prompts by mode; `stop` is the control token that ends an answer. `rewrites` says that a message's
-    rendering may depend on later ones, `mode_matters` that the mode of the prompt changes what stands before it.
+    rendering may depend on later ones, `mode_matters` that the mode of the prompt changes what stands before it,
+    `particulars` are the words of which only the rule knows what comes of them.
     """
 
     user: str
@@ -33,10 +35,13 @@ class Grammar:
     prompts: dict[Mode, str]
     stop: str
     mode_matters: bool
+    particulars: Particulars
     rewrites: bool
 
     def turns(self, dialogue: Dialogue) -> list[Turn] | None:
         """The trained turns, as the rule gives them; None where the dialogue does not look as expected."""
+        if self.particulars.occur_in(dialogue.lines):
+            return None
         together: dict[Mode | None, list[int]] = {}
         for i in dialogue.trained:
             together.setdefault(dialogue.mode(i) if self.mode_matters else None, []).append(i)
@@ -63,6 +68,8 @@ class _Reading:
         self.num_leading = int(self.messages[0].role == "system")
         if not self.exchanges or self.exchanges[0] != self.num_leading:
             raise _UnexpectedError
+        if any(self.messages[i - 1].role == "assistant" for i in trained):
+            raise _UnexpectedError  # an answer often looks otherwise where it is the last message of a prompt
         self.rendering = self._rendered(0, self.last)
         self.pieces = dialogue.encoder.split(self.rendering, dialogue.guard)
 
@@ -176,11 +183,13 @@ def learn(template: ChatTemplate, options: RenderOptions, encoder: Encoder) -> G
     Of the two kinds, messages that stand as they are and messages that are rewritten, the one that reads more probes,
     each as the rule does.
     """
+    if template.particulars is None:
+        return None
     try:
         opened, answered = _opening(template, encoder), _stop(template, options, encoder)
     except (TemplateRefusalError, RowError, ValueError):
         return None
-    kinds = [Grammar(*opened[:3], answered, opened[3], rewrites) for rewrites in (False, True)]
+    kinds = [Grammar(*opened[:3], answered, opened[3], template.particulars, rewrites) for rewrites in (False, True)]
     num_read = [_num_probes_read(kind, template, options, encoder) for kind in kinds]
     return kinds[num_read.index(max(num_read))] if any(num_read) else None
 
@@ -241,23 +250,30 @@ def _num_probes_read(grammar: Grammar, template: ChatTemplate, options: RenderOp
     for probe in _PROBES:
         try:
             dialogue = Dialogue.of(probe, template, options, encoder)
-            literal = dialogue.literal_turns()
         except RowError:
             continue
         read = grammar.turns(dialogue)
-        if read is not None and not same(literal, read):
+        try:
+            literal = dialogue.literal_turns()
+        except RowError:
+            literal = None
+        if read is not None and (literal is None or not same(literal, read)):
             return 0
         num_read += read is not None
     return num_read
 
 
-def _probe(*messages: Message, tools: bool = False) -> Conversation:
+def _probe(*messages: Message, tools: int = 0) -> Conversation:
+    return Conversation(Source("probe", 1), messages, tuple(_tool(name) for name in ("look", "go", "ask")[:tools]))
+
+
+def _tool(name: str) -> dict[str, Json]:
     function: dict[str, Json] = {
-        "name": "look",
-        "description": "Looks.",
+        "name": name,
+        "description": "Does it.",
         "parameters": {"type": "object", "properties": {"at": {"type": "string"}}},
     }
-    return Conversation(Source("probe", 1), messages, ({"type": "function", "function": function},) if tools else ())
+    return {"type": "function", "function": function}
 
 
 def _user(text: str) -> Message:
@@ -274,19 +290,24 @@ _RESULT = Message("tool", "seen")
 _PROBES = (
     _probe(_user("one"), _answer("two"), _user("three"), _answer("four"), _user("five"), _answer("six")),
     _probe(_SYSTEM, _user("one"), _answer("two"), _user("three"), _answer("four")),
+    _probe(_user("one"), _answer("two"), _user("three"), _answer("four"), tools=3),
     _probe(_user("a"), _answer("b", "because"), _user("c"), _answer("d"), _user("e"), _answer("f", "since")),
     _probe(_SYSTEM, _user("a"), _answer("b", "because"), _user("c"), _answer("d", "since"), _user("e"), _answer("f")),
     _probe(
         *(_user("a"), _answer("", calls=1), _RESULT, _answer("b"), _user("c"), _answer("d", calls=2)),
         *(_RESULT, _RESULT, _answer("e"), _user("f"), _answer("g")),
-        tools=True,
+        tools=3,
     ),
     _probe(
         *(_SYSTEM, _user("a"), _answer("", "look", calls=1), _RESULT, _answer("b", "seen"), _user("c")),
         *(_answer("d", "look", calls=1), _RESULT, _answer("e"), _user("f"), _answer("g", "so")),
-        tools=True,
+        tools=1,
     ),
     _probe(_user("a"), _user("b"), _answer("c"), _answer("d", "because"), _user("e"), _answer("f")),
+    _probe(_user("a"), _answer("b", weight=0), _answer("c"), _user("d"), _answer("e", weight=0), _answer("f")),
+    _probe(
+        _user("a"), _answer("b", "so", weight=0), _answer("c"), _user("d"), _answer("e", "so", weight=0), _answer("f")
+    ),
     _probe(
         _user("a"), _answer("<think>\nb\n</think>\n\nc"), _user("d"), _answer("e </think> f"), _user("g"), _answer("h")
     ),

@@ -8,12 +8,11 @@ from dataclasses import replace
 from qwentune.data.sample import Json, Message, ToolCall
 
 
-def choose_guard(texts: Iterable[str]) -> str:
-    """A private-use character that no text holds, or "|" where no text holds a "|"."""
-    joined = "\n".join(texts)
-    if "|" not in joined:
+def choose_guard(texts: str) -> str:
+    """A private-use character that the texts do not hold, or "|" where they hold no "|"."""
+    if "|" not in texts:
         return "|"
-    return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in joined)
+    return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in texts)
 
 
 def message_texts(message: Message) -> Iterator[str]:

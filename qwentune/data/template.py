@@ -9,11 +9,13 @@ from itertools import islice
 from typing import Any, Literal, cast
 
 import jinja2
+from jinja2 import nodes
 from transformers.utils.chat_template_utils import (
     _compile_jinja_template,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
     render_jinja_template,  # pyright: ignore[reportUnknownVariableType]
 )
 
+from qwentune.data.particulars import Particulars, particulars
 from qwentune.data.sample import Json, Message
 
 Mode = Literal["thinking", "non_thinking", "default"]
@@ -22,6 +24,10 @@ TemplateMessage = dict[str, Json]
 
 
 LONGEST_RENDERING = 2**27  # characters: more than any row has, less than memory
+_TOOL: dict[str, Json] = {
+    "type": "function",
+    "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}},
+}
 _NUM_JOINED = 4096  # pieces of a rendering between two looks at its size
 
 # Of the template's own `raise_exception`, of operations that its values do not take, and of the sandbox's bounds.
@@ -81,15 +87,14 @@ class ChatTemplate:
     @cached_property
     def has_thinking_switch(self) -> bool:
         """Whether `enable_thinking` changes the prompt."""
-        prompts = {mode: self._prompt(mode) for mode in ("thinking", "non_thinking")}
-        return prompts["thinking"] != prompts["non_thinking"]
+        return self._prompts("thinking") != self._prompts("non_thinking")
 
     @cached_property
     def default_mode(self) -> Mode:
         """The mode of a request that says nothing about thinking."""
         if not self.has_thinking_switch:
             return "default"
-        return "thinking" if self._prompt("default") == self._prompt("thinking") else "non_thinking"
+        return "thinking" if self._prompts("default") == self._prompts("thinking") else "non_thinking"
 
     @cached_property
     def reasoning_form(self) -> ReasoningForm | None:
@@ -107,6 +112,12 @@ class ChatTemplate:
         if "because" in as_field:
             return "field"
         return "inline" if "because" in as_inline and "because" not in past_inline else None
+
+    @cached_property
+    def particulars(self) -> Particulars | None:
+        """The words that the template looks for in texts; None where it counts what a probe cannot show."""
+        tree: nodes.Template = cast(Any, _compile_jinja_template)(self.text).environment.parse(self.text)
+        return particulars(tree)
 
     @cached_property
     def takes_parts(self) -> bool:
@@ -128,11 +139,16 @@ class ChatTemplate:
             return "default"
         return "thinking" if thinking == "on" or (thinking == "auto" and reasons) else "non_thinking"
 
-    def _prompt(self, mode: Mode) -> str:
-        try:
-            return self.render([[{"role": "user", "content": "question"}]], mode=mode, generation_prompt=True)[0]
-        except TemplateRefusalError:
-            return ""
+    def _prompts(self, mode: Mode) -> list[str]:
+        """The prompt after a question, without and with a tool; empty where the template refuses it."""
+        question: TemplateMessage = {"role": "user", "content": "question"}
+        prompts: list[str] = []
+        for tools in ((), (_TOOL,)):
+            try:
+                prompts += self.render([[question]], tools, mode=mode, generation_prompt=True)
+            except TemplateRefusalError:
+                prompts.append("")
+        return prompts
 
 
 def _joined(pieces: Iterable[str]) -> str:
