@@ -354,3 +354,26 @@ def test_columns_by_other_names_are_answered_with_a_renaming(tmp_path: Path, row
     with pytest.raises(DataError) as refused:
         list(read_samples(str(file), "auto", []))
     assert hint in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["image", "images", "videos", "audios", "objects"])
+def test_what_a_row_names_beside_its_texts_is_refused(key: str) -> None:
+    rows: dict[str, dict[str, Any]] = {
+        "chat": chat(USER, ANSWER),
+        "sharegpt": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+        "instruction": {"instruction": "hi", "output": "hello"},
+        "preference": {"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "no"}]},
+    }
+    for format, row in rows.items():
+        assert faults(format, {**row, key: ["a.png"]}) == [
+            f"the row has {key} Only text is trained on: leave the row out, or remove the key."
+        ]
+        assert parsed(format, {**row, key: []}) == parsed(format, row)
+
+
+def test_ms_swifts_calls_in_a_row_are_parallel() -> None:
+    calls = [{"role": "tool_call", "content": json.dumps({"name": name, "arguments": {}})} for name in ("f", "g")]
+    results = [{"role": "tool_response", "content": text} for text in "ab"]
+    messages = parsed("chat", chat(USER, *calls, *results, ANSWER)).messages
+    assert [message.role for message in messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert messages[1].tool_calls == (ToolCall("f", {}), ToolCall("g", {}))

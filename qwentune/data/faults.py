@@ -12,6 +12,7 @@ from qwentune.data.strict_json import JsonFaultError, parse_json
 from qwentune.errors import Problem
 
 LONGEST_EXCERPT = 40  # characters
+MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios", "objects")  # of ms-swift, LLaMA-Factory, LLaVA
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,12 @@ class Faults:
         for key in ("label", "kto_tag"):
             if row.get(key) is False:
                 self.add(f"the row has {key} false: its answer was judged bad", "Leave the row out, or remove the key.")
+
+    def refuse_media(self, row: Mapping[str, Json]) -> None:
+        """Note pictures, sound and boxes that a row names beside its texts: answers would be taught without them."""
+        for key in MEDIA_KEYS:
+            if row.get(key):
+                self.add(f"the row has {key}", "Only text is trained on: leave the row out, or remove the key.")
 
     def misspelt(self, row: Mapping[str, Json], known: tuple[str, ...], allowed: tuple[str, ...], path: str) -> None:
         """Note keys that are nearly a known one: taken for unknown, they would silently change what is trained."""

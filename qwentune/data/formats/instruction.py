@@ -29,6 +29,7 @@ def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
             case _:
                 faults.add(f"history[{i}] is {described(exchange)}", "It is a list of a question and its answer.")
     faults.misspelt(row, KEYS, tuple(NAMES), "the row has ")
+    faults.refuse_media(row)
     faults.refuse_judged_bad(row)
     if instruction is None or output is None or faults.problems:
         return faults.problems

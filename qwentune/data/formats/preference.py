@@ -33,6 +33,7 @@ def parse(row: dict[str, Json], source: Source) -> Pair | list[Problem]:
         prompt.insert(0, Message("system", system))
     tools = tuple(read_tools(row, faults))
     faults.misspelt(row, KEYS, ("rejected_response",), "the row has ")
+    faults.refuse_media(row)
     if not prompt:  # both ends are whole dialogues
         num_same = next((k for k, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
         prompt, chosen, rejected = chosen[:num_same], chosen[num_same:], rejected[num_same:]

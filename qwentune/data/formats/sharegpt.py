@@ -48,6 +48,7 @@ def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
         messages.insert(0, Message("system", system))
     tools = read_tools(row, faults)
     faults.misspelt(row, KEYS, (), "the row has ")
+    faults.refuse_media(row)
     faults.refuse_judged_bad(row)
     return faults.problems or Conversation(source, tuple(message for message in messages if message), tuple(tools))
 
