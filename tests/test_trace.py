@@ -225,6 +225,7 @@ def test_the_closed_form_agrees_with_the_trace(name: str, changes: dict[str, Any
     "changes",
     [
         {"attention": "sdpa", "max_tokens": 16384, "micro_batch": 1},  # whose mask would be a fifth of all
+        {"attention": "flash_attention_2", "max_tokens": 512, "weights": "bf16"},
         {"attention": "eager", "max_tokens": 4096, "gradient_checkpointing": False, "weights": "bf16"},
         pytest.param({"attention": "eager", "max_tokens": 4096}, marks=pytest.mark.slow),
         pytest.param({"attention": "eager", "max_tokens": 512, "kind": "full"}, marks=pytest.mark.slow),

@@ -219,8 +219,8 @@ class _FlashAttention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-# No more of a kernel's name, for transformers refuses some to some models.
-_PROBES = {"sdpa": "traced_sdpa", "flex_attention": "traced_flex", "flash_attention_2": "traced_flash"}
+# No more of a kernel's name, for transformers refuses some to some models, and looks for a kernel where it reads flash.
+_PROBES = {"sdpa": "traced_sdpa", "flex_attention": "traced_flex", "flash_attention_2": "traced_varlen"}
 
 
 @cache
