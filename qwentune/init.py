@@ -104,7 +104,7 @@ def draft(model: str, spec: ModelSpec, files: Sequence[Seen], gpu: str | None, p
     """
     from qwentune.facts.launch import offloads
     from qwentune.facts.packing import packing_problems
-    from qwentune.memory.judge import device_of, judge, refusal
+    from qwentune.memory.judge import WITHOUT_TURNS, device_of, judge, refusal
     from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
     from qwentune.recipe.schema import EPOCHS, FULL_LEARNING_RATE, LEARNING_RATE
 
@@ -123,6 +123,7 @@ def draft(model: str, spec: ModelSpec, files: Sequence[Seen], gpu: str | None, p
                 spec, tuning=Tuning(kind=kind), max_tokens=max_tokens, batch=BatchOptions(sequences_per_step=batch),
                 precision=Precision(), memory=MemoryOptions(), output=OutputOptions(dir=folder),
                 device=device, num_ranks=ranks, sharding=sharding,
+                learns_chat=any(file.format not in WITHOUT_TURNS for file in files),
             )  # fmt: skip
             needs.append(f"{kind} ({plan.peak_bytes / 2**30:.1f} GiB)")
             if plan.fits and not offloads(plan.choices.sharding):

@@ -32,7 +32,7 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     from qwentune.facts.models import model_spec
     from qwentune.facts.towers import tower_remark
     from qwentune.memory import render_plan
-    from qwentune.memory.judge import device_of, judge, kernel_remark
+    from qwentune.memory.judge import WITHOUT_TURNS, device_of, judge, kernel_remark
     from qwentune.recipe import load_recipe
 
     overrides = [
@@ -57,6 +57,7 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
         num_ranks=count,
         sharding=sharding,
         optimizer_steps=_optimizer_steps(recipe),
+        learns_chat=any(source.format not in WITHOUT_TURNS for source in recipe.data.train),
         tell=console.say if trace else None,
     )
     if as_json:

@@ -22,7 +22,7 @@ from qwentune.facts.gpus import GPUS, GpuSpec, gpu_spec
 from qwentune.facts.models import MODELS, model_spec
 from qwentune.memory import HostMemory, PlanRequest, RunPlan, make_plan, pinned, plan_warnings, render_plan
 from qwentune.memory.activations import layer_activations
-from qwentune.memory.adapters import adapter_parameters
+from qwentune.memory.adapters import ATTENTION, FEED_FORWARD, adapter_parameters
 from qwentune.memory.closed_form import base_weight_bytes, disk_bytes, phases
 from qwentune.memory.judge import judge
 from qwentune.memory.roofline import step_seconds
@@ -556,6 +556,51 @@ def test_an_adapter_that_is_continued_is_judged_by_its_own_rank_and_targets(
         )
         terms.append(plan.phases["train_step"].terms["adapters"])
     assert terms[0] == terms[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "learns_chat", "adapter", "counted"),
+    [
+        ("Qwen/Qwen3-8B-Base", True, None, True),
+        ("Qwen/Qwen3-8B-Base", False, None, False),
+        ("Qwen/Qwen3-8B", True, None, False),
+        ("Qwen/Qwen3-8B", True, {"trainable_token_indices": [151645]}, True),
+        ("Qwen/Qwen3-8B-Base", True, {"trainable_token_indices": None}, False),
+    ],
+)
+def test_rows_that_are_trained_beside_adapters_are_counted(
+    tmp_path: Path, model: str, learns_chat: bool, adapter: dict[str, Any] | None, counted: bool
+) -> None:
+    tuning: dict[str, Any] = {"kind": "qlora", "rank": 16}
+    if adapter is not None:
+        (tmp_path / "adapter_config.json").write_text(
+            json.dumps({"r": 16, "target_modules": [*ATTENTION, *FEED_FORWARD], **adapter})
+        )
+        tuning["start_from"] = str(tmp_path)
+    plan = judge(
+        model_spec(model),
+        tuning=Tuning.model_validate(tuning),
+        max_tokens=1024,
+        batch=BatchOptions(micro_batch=1),
+        precision=Precision(),
+        memory=MemoryOptions(),
+        output=OutputOptions(dir=str(tmp_path)),
+        device=H200,
+        num_ranks=1,
+        learns_chat=learns_chat,
+    )
+    head = 2 * QWEN3_8B.head_parameters
+    assert (plan.phases["train_step"].terms["logits"] > 2 * head) == counted, "the head once more, and its gradient"
+
+
+@pytest.mark.parametrize(("key", "pins"), [("tuning.dropout", {"drops": True}), ("tuning.variant", {"dora": True})])
+def test_what_peft_cannot_do_to_experts_is_refused(key: str, pins: dict[str, bool]) -> None:
+    request = PlanRequest("lora", 1024, 16, **pins)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=key):
+        make_plan(model_spec("Qwen/Qwen3-30B-A3B"), H200, request)
+    attention = replace(request, targets=("q_proj", "v_proj"))
+    assert make_plan(model_spec("Qwen/Qwen3-30B-A3B"), H200, attention).fits
+    assert make_plan(model_spec("Qwen/Qwen1.5-MoE-A2.7B"), H200, request).fits
 
 
 def test_a_batch_that_the_gpus_cannot_share_is_an_error() -> None:

@@ -161,10 +161,15 @@ def test_a_long_sequence_of_a_hybrid_may_be_folded() -> None:
         {"accumulation": 2},
         {"weights": "bf16", "attention": "eager"},
         {"targets": ("q_proj", "v_proj"), "kind": "lora"},
+        {"drops": True},
+        {"dora": True},
+        {"trains_rows": True},
     ],
     ids=str,
 )
-def test_other_settings_agree_too(changes: dict[str, Any]) -> None:
+def test_other_settings_agree_too(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    # A CPU's own dropout keeps a mask in the input's dtype.
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: torch.native_dropout(x, self.p, self.training)[0])
     settings, spec = replace(SETTINGS, **changes), tiny("Qwen/Qwen3-8B")
     assert traced_peak(spec, settings).allocated == pytest.approx(measured_bytes(spec, settings), rel=0.005)
 
@@ -234,6 +239,36 @@ def test_the_closed_form_agrees_with_the_trace(name: str, changes: dict[str, Any
 )
 def test_the_closed_form_agrees_with_the_trace_whatever_attention_holds(changes: dict[str, Any]) -> None:
     test_the_closed_form_agrees_with_the_trace("Qwen/Qwen3-0.6B", changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Qwen/Qwen3-8B", {"gradient_checkpointing": False, "drops": True}),
+        ("Qwen/Qwen3-8B", {"gradient_checkpointing": False, "dora": True}),
+        ("Qwen/Qwen3-8B", {"kind": "qlora", "trains_rows": True}),
+        *(
+            pytest.param(name, changes, marks=pytest.mark.slow)
+            for name, changes in (
+                ("Qwen/Qwen2.5-0.5B", {"drops": True, "attention": "sdpa", "max_tokens": 16384}),
+                ("Qwen/Qwen3-8B", {"drops": True, "adapters": "bf16", "gradient_checkpointing": 7}),
+                ("Qwen/Qwen3-4B", {"drops": True, "targets": ("q_proj", "v_proj"), "gradient_checkpointing": False}),
+                ("Qwen/Qwen2-57B-A14B", {"drops": True, "gradient_checkpointing": False}),
+                ("Qwen/Qwen3.5-9B", {"drops": True, "attention": "sdpa"}),
+                ("Qwen/Qwen3-8B", {"kind": "qlora", "dora": True}),
+                ("Qwen/Qwen3-8B", {"drops": True, "dora": True}),
+                ("Qwen/Qwen2.5-0.5B", {"trains_rows": True, "attention": "sdpa", "max_tokens": 16384}),
+                ("Qwen/Qwen3-4B", {"trains_rows": True, "loss": "full"}),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_the_closed_form_agrees_with_the_trace_of_dropout_dora_and_trained_rows(
+    name: str, changes: dict[str, Any]
+) -> None:
+    same: dict[str, Any] = {"max_tokens": 4096, "micro_batch": 1, "rank": 16, "weights": "bf16"}
+    test_the_closed_form_agrees_with_the_trace(name, {**same, "optimizer_state": "fp32", **changes})
 
 
 @pytest.mark.parametrize(

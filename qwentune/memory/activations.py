@@ -80,7 +80,7 @@ def _layer(spec: ModelSpec, settings: Settings, modules: tuple[str, ...], mixer:
     tokens, boundary = settings.forward_tokens, settings.weight_bytes * spec.hidden_size
     num_adapted = len(target_names(settings).intersection((*modules, *FEED_FORWARD)))
     products = num_adapted * settings.trained_bytes * settings.rank  # the low-rank ones in between
-    saved = _norms(spec, settings) + mixer + _feed_forward(spec, settings) + products
+    saved = _norms(spec, settings) + mixer + _feed_forward(spec, settings) + products + _dora(spec, settings, modules)
     experts = 0
     if adapts_experts(spec, settings):
         # PEFT adds B·A of all experts to a copy of their weights, and autograd keeps it, and A and B once cast.
@@ -89,10 +89,55 @@ def _layer(spec: ModelSpec, settings: Settings, modules: tuple[str, ...], mixer:
             experts += settings.weight_bytes * settings.rank * adapted_expert_fans(spec, settings)
     return LayerActivations(
         boundary_bytes=tokens * boundary,
-        saved_bytes=tokens * saved + experts,
-        backward_bytes=tokens * max(_backward(spec, settings), widest - saved),
+        saved_bytes=tokens * saved + experts + _kept_dora_weights(spec, settings, modules),
+        backward_bytes=tokens * max(_backward(spec, settings), widest - saved) + _dora_weights(spec, settings, modules),
         experts_bytes=tokens * _experts_backward(spec, settings),
     )
+
+
+def _dora(spec: ModelSpec, settings: Settings, modules: tuple[str, ...]) -> int:
+    """Per token: DoRA scales what the base weight and the adapter give, each for itself, and keeps both."""
+    if not settings.dora:
+        return 0
+    outputs = sum(fan_out for _, fan_out in _fans(spec, settings, modules).values())
+    base_bytes = settings.trained_bytes if settings.drops else settings.weight_bytes
+    return (base_bytes + settings.trained_bytes) * outputs
+
+
+def _kept_dora_weights(spec: ModelSpec, settings: Settings, modules: tuple[str, ...]) -> int:
+    """With dropout DoRA multiplies with the base weight itself, and autograd keeps what it was cast or unpacked to."""
+    is_copied = settings.trained_bytes != settings.weight_bytes or settings.kind == "qlora"
+    if not (settings.dora and settings.drops and is_copied):
+        return 0
+    weights = (fan_in * fan_out for fan_in, fan_out in _fans(spec, settings, modules).values())
+    return settings.trained_bytes * sum(weights)
+
+
+def _dora_weights(spec: ModelSpec, settings: Settings, modules: tuple[str, ...]) -> int:
+    """What DoRA makes to take the norm of one module's weight: a unit matrix, B·A, the weight cast, sum and square."""
+    if not settings.dora:
+        return 0
+    fans = _fans(spec, settings, modules).values()
+    return settings.trained_bytes * max((fan_in * (fan_in + 4 * fan_out) for fan_in, fan_out in fans), default=0)
+
+
+def _fans(spec: ModelSpec, settings: Settings, modules: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the adapted ones of a layer's token mixer, of such modules, and feed-forward block."""
+    hidden, query, inner = spec.hidden_size, spec.query_size, adapted_intermediate(spec, settings)
+    fans = {
+        "q_proj": (hidden, spec.query_outputs),
+        "k_proj": (hidden, spec.kv_size),
+        "v_proj": (hidden, spec.kv_size),
+        "o_proj": (query, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+        **{name: (hidden, both - hidden) for name, both in linear_attention_fans(spec).items()},
+    }
+    if spec.linear_attention is not None:
+        fans["out_proj"] = (spec.linear_attention.value_size, hidden)
+    names = target_names(settings).intersection((*modules, *FEED_FORWARD))
+    return {name: both for name, both in fans.items() if name in names}
 
 
 def _experts_backward(spec: ModelSpec, settings: Settings) -> int:
@@ -109,18 +154,21 @@ def forward_bytes(spec: ModelSpec, settings: Settings) -> int:
     sums = settings.trained_bytes if is_adapted else width
     # The gate's output, the product with the base weight and, of an adapter, its part and the sum of both.
     feed_forward = (2 * width + 2 * sums if is_adapted else 3 * width) * inner
-    experts = 0
+    weights = 0
+    if settings.dora and is_adapted:  # both parts, scaled, and what they were
+        feed_forward += 2 * sums * inner + 6 * hidden
+        weights = settings.trained_bytes * hidden * inner  # B·A of one module
     if spec.moe is not None:
         feed_forward += width * spec.moe.top_k * (3 * spec.moe.expert_intermediate + hidden)
         if adapts_experts(spec, settings):  # PEFT adds the adapters' product to the experts' fused weights
-            experts = 2 * width * spec.moe.num_experts * 2 * spec.moe.expert_intermediate * hidden
+            weights += 2 * width * spec.moe.num_experts * 2 * spec.moe.expert_intermediate * hidden
     attention = width * (3 * spec.query_size + 2 * spec.kv_size) + 2 * _FP32 * hidden
     # The residual, the normed input and its casts for two adapters.
     casts = 2 * settings.trained_bytes if is_adapted and settings.trained_bytes != width else 0
     rule = _running_delta_rule(settings, spec.linear_attention) + width * hidden if spec.linear_attention else 0
     attention += _running_scores(spec, settings)
     per_token = 2 * width * hidden + max(casts * hidden + max(feed_forward, attention), rule)
-    return settings.forward_tokens * per_token + experts
+    return settings.forward_tokens * per_token + weights
 
 
 def mask_bytes(spec: ModelSpec, settings: Settings) -> int:
@@ -149,9 +197,19 @@ def _copies(spec: ModelSpec, settings: Settings, group: tuple[str, ...]) -> int:
     if settings.kind == "full":
         return 0
     num_adapted = sum(name in target_names(settings) for name in group)
-    # Each adapter casts its input for itself; without a cast they share one.
-    copies = num_adapted if settings.trained_bytes != settings.weight_bytes else min(num_adapted, 1)
-    return copies * settings.trained_bytes * spec.hidden_size
+    # Each adapter casts its input for itself, or drops from it; else they share one.
+    copies = num_adapted if _changes_inputs(settings) else min(num_adapted, 1)
+    return copies * _input_bytes(settings) * spec.hidden_size
+
+
+def _changes_inputs(settings: Settings) -> bool:
+    """Whether an adapter keeps an input of its own."""
+    return settings.kind != "full" and (settings.drops or settings.trained_bytes != settings.weight_bytes)
+
+
+def _input_bytes(settings: Settings) -> int:
+    """Bytes per value of the input that an adapter keeps; dropout keeps a boolean mask too."""
+    return settings.trained_bytes + settings.drops
 
 
 def _attention(spec: ModelSpec, settings: Settings) -> int:
@@ -161,14 +219,14 @@ def _attention(spec: ModelSpec, settings: Settings) -> int:
     total = 2 * width * query + 2 * width * kv + _FP32 * spec.num_heads
     if spec.qk_norm:
         total += (_FP32 + (_scaled(spec, settings) if trains_norms else 0)) * (query + kv)
-    if adapts_output and settings.trained_bytes != width:
-        total += settings.trained_bytes * query
+    if adapts_output and _changes_inputs(settings):
+        total += _input_bytes(settings) * query
     elif settings.attention == "sdpa" and spec.linear_attention is None and (trains_norms or adapts_output):
         # What it reads is put together from the trees' outputs, which are kept too.
         total += width * query
     if spec.linear_attention is not None:
         # The output gate, what it multiplies, and the product.
-        total += (2 + (trains_norms or (adapts_output and settings.trained_bytes == width))) * width * query
+        total += (2 + (trains_norms or (adapts_output and not _changes_inputs(settings)))) * width * query
         if width == _FP32:  # queries that need no cast keep the gates beside them
             total += width * query
     if settings.attention in ("sdpa", "eager"):
@@ -194,7 +252,7 @@ def _delta_rule(settings: Settings, linear: LinearAttentionSpec) -> int:
         total -= width * linear.conv_size
     if settings.kind == "full":
         return total + 2 * settings.weight_bytes * linear.value_size
-    return total + (settings.trained_bytes * linear.value_size if "out_proj" in target_names(settings) else 0)
+    return total + (_input_bytes(settings) * linear.value_size if "out_proj" in target_names(settings) else 0)
 
 
 def _states(linear: LinearAttentionSpec) -> int:
@@ -247,13 +305,13 @@ def _feed_forward(spec: ModelSpec, settings: Settings) -> int:
     if settings.kind == "full":
         total += width * spec.dense_intermediate
     elif "down_proj" in target_names(settings):
-        total += settings.trained_bytes * adapted_intermediate(spec, settings)
+        total += _input_bytes(settings) * adapted_intermediate(spec, settings)
     if not adapts_experts(spec, settings):
         total += _copies(spec, settings, ("gate_proj", "up_proj"))
     if spec.moe is not None and spec.moe.shared_intermediate:
         # The gate's factor, and its own copy of the input.
-        casts = settings.targets == "all-linear" and settings.trained_bytes != width
-        total += (width + (settings.trained_bytes if casts else 0)) * spec.hidden_size
+        changes = settings.targets == "all-linear" and _changes_inputs(settings)
+        total += (width + (_input_bytes(settings) if changes else 0)) * spec.hidden_size
     if (moe := spec.moe) is not None:
         trains_experts = settings.kind == "full" or adapts_experts(spec, settings)
         copies = (2, 4) if trains_experts else (1, 3)
@@ -271,6 +329,8 @@ def _backward(spec: ModelSpec, settings: Settings) -> int:
     casts = settings.kind != "full" and settings.trained_bytes != width
     if casts and not names.isdisjoint(("gate_proj", "up_proj")):
         total += (2 * _FP32 + width) * hidden
+    if (settings.drops or settings.dora) and "down_proj" in names:  # its input's gradient before and after the mask
+        total = max(total, 2 * settings.trained_bytes * adapted_intermediate(spec, settings) + 4 * hidden)
     if spec.moe is not None:
         total += (4 if settings.kind == "full" else 3) * width * spec.moe.top_k * hidden + 3 * hidden
     return total

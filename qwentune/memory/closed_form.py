@@ -269,19 +269,24 @@ def _logit_bytes(spec: ModelSpec, settings: Settings) -> int:
     """Judged as if every token were trained."""
     tokens = settings.forward_tokens
     if settings.loss == "full":
-        return tokens * spec.vocab_rows * FULL_LOSS_BYTES_PER_LOGIT
+        return tokens * spec.vocab_rows * FULL_LOSS_BYTES_PER_LOGIT + _mixed_head_bytes(spec, settings)
     width, chunk_tokens = settings.weight_bytes, min(tokens, LOSS_CHUNK_TOKENS)
     # Logits in fp32, and of the same size their log-softmax or their slope; the slope of the chunk before is there too.
     before = width if tokens > LOSS_CHUNK_TOKENS else 0
     chunk = chunk_tokens * spec.vocab_rows * (4 + 4 + before)
     # What the head reads, and its gradient.
     hidden = 2 * tokens * spec.hidden_size * width
-    if settings.kind != "full":
+    if settings.kind != "full" and not settings.trains_rows:
         return chunk + hidden
     head_gradient = width * spec.head_parameters
     # Or the slope, and the chunk's share of the head's gradient beside the sum.
     share = chunk_tokens * spec.vocab_rows * width + head_gradient
-    return max(chunk, share) + head_gradient + hidden
+    return max(chunk, share) + head_gradient + hidden + _mixed_head_bytes(spec, settings)
+
+
+def _mixed_head_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """The copy of the head with the rows laid in that are trained beside adapters."""
+    return settings.weight_bytes * spec.head_parameters if settings.trains_rows else 0
 
 
 def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
@@ -289,13 +294,15 @@ def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
     # DDP's buckets stay.
     gradients = _gradient_bytes(spec, settings) // 2 if settings.sharding == "ddp" else 0
     body = replace(static, gradients=gradients, activations=forward_bytes(spec, settings) + mask_bytes(spec, settings))
-    # Logits in fp32 and their log-softmax.
-    at_once = min(tokens, LOSS_CHUNK_TOKENS) if settings.loss == "supervised" else tokens
+    # Logits in fp32 and their log-softmax; before them the head with its trained rows, which chunks keep.
+    is_chunked, mixed_head = settings.loss == "supervised", _mixed_head_bytes(spec, settings)
+    logits = (min(tokens, LOSS_CHUNK_TOKENS) if is_chunked else tokens) * spec.vocab_rows * (4 + 4)
+    logits = logits + mixed_head if is_chunked else max(logits, mixed_head + logits // 4)
     head = replace(
         static,
         gradients=gradients,
         activations=tokens * hidden * settings.weight_bytes + mask_bytes(spec, settings),
-        logits=at_once * spec.vocab_rows * (4 + 4),
+        logits=logits,
     )
     return max(body, head, key=lambda terms: terms.allocated)
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from qwentune.data.sample import Json
 from qwentune.errors import Problem, UsageError
@@ -21,6 +22,7 @@ from qwentune.memory.settings import HostMemory, Settings
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
 
 FEWEST_SPARE = 0.03  # of the usable bytes
+WITHOUT_TURNS = ("text", "fim")  # formats whose rows end no turn
 PLAN_KEYS = ("plan", "batch", "memory", "precision", "tuning")
 
 
@@ -37,19 +39,22 @@ def judge(
     num_ranks: int,
     sharding: Sharding | Auto = "auto",
     optimizer_steps: int | None = None,
+    learns_chat: bool = True,
     stored: Mapping[str, Json] | None = None,
     fresh: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> RunPlan:
     """The plan of a run; with the plan `stored` by an earlier start its choices are judged again, not made anew.
 
-    A `fresh` run leaves what the folder holds where it is on the disk.
+    Adapters of a base model that `learns_chat` train the rows of its control tokens too, unless they are continued. A
+    `fresh` run leaves what the folder holds where it is on the disk.
 
     With `tell` the training step is traced too, which takes torch and some seconds, and the trace has the last word;
     `tell` gets the figures in words. GPU-hours are scaled by what was measured on such a card, where anything was.
 
     Raises UsageError where the batch cannot be shared among the ranks, or for an optimizer state that AdamW never has.
     """
+    trains_rows = _trains_rows(spec, tuning, learns_chat)
     tuning = _continued(tuning)
     request = PlanRequest(
         kind=tuning.kind,
@@ -57,6 +62,9 @@ def judge(
         sequences_per_step=batch.sequences_per_step,
         rank=tuning.rank,
         targets=tuning.targets if isinstance(tuning.targets, str) else tuple(tuning.targets),
+        drops=tuning.kind != "full" and tuning.dropout > 0,
+        dora=tuning.kind != "full" and tuning.variant == "dora",
+        trains_rows=trains_rows,
         micro_batch=batch.micro_batch,
         gradient_checkpointing=memory.gradient_checkpointing,
         loss=memory.loss,
@@ -95,6 +103,8 @@ def settings_of(plan: RunPlan, tuning: Tuning, max_tokens: int, device: Device) 
         num_ranks=plan.gpus,
         rank=tuning.rank,
         targets=tuning.targets if isinstance(tuning.targets, str) else tuple(tuning.targets),
+        drops=tuning.kind != "full" and tuning.dropout > 0,
+        dora=tuning.kind != "full" and tuning.variant == "dora",
         fuses_delta_rule="fla" in kernels,
         fuses_convolution="causal_conv1d" in kernels,
         **asdict(plan.choices),
@@ -118,17 +128,32 @@ def kernel_remark(spec: ModelSpec, device: Device) -> str:
     )
 
 
-def _continued(tuning: Tuning) -> Tuning:
-    """The tuning with the rank and the targets of the adapter that it starts from, where that is to be had."""
+def _started_from(tuning: Tuning) -> dict[str, Any] | None:
+    """The configuration of the adapter that a tuning starts from, where that is to be had."""
     config = Path(tuning.start_from or "", "adapter_config.json")
     if tuning.kind == "full" or tuning.start_from is None or not config.is_file():
+        return None
+    return json.loads(config.read_bytes())
+
+
+def _trains_rows(spec: ModelSpec, tuning: Tuning, learns_chat: bool) -> bool:
+    """Whether rows of embedding and head are trained beside adapters; which tokens' is known with the data alone."""
+    if (adapter := _started_from(tuning)) is not None:
+        return bool(adapter.get("trainable_token_indices"))
+    return tuning.kind != "full" and spec.kind == "base" and learns_chat
+
+
+def _continued(tuning: Tuning) -> Tuning:
+    """The tuning with the shape of the adapter that it starts from, where that is to be had."""
+    if (adapter := _started_from(tuning)) is None:
         return tuning
-    adapter = json.loads(config.read_bytes())
     targets, parameters = adapter["target_modules"], adapter.get("target_parameters") or ()
     if not isinstance(targets, str):
         names = {*targets, *parameters}
         targets = "all-linear" if names >= {*ATTENTION, "down_proj"} else sorted(names & {*KNOWN})
-    return tuning.model_copy(update={"rank": adapter["r"], "targets": targets})
+    variant = "dora" if adapter.get("use_dora") else "plain"
+    dropout = adapter.get("lora_dropout") or 0.0
+    return tuning.model_copy(update={"rank": adapter["r"], "targets": targets, "dropout": dropout, "variant": variant})
 
 
 def _refuse_state_of_another_dtype(plan: RunPlan, tuning: Tuning) -> None:

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, cast
 
 import torch
+from peft.tuners.lora import dora
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -31,6 +32,8 @@ from qwentune.model.attention import IMPLEMENTATIONS, Visibility
 from qwentune.model.head import LossHead
 from qwentune.model.load import DTYPES, recompute_layers
 from qwentune.recipe import Tuning
+
+TRAINED_ROWS = (0, 1)  # how many counts for little: each is a row of the embedding
 
 
 def traced_peak(spec: ModelSpec, settings: Settings) -> Terms:
@@ -106,9 +109,17 @@ def step_of(network: Any, settings: Settings, num_recomputed: int, batch: dict[s
     period = _period(network.config)
     if settings.kind != "full":
         targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
-        tuning = Tuning.model_validate({"kind": settings.kind, "rank": settings.rank, "targets": targets})
+        tuning = Tuning.model_validate(
+            {
+                "kind": settings.kind,
+                "rank": settings.rank,
+                "targets": targets,
+                "dropout": 0.5 if settings.drops else 0.0,
+                "variant": "dora" if settings.dora else "plain",
+            }
+        )
         with torch.device(layers[0].input_layernorm.weight.device):
-            network = add_adapters(network, tuning, settings.adapters)
+            network = add_adapters(network, tuning, settings.adapters, TRAINED_ROWS if settings.trains_rows else ())
     network.train()
     head = LossHead(network, settings.loss)
     head.attention = IMPLEMENTATIONS["eager"]  # so that probes hear of the batch's trees too
@@ -188,7 +199,12 @@ def _states(parameter: Tensor, settings: Settings, is_embedding: bool) -> list[T
 @contextmanager
 def traceable(spec: ModelSpec, settings: Settings) -> Iterator[None]:
     """Lets the model run on meta tensors."""
-    with no_autocast(), traceable_delta_rule(spec.model_type, settings) if spec.linear_attention else nullcontext():
+    with (
+        no_autocast(),
+        fused_dropout(),
+        unpacked_for_dora(),
+        traceable_delta_rule(spec.model_type, settings) if spec.linear_attention else nullcontext(),
+    ):
         yield
 
 
@@ -201,6 +217,31 @@ def no_autocast() -> Iterator[None]:
         yield
     finally:
         torch.autocast = autocast  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def unpacked_for_dora() -> Iterator[None]:
+    """DoRA reads whole weights, which of 4-bit stand-ins PEFT cannot unpack."""
+    module_of_dora: Any = dora
+    unpack = module_of_dora.dequantize_module_weight
+    module_of_dora.dequantize_module_weight = lambda module: (
+        module.unpacked(module.compute_dtype) if hasattr(module, "unpacked") else unpack(module)
+    )
+    try:
+        yield
+    finally:
+        module_of_dora.dequantize_module_weight = unpack
+
+
+@contextmanager
+def fused_dropout() -> Iterator[None]:
+    """Dropout keeps a boolean mask, as on a GPU; elsewhere torch keeps one in the input's dtype."""
+    forward = nn.Dropout.forward
+    nn.Dropout.forward = lambda self, input: torch.native_dropout(input, self.p, self.training)[0]
+    try:
+        yield
+    finally:
+        nn.Dropout.forward = forward
 
 
 class _FlashAttention(torch.autograd.Function):

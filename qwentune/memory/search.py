@@ -47,6 +47,9 @@ class PlanRequest:
     sequences_per_step: int
     rank: int = 16
     targets: Targets = "all-linear"
+    drops: bool = False
+    dora: bool = False
+    trains_rows: bool = False
     micro_batch: int | Auto = "auto"
     gradient_checkpointing: bool | int | Auto = "auto"
     loss: Loss | Auto = "auto"
@@ -91,7 +94,7 @@ def usable_bytes(device: Device, request: PlanRequest) -> int:
 
 def request_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
     """Why the ranks cannot share the batch, or what model or host do not take; empty where all is well."""
-    problems = [*_target_problems(spec, request), *_hybrid_problems(spec, request)]
+    problems = [*_target_problems(spec, request), *_expert_problems(spec, request), *_hybrid_problems(spec, request)]
     if request.optimizer_state == "8bit" and request.sharding != "auto" and offloads(request.sharding):
         what = f"8bit, but {request.sharding} holds the states in host memory, and 8 bits are a matter of GPU kernels"
         problems.append(
@@ -132,6 +135,21 @@ def _target_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
     what = f"{named[0]} without {other}, but the experts of {spec.checkpoint_type} hold both as one matrix"
     fix = f"Name both or neither: tuning.targets=[{','.join((*request.targets, other))}]"
     return [Problem("tuning.targets", what, fix)]
+
+
+def _expert_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
+    """PEFT 0.21 adapts fused experts neither with dropout nor with DoRA."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    adapts = request.targets == "all-linear" or any(name.rpartition(".")[2] in names for name in request.targets)
+    if request.kind == "full" or spec.model_type not in FUSED_ADAPTED_EXPERTS or not adapts:
+        return []
+    fix = "Leave it out, or adapt attention alone: tuning.targets=[q_proj,k_proj,v_proj,o_proj]"
+    given = {"tuning.dropout": request.drops and "dropout", "tuning.variant": request.dora and "dora"}
+    return [
+        Problem(key, f"{what}, which adapters on the experts of {spec.checkpoint_type} do not know", fix)
+        for key, what in given.items()
+        if what
+    ]
 
 
 def _hybrid_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
@@ -266,6 +284,9 @@ def _candidate(
         optimizer_state=trained if request.optimizer_state == "auto" else request.optimizer_state,
         rank=request.rank,
         targets=request.targets,
+        drops=request.drops,
+        dora=request.dora,
+        trains_rows=request.trains_rows,
         fuses_delta_rule="fla" in request.kernels,
         fuses_convolution="causal_conv1d" in request.kernels,
     )

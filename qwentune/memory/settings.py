@@ -25,8 +25,9 @@ class Settings:
 
     `gradient_checkpointing` is a claim about all layers, or the number of layers that are recomputed. `loss` "full"
     holds all logits; "supervised" computes the loss in chunks of positions and recomputes their logits backward.
-    `rank` and `targets` count only for adapters. Hybrids run the delta rule and the convolution before it in torch, or
-    fused by flash-linear-attention and causal-conv1d.
+    `rank`, `targets`, `drops` (dropout on the adapters' inputs), `dora` and `trains_rows` (some rows of embedding and
+    head are trained too) count only for adapters. Hybrids run the delta rule and the convolution before it in torch, or fused by
+    flash-linear-attention and causal-conv1d.
     """
 
     kind: Tuning
@@ -43,6 +44,9 @@ class Settings:
     optimizer_state: StateDtype
     rank: int
     targets: Targets
+    drops: bool = False
+    dora: bool = False
+    trains_rows: bool = False
     fuses_delta_rule: bool = False
     fuses_convolution: bool = False
 
