@@ -35,10 +35,11 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     from qwentune.memory.judge import WITHOUT_TURNS, device_of, judge, kernel_remark
     from qwentune.recipe import load_recipe
 
+    # A mend that is pasted after the command counts: the last override of a key does.
     overrides = [
-        *overrides,
         *([] if gpu is None else [f"hardware.gpu={gpu}"]),
         *([] if gpus is None else [f"hardware.count={gpus}"]),
+        *overrides,
     ]
     recipe = load_recipe(recipe_path, overrides).recipe
     device, count, sharding = device_of(recipe.hardware, here=False)

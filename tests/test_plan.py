@@ -28,6 +28,7 @@ from qwentune.memory.judge import judge
 from qwentune.memory.roofline import step_seconds
 from qwentune.memory.search import MAX_FORWARD_TOKENS, fastest, usable_bytes
 from qwentune.memory.settings import GIB, MIB, Attention, Overheads, Settings, Sharding, device_overheads
+from qwentune.plan import run as run_plan
 from qwentune.recipe import BatchOptions, MemoryOptions, OutputOptions, Precision, Tuning
 
 QWEN3_8B = model_spec("Qwen/Qwen3-8B")
@@ -505,10 +506,48 @@ def test_offloading_is_offered_where_another_launch_file_is_named() -> None:
     assert not any("offload" in override for mend in scarce.mends for override in mend.overrides)
 
 
-def test_states_in_8_bits_are_not_offloaded() -> None:
-    request = PlanRequest("full", 2048, 16, optimizer_state="8bit", sharding="zero2-offload")
-    with pytest.raises(UsageError, match="8bit, but zero2-offload"):
+@pytest.mark.parametrize(
+    ("kind", "state", "sharding", "words"),
+    [
+        ("full", "8bit", "zero2-offload", "8bit, but zero2-offload"),
+        ("full", "8bit", "fsdp2", "8bit, but fsdp2"),
+        ("qlora", "auto", "zero3", "zero3, but bitsandbytes"),
+    ],
+)
+def test_what_bitsandbytes_holds_is_neither_sharded_nor_offloaded(
+    kind: str, state: str, sharding: str, words: str
+) -> None:
+    request = PlanRequest(kind, 2048, 16, optimizer_state=state, sharding=sharding, num_gpus=2)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=words):
         make_plan(QWEN3_8B, H200, request)
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "zero1", "zero2", "zero3"])
+def test_a_launch_file_that_holds_too_much_is_mended_by_the_plan_s_own(sharding: str) -> None:
+    spec, card = model_spec("Qwen/Qwen3-1.7B"), gpu_spec("rtx-3060")
+    request = PlanRequest("full", 4096, 16, num_gpus=2, sharding=sharding)  # type: ignore[arg-type]
+    plan = make_plan(spec, card, request)
+    assert plan.mends[0].overrides == ("hardware.launch=auto",)
+    for mend in plan.mends:
+        assert make_plan(spec, card, apply_overrides(request, mend.overrides)).fits, mend
+
+
+def test_a_mend_that_is_pasted_after_the_options_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: Qwen/Qwen3-4B\ntuning: {kind: full}\ndata: {train: [{path: x.jsonl}]}\n")
+    pasted = ["hardware.count=4", "hardware.launch=fsdp2"]
+    run_plan(str(recipe), pasted, "rtx-4090", 1, as_json=True, trace=False)
+    values = json.loads(capsys.readouterr().out)
+    assert (values["gpus"], values["choices"]["sharding"]) == (4, "fsdp2")
+
+
+def test_an_adapter_on_the_head_makes_all_logits_at_once() -> None:
+    request = PlanRequest("lora", 4096, 16, targets=("q_proj", "lm_head"))
+    plan = make_plan(QWEN3_8B, H200, request)
+    assert plan.choices.loss == "full"
+    assert plan.phases["train_step"].terms["logits"] >= 12 * 4096 * QWEN3_8B.vocab_rows
+    with pytest.raises(UsageError, match="lm_head"):
+        make_plan(QWEN3_8B, H200, replace(request, loss="supervised"))
 
 
 def test_offloaded_states_that_the_host_cannot_hold_are_refused() -> None:

@@ -259,6 +259,7 @@ def test_the_closed_form_agrees_with_the_trace_whatever_attention_holds(changes:
                 ("Qwen/Qwen3-8B", {"drops": True, "dora": True}),
                 ("Qwen/Qwen2.5-0.5B", {"trains_rows": True, "attention": "sdpa", "max_tokens": 16384}),
                 ("Qwen/Qwen3-4B", {"trains_rows": True, "loss": "full"}),
+                ("Qwen/Qwen3-8B", {"targets": ("q_proj", "lm_head"), "loss": "full"}),
             )
         ),
     ],

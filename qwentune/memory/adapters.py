@@ -47,6 +47,11 @@ def adapts_experts(spec: ModelSpec, settings: Settings) -> bool:
     return spec.model_type in FUSED_ADAPTED_EXPERTS and not target_names(settings).isdisjoint(FEED_FORWARD)
 
 
+def adapts_head(settings: Settings) -> bool:
+    """Whether an adapter stands around the output head."""
+    return "lm_head" in target_names(settings)
+
+
 def adapter_parameters(spec: ModelSpec, settings: Settings) -> int:
     """Parameters of all adapters; 0 in full tuning."""
     names = target_names(settings)

@@ -18,7 +18,7 @@ from qwentune.memory.activations import (
     layer_activations,
     mask_bytes,
 )
-from qwentune.memory.adapters import adapter_parameters
+from qwentune.memory.adapters import adapter_parameters, adapts_head
 from qwentune.memory.settings import GIB, MIB, Overheads, Settings
 
 # Two fp32 gradients and the log-softmax, with the model's outputs dropped (transformers 5).
@@ -296,7 +296,9 @@ def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
     body = replace(static, gradients=gradients, activations=forward_bytes(spec, settings) + mask_bytes(spec, settings))
     # Logits in fp32 and their log-softmax; before them the head with its trained rows, which chunks keep.
     is_chunked, mixed_head = settings.loss == "supervised", _mixed_head_bytes(spec, settings)
-    logits = (min(tokens, LOSS_CHUNK_TOKENS) if is_chunked else tokens) * spec.vocab_rows * (4 + 4)
+    # An adapter's part, and the sum with the base's in its type, come before them too.
+    per_logit = max(4 + 4, settings.weight_bytes + 2 * settings.trained_bytes) if adapts_head(settings) else 4 + 4
+    logits = (min(tokens, LOSS_CHUNK_TOKENS) if is_chunked else tokens) * spec.vocab_rows * per_logit
     logits = logits + mixed_head if is_chunked else max(logits, mixed_head + logits // 4)
     head = replace(
         static,

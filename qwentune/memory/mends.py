@@ -14,7 +14,6 @@ from qwentune.memory.search import Candidate, Device, PlanRequest, leanest, requ
 _MAX_MENDS = 6
 _FEWEST_TOKENS = 256
 _OFFLOADING: tuple[Sharding, ...] = ("zero2-offload", "zero3-offload")
-_NOT_FOR_BITSANDBYTES = ("zero3", "fsdp2", *_OFFLOADING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ def find_mends(spec: ModelSpec, device: Device, request: PlanRequest, current: C
             mended = request
             for change in changes:
                 mended = change.apply(mended)
-            if not _works(spec, mended):
+            if request_problems(spec, mended):  # the libraries cannot run it
                 continue
             found = leanest(spec, device, mended)
             if not shortages(spec, device, mended, found):
@@ -85,12 +84,6 @@ def _variants(ladder: Sequence[Sequence[_Change]]) -> Iterator[tuple[_Change, ..
             yield (change, *rest)
 
 
-def _works(spec: ModelSpec, request: PlanRequest) -> bool:
-    """Whether the libraries can run it: bitsandbytes' weights and moments are neither sharded nor offloaded."""
-    is_bitsandbytes = request.kind == "qlora" or request.optimizer_state == "8bit"
-    return not request_problems(spec, request) and not (is_bitsandbytes and request.sharding in _NOT_FOR_BITSANDBYTES)
-
-
 def _free_changes(request: PlanRequest) -> Iterator[_Change]:
     """Pins whose release changes speed alone."""
     if request.loss == "full":
@@ -110,6 +103,12 @@ def _free_changes(request: PlanRequest) -> Iterator[_Change]:
             "let the plan choose fewer rows per forward pass",
             ("batch.micro_batch=auto",),
             lambda asked: replace(asked, micro_batch="auto"),
+        )
+    if request.sharding not in ("auto", "none"):
+        yield _Change(
+            "let the plan choose what the GPUs share",
+            ("hardware.launch=auto",),
+            lambda asked: replace(asked, sharding="auto"),
         )
     if request.attention == "eager":
         yield _Change(
@@ -159,7 +158,7 @@ def _costly_changes(device: Device, request: PlanRequest) -> Iterator[list[_Chan
         yield [
             _Change(
                 "train adapters on 4-bit weights (QLoRA)",
-                ("tuning.kind=qlora", *released),
+                ("tuning.kind=qlora", *released, *(("hardware.launch=auto",) if is_sharded else ())),
                 lambda asked: replace(
                     asked, kind="qlora", optimizer_state=state, sharding="auto" if is_sharded else asked.sharding
                 ),

@@ -28,6 +28,7 @@ from qwentune.memory.settings import (
 Auto: TypeAlias = Literal["auto"]
 Device: TypeAlias = GpuSpec | HostMemory
 
+NOT_FOR_BITSANDBYTES: tuple[Sharding, ...] = ("zero3", "fsdp2", "zero2-offload", "zero3-offload")
 # Beyond this a forward pass gains no speed, and kernels index with 32 bits.
 MAX_FORWARD_TOKENS = 65536
 
@@ -93,8 +94,19 @@ def usable_bytes(device: Device, request: PlanRequest) -> int:
 
 
 def request_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
-    """Why the ranks cannot share the batch, or what model or host do not take; empty where all is well."""
+    """Why the ranks cannot share the batch, or what model, libraries or host do not take; empty where all is well."""
     problems = [*_target_problems(spec, request), *_expert_problems(spec, request), *_hybrid_problems(spec, request)]
+    if request.loss == "supervised" and _adapts_head(request):
+        what = "supervised, but an adapter on lm_head makes all logits at once"
+        problems.append(Problem("memory.loss", what, "Leave it at auto, or leave lm_head out of tuning.targets."))
+    if request.kind == "qlora" and request.sharding in NOT_FOR_BITSANDBYTES:
+        what = f"{request.sharding}, but bitsandbytes' 4-bit weights are neither sharded nor offloaded"
+        problems.append(Problem("hardware.launch", what, "Leave it at auto, or take ddp, or tuning.kind=lora."))
+    if request.optimizer_state == "8bit" and request.sharding in ("zero3", "fsdp2"):
+        what = f"8bit, but {request.sharding} shards the states, and bitsandbytes' are not"
+        problems.append(
+            Problem("precision.optimizer_state", what, "Leave it at auto, or take another hardware.launch.")
+        )
     if request.optimizer_state == "8bit" and request.sharding != "auto" and offloads(request.sharding):
         what = f"8bit, but {request.sharding} holds the states in host memory, and 8 bits are a matter of GPU kernels"
         problems.append(
@@ -275,7 +287,7 @@ def _candidate(
         micro_batch=micro_batch,
         accumulation=request.sequences_per_step // request.num_gpus // micro_batch,
         gradient_checkpointing=checkpointing,
-        loss="supervised" if request.loss == "auto" else request.loss,
+        loss=("full" if _adapts_head(request) else "supervised") if request.loss == "auto" else request.loss,
         attention=_attention(spec, has_bf16) if request.attention == "auto" else request.attention,
         sharding=sharding,
         num_ranks=request.num_gpus,
@@ -293,6 +305,13 @@ def _candidate(
     overheads = device_overheads(device)
     merges_here = isinstance(device, HostMemory)
     return Candidate(settings, phases(spec, settings, overheads, merges_here))
+
+
+def _adapts_head(request: PlanRequest) -> bool:
+    """Whether an adapter stands around the head, which then gives all logits at once."""
+    if request.kind == "full" or request.targets == "all-linear":
+        return False
+    return any(name.rpartition(".")[2] == "lm_head" for name in request.targets)
 
 
 def _least_recomputing(
