@@ -740,7 +740,7 @@ def test_a_drawn_plan_stays_within_80_columns_and_says_the_verdict(name: str, ki
     assert all(override in text for mend in plan.mends for override in mend.overrides)
 
 
-@pytest.mark.parametrize(("checkpointing", "count"), [(True, 36), (False, 0), (1, 1), (25, 25)])
+@pytest.mark.parametrize(("checkpointing", "count"), [(True, 36), (False, 0), (1, 1), (25, 25), (700, 36)])
 def test_a_drawn_plan_says_how_many_layers_it_recomputes_and_why(checkpointing: bool | int, count: int) -> None:
     plan = make_plan(QWEN3_8B, H200, PlanRequest("lora", 2048, 16, gradient_checkpointing=checkpointing))
     text = " ".join(render_plan(plan, 36).split())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -41,9 +43,14 @@ def present_gpus() -> PresentGpus | None:
         rows = [row for row in rows if any(row[0] == device or row[1].startswith(device) for device in wanted)]
     if answer.returncode != 0 or not rows:
         return None
-    _, _, name, total_mib, _, capability = rows[0]
-    free_bytes = min(int(row[4]) for row in rows) * MIB
-    return PresentGpus(replace(_named(name, int(total_mib) * MIB, capability), total_bytes=free_bytes), len(rows))
+    _, _, name, total, _, capability = rows[0]
+    free_bytes = min(_bytes(row[4]) for row in rows)
+    return PresentGpus(replace(_named(name, _bytes(total), capability), total_bytes=free_bytes), len(rows))
+
+
+def spills() -> bool:
+    """Whether a full GPU takes host memory instead of failing, as under Windows' driver model, also in WSL."""
+    return sys.platform == "win32" or "microsoft" in platform.release().lower()
 
 
 def installed_kernels() -> frozenset[str]:
@@ -73,6 +80,11 @@ def _held_bytes(folder: Path) -> int:
             with suppress(OSError):  # a run beside this one may be removing it
                 held += os.lstat(os.path.join(root, name)).st_size
     return held
+
+
+def _bytes(mib: str) -> int:
+    """The bytes of a number of MiB; GPUs that share the host's memory give none."""
+    return int(mib) * MIB if mib.isdecimal() else free_host_bytes()
 
 
 def _named(name: str, total_bytes: int, capability: str) -> GpuSpec:

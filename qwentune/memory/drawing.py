@@ -66,7 +66,7 @@ def _explanation(plan: RunPlan, num_layers: int) -> tuple[str, str]:
     """Two sentences: the shape of a step, and the kernels and types in it."""
     choices = plan.choices
     checkpointing = choices.gradient_checkpointing
-    recomputed = num_layers * checkpointing if isinstance(checkpointing, bool) else checkpointing
+    recomputed = num_layers * checkpointing if isinstance(checkpointing, bool) else min(checkpointing, num_layers)
     sharding = "" if choices.sharding == "none" else f", sharding {choices.sharding}"
     reason = "the fastest that fits" if plan.fits else "the leanest that the recipe allows"
     peak = f"peak {_gib(plan.peak_bytes)} of {_gib(plan.usable_bytes)} GiB"

@@ -13,7 +13,7 @@ from qwentune.errors import Problem, UsageError
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.launch import Sharding, sharding_of
 from qwentune.facts.models import ModelSpec
-from qwentune.facts.present import free_disk_bytes, free_host_bytes, installed_kernels, present_gpus
+from qwentune.facts.present import free_disk_bytes, free_host_bytes, installed_kernels, present_gpus, spills
 from qwentune.memory.adapters import ATTENTION, KNOWN
 from qwentune.memory.plan import RunPlan, calibrated, make_plan, pinned
 from qwentune.memory.profile import find_profile
@@ -91,6 +91,7 @@ def judge(
 
         plan = cross_checked(spec, device, request, plan, tell)
     _refuse_state_of_another_dtype(plan, tuning)
+    _refuse_kernel_of_another_dtype(plan)
     return calibrated(plan, find_profile(spec, tuning.kind, device))
 
 
@@ -125,6 +126,16 @@ def kernel_remark(spec: ModelSpec, device: Device) -> str:
     convolution = "causal-conv1d" if "causal_conv1d" in kernels else "torch"
     return (
         f"Linear attention is planned as what is installed here runs it: by {rule}; its convolution by {convolution}."
+    )
+
+
+def spill_remark(device: Device) -> str:
+    """What a full GPU does here, in words; empty where it ends the run."""
+    if isinstance(device, HostMemory) or not spills():
+        return ""
+    return (
+        "Under Windows a full GPU spills into host memory and slows down instead of failing: "
+        "what fits is what the plan says, not what runs."
     )
 
 
@@ -163,6 +174,12 @@ def _refuse_state_of_another_dtype(plan: RunPlan, tuning: Tuning) -> None:
         what = f"{choices.optimizer_state}, but the trained parameters are {trained} and AdamW keeps its averages so"
         fix = "Leave it at auto, take 8bit, or set precision.weights (full) or precision.adapters."
         raise UsageError(Problem("precision.optimizer_state", what, fix))
+
+
+def _refuse_kernel_of_another_dtype(plan: RunPlan) -> None:
+    if plan.choices.attention == "flash_attention_2" and plan.choices.weights != "bf16":
+        what = f"flash_attention_2, which computes in 16 bits, but the weights are {plan.choices.weights}"
+        raise UsageError(Problem("memory.attention", what, "Leave it at auto, or set precision.weights=bf16."))
 
 
 def changes_the_plan(allowed: Sequence[str]) -> bool:
