@@ -24,7 +24,7 @@ from qwentune.memory import HostMemory, PlanRequest, RunPlan, make_plan, pinned,
 from qwentune.memory.activations import layer_activations
 from qwentune.memory.adapters import ATTENTION, FEED_FORWARD, adapter_parameters
 from qwentune.memory.closed_form import base_weight_bytes, disk_bytes, phases
-from qwentune.memory.judge import judge
+from qwentune.memory.judge import judge, ran_out
 from qwentune.memory.roofline import step_seconds
 from qwentune.memory.search import MAX_FORWARD_TOKENS, fastest, usable_bytes
 from qwentune.memory.settings import GIB, MIB, Attention, Overheads, Settings, Sharding, device_overheads
@@ -719,6 +719,12 @@ def test_gpu_hours_grow_with_the_steps_and_are_unknown_without_them() -> None:
     assert hours[0] is not None
     assert hours[1] == pytest.approx(2 * hours[0])
     assert hours[2] is None
+
+
+@pytest.mark.parametrize(("tokens", "words"), [(2048, "though the plan fits"), (32768, "as the plan said it would")])
+def test_memory_that_ran_out_is_told_as_the_plan_had_it(tokens: int, words: str) -> None:
+    plan = make_plan(QWEN3_8B, RTX_4090, PlanRequest("lora", tokens, 16))
+    assert words in str(ran_out(plan, "step 3", "CUDA out of memory.", tokens))
 
 
 def test_too_few_steps_are_warned_of() -> None:

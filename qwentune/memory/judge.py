@@ -234,7 +234,7 @@ def compared(plan: RunPlan, measured: Mapping[str, int]) -> str:
 
 
 def ran_out(plan: RunPlan, where: str, said: str, max_tokens: int) -> Problem:
-    """A GPU whose memory ran out although the plan fits: the plan's terms, what torch said, what to lower."""
+    """A GPU whose memory ran out, mostly although the plan fits: the plan's terms, what torch said, what to lower."""
     terms = plan.phases["train_step"].terms
     reckoned = ", ".join(f"{name} {_gib(size)}" for name, size in terms.items() if size >= 2**27)
     choices = plan.choices
@@ -248,7 +248,8 @@ def ran_out(plan: RunPlan, where: str, said: str, max_tokens: int) -> Problem:
         *(f"{override} --allow-change {override.partition('=')[0]}" for override in lower),
         f"data.max_tokens={max_tokens // 2} --fresh",
     ]
-    what = f"the GPU's memory ran out, though the plan fits: {said.splitlines()[0]}"
+    expected = "though the plan fits" if plan.fits else "as the plan said it would"
+    what = f"the GPU's memory ran out, {expected}: {said.splitlines()[0]}"
     return Problem(where, what, "\n    ".join(fixes))
 
 
