@@ -104,9 +104,9 @@ def draft(model: str, spec: ModelSpec, files: Sequence[Seen], gpu: str | None, p
     """
     from qwentune.facts.launch import offloads
     from qwentune.facts.packing import packing_problems
-    from qwentune.memory.judge import WITHOUT_TURNS, device_of, judge, refusal
+    from qwentune.memory.judge import device_of, judge, refusal
     from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
-    from qwentune.recipe.schema import EPOCHS, FULL_LEARNING_RATE, LEARNING_RATE
+    from qwentune.recipe.schema import EPOCHS, FULL_LEARNING_RATE, LEARNING_RATE, WITHOUT_TURNS
 
     can_pack = not packing_problems(spec.checkpoint_type)
     tokens = sorted(number for file in files for number in file.tokens)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qwentune import console
-from qwentune.errors import EXIT_OK, DoesNotFitError
+from qwentune.errors import EXIT_OK, DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
     from qwentune.recipe import Recipe
@@ -32,7 +31,7 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     from qwentune.facts.models import model_spec
     from qwentune.facts.towers import tower_remark
     from qwentune.memory import render_plan
-    from qwentune.memory.judge import WITHOUT_TURNS, device_of, judge, kernel_remark, spill_remark
+    from qwentune.memory.judge import device_of, judge, kernel_remark, spill_remark
     from qwentune.recipe import load_recipe
 
     # A mend that is pasted after the command counts: the last override of a key does.
@@ -58,7 +57,7 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
         num_ranks=count,
         sharding=sharding,
         optimizer_steps=_optimizer_steps(recipe),
-        learns_chat=any(source.format not in WITHOUT_TURNS for source in recipe.data.train),
+        learns_chat=recipe.data.has_turns,
         tell=console.say if trace else None,
     )
     if as_json:
@@ -73,16 +72,18 @@ def _optimizer_steps(recipe: Recipe) -> int | None:
     """The steps of the run where they are known without rendering the data."""
     if recipe.optimizer.max_steps is not None:
         return recipe.optimizer.max_steps
-    from qwentune.data.checkpoint import BUILTIN
+    from qwentune.data.checkpoint import cache_folder, checkpoint_folder
 
-    if not (recipe.model.startswith(BUILTIN) or Path(recipe.model).is_dir()):
+    if not (cache_folder() / "data").is_dir():  # no data was rendered yet; the rest takes its time
         return None
-    from qwentune.data.checkpoint import checkpoint_folder
     from qwentune.data.dataset import chat_template, prepared
     from qwentune.data.schedule import Schedule
     from qwentune.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))
+    try:
+        tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision, fetches=False))
+    except UsageError:  # it was not fetched yet
+        return None
     template = chat_template(recipe.data, tokenizer)
     shares = recipe.memory.shares_prefixes
     dataset = prepared(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=shares)

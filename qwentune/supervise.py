@@ -86,6 +86,7 @@ def run(
         device=device,
         num_ranks=count,
         sharding=sharding,
+        learns_chat=recipe.data.has_turns,
         stored=None if replan else folder.stored_plan(),
         fresh=fresh,
     )

@@ -176,6 +176,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
         device=device,
         num_ranks=ranks.num_ranks,
         sharding=ranks.sharding,
+        learns_chat=recipe.data.has_turns,
         stored=stored,
         fresh=request.fresh,
         tell=(lambda said: console.say(said) if ranks.leads else None) if is_first_start_on_gpu else None,

@@ -213,7 +213,7 @@ def test_the_whole_can_carry_loss(tokenizer: Tokenizer) -> None:
 
 def test_a_tokenizer_without_the_markers_is_refused(tokenizer: Tokenizer) -> None:
     lacking = {name: token for name, token in tokenizer.control_ids.items() if not name.startswith("<|fim_")}
-    poor = Tokenizer(tokenizer.backend, lacking, {}, None, "poor")
+    poor = Tokenizer(tokenizer.definition, lacking, {}, None, "poor")
     (problem,) = outcome(poor, code(text="a = 1\n"), Fim(rate=1.0)).problems
     assert "has no token <|fim_prefix|>" in problem.what
 

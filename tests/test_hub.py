@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from qwentune.data.hub import is_hub_dataset, kept_file
 from qwentune.data.tokenizer import load_tokenizer
 from qwentune.errors import DataError, Problem
 from qwentune.recipe import DataOptions
+from tests.checkpoints import write_checkpoint
+from tests.runs import ENVIRONMENT, write_recipe
 
 
 def called(question: str, **arguments: Any) -> dict[str, Any]:
@@ -125,3 +129,28 @@ def test_a_row_that_json_has_no_form_for_is_named_and_nothing_is_kept(monkeypatc
 def test_what_is_no_hub_dataset(path: str) -> None:
     Path("data").mkdir()
     assert not is_hub_dataset(path)
+
+
+def test_a_plan_counts_the_steps_of_a_hub_model_whose_tokenizer_and_data_are_at_hand(tmp_path: Path) -> None:
+    snapshots = tmp_path / "hf" / "hub" / "models--Qwen--Qwen3-8B"
+    write_checkpoint(snapshots / "snapshots" / "0", "qwen3")
+    (snapshots / "refs").mkdir()
+    (snapshots / "refs" / "main").write_text("0")
+    recipe = write_recipe(
+        tmp_path, "Qwen/Qwen3-8B", tuning={"kind": "lora"}, optimizer={"epochs": 1, "max_steps": None}
+    )
+    environment = {**ENVIRONMENT, "HF_HOME": str(tmp_path / "hf"), "QWENTUNE_CACHE": str(tmp_path / "cache")}
+
+    def said(*command: str) -> dict[str, Any]:
+        ended = subprocess.run(
+            [sys.executable, "-m", *command, "--json"], env=environment, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == 0, ended.stderr
+        return json.loads(ended.stdout)
+
+    planned = ("qwentune.plan", str(recipe), "--gpu", "h200")
+    assert said(*planned)["optimizer_steps"] is None
+    said("qwentune.preview", str(recipe))
+    steps = said(*planned)["optimizer_steps"]
+    assert steps > 0
+    assert said(*planned, "optimizer.epochs=2")["optimizer_steps"] == 2 * steps

@@ -32,10 +32,11 @@ def cache_folder() -> Path:
     return folder
 
 
-def checkpoint_folder(model: str, revision: str | None = None, *, weights: bool = False) -> Path:
+def checkpoint_folder(model: str, revision: str | None = None, *, weights: bool = False, fetches: bool = True) -> Path:
     """The local folder of a checkpoint; its weights are fetched only where they are asked for.
 
-    Raises UsageError where the model is neither a folder, nor built in, nor to be had from the hub.
+    Raises UsageError where the model is neither a folder, nor built in, nor to be had from the hub, or, where nothing
+    is to be fetched, from its cache.
     """
     if model.startswith(BUILTIN):
         return _builtin_folder(model)
@@ -47,7 +48,9 @@ def checkpoint_folder(model: str, revision: str | None = None, *, weights: bool 
     spec = model_spec(model)
     try:
         patterns = WEIGHT_FILES if weights else DESCRIPTION_FILES
-        return Path(snapshot_download(spec.id, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(spec.id, revision=revision, allow_patterns=patterns, local_files_only=not fetches)
+        )
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
         fix = "Check the connection, or download the checkpoint and give its folder as `model`."

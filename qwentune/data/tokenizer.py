@@ -29,19 +29,28 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Byte-level BPE of one checkpoint.
+    """Byte-level BPE of one checkpoint, as its `tokenizer.json` defines it.
 
     `control_ids` maps every `<|…|>` token to its id; `encode` never produces one of them. `<think>`, `<tool_call>` and
     the like are no control tokens: text that spells them becomes them, as on an inference server.
     `cuts_after_newline`: a text cut between a line feed and a line that is not empty is encoded as its two halves are.
     """
 
-    backend: Backend
+    definition: str
     control_ids: dict[str, int]
     special_tokens: dict[str, str]
     chat_template: str | None
     fingerprint: str
     cuts_after_newline: bool = False
+
+    @cached_property
+    def backend(self) -> Backend:
+        """What encodes and decodes; slow to build, and plans do without."""
+        backend = Backend.from_str(self.definition)
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
@@ -88,12 +97,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         token["special"] = CONTROL_TOKEN.fullmatch(token["content"]) is not None
     document["added_tokens"] = tokens
     text = json.dumps(document, ensure_ascii=False)
-    backend = Backend.from_str(text)
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
     return Tokenizer(
-        backend=backend,
+        definition=text,
         control_ids={token["content"]: token["id"] for token in tokens if token["special"]},
         special_tokens=_special_tokens(config),
         chat_template=_chat_template(folder, config),

@@ -22,7 +22,6 @@ from qwentune.memory.settings import HostMemory, Settings
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
 
 FEWEST_SPARE = 0.03  # of the usable bytes
-WITHOUT_TURNS = ("text", "fim")  # formats whose rows end no turn
 PLAN_KEYS = ("plan", "batch", "memory", "precision", "tuning")
 
 

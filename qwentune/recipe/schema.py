@@ -25,6 +25,7 @@ Tracker = Literal["clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "tr
 TemplateArgument = bool | int | float | str
 
 FULL_LEARNING_RATE = 1.0e-5
+WITHOUT_TURNS = ("text", "fim")  # formats whose rows end no turn
 LEARNING_RATE = 2.0e-4
 EPOCHS = 3.0
 
@@ -104,6 +105,11 @@ class DataOptions(Section):
     system: str | None = _key(None, "system text for dialogues that have none")
     chat_template: Name | None = _key(None, "a template file instead of the checkpoint's own")
     fim: Fim = _key(Fim(), "how texts are cut for fill-in-the-middle")
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether a source may hold dialogues, as far as its format says."""
+        return any(source.format not in WITHOUT_TURNS for source in self.train)
 
 
 class BatchOptions(Section):
