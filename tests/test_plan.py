@@ -356,6 +356,7 @@ requests = st.builds(
     num_gpus=st.sampled_from([1, 1, 2, 8]),
     headroom=st.sampled_from([0.0, 0.03, 0.1]),
     optimizer_state=st.sampled_from(["auto", "8bit"]),
+    host_free_bytes=st.just(8192 * GIB),
 )
 any_gpu = st.sampled_from(sorted(GPUS.values(), key=lambda gpu: gpu.name))
 any_spec = st.sampled_from(sorted(MODELS.values(), key=lambda spec: spec.id))
@@ -477,7 +478,7 @@ def test_many_gpus_share_what_one_cannot_hold() -> None:
 
 
 def test_one_gpu_trains_what_it_cannot_hold_with_the_optimizer_in_host_memory() -> None:
-    request = PlanRequest("full", 2048, 16, optimizer_steps=100)
+    request = PlanRequest("full", 2048, 16, optimizer_steps=100, host_free_bytes=256 * GIB)
     spec, with_host = model_spec("Qwen/Qwen3-4B"), make_plan(model_spec("Qwen/Qwen3-4B"), RTX_4090, request)
     assert (with_host.fits, with_host.choices.sharding) == (True, "zero2-offload")
     step = with_host.phases["train_step"].terms
@@ -495,6 +496,8 @@ def test_one_gpu_trains_what_it_cannot_hold_with_the_optimizer_in_host_memory() 
 
     short = make_plan(spec, RTX_4090, replace(request, host_free_bytes=with_host.host_bytes - 1))
     assert (short.fits, short.limiting_phase, short.choices.sharding) == (False, "train_step", "none")
+    unknown = make_plan(spec, RTX_4090, replace(request, host_free_bytes=None))
+    assert (unknown.fits, unknown.choices.sharding) == (False, "none"), "nobody said that there is a host for it"
 
 
 def test_offloading_is_offered_where_another_launch_file_is_named() -> None:

@@ -48,6 +48,8 @@ def judge(
     Adapters of a base model that `learns_chat` train the rows of its control tokens too, unless they are continued. A
     `fresh` run leaves what the folder holds where it is on the disk.
 
+    Host memory and disk are judged where the device is this machine's; of another machine's nothing is known.
+
     With `tell` the training step is traced too, which takes torch and some seconds, and the trace has the last word;
     `tell` gets the figures in words. GPU-hours are scaled by what was measured on such a card, where anything was.
 
@@ -55,6 +57,7 @@ def judge(
     """
     trains_rows = _trains_rows(spec, tuning, learns_chat)
     tuning = _continued(tuning)
+    is_here = _is_here(device)
     request = PlanRequest(
         kind=tuning.kind,
         max_tokens=max_tokens,
@@ -77,8 +80,8 @@ def judge(
         headroom=memory.headroom,
         keep=output.keep,
         optimizer_steps=optimizer_steps,
-        host_free_bytes=free_host_bytes(),
-        disk_free_bytes=free_disk_bytes(Path(output.dir), fresh=fresh),
+        host_free_bytes=free_host_bytes() if is_here else None,
+        disk_free_bytes=free_disk_bytes(Path(output.dir), fresh=fresh) if is_here else None,
     )
     if stored is not None:
         request = pinned(request, RunPlan.from_json(stored).choices)
@@ -204,6 +207,13 @@ def _devices(hardware: Hardware, here: bool) -> tuple[Device, int]:
     if present is None:
         return HostMemory(free_host_bytes()), 1 if hardware.count == "auto" else hardware.count
     return present.spec, present.count if hardware.count == "auto" else hardware.count
+
+
+def _is_here(device: Device) -> bool:
+    if isinstance(device, HostMemory):
+        return True
+    present = present_gpus()
+    return present is not None and present.spec.name == device.name
 
 
 def refusal(plan: RunPlan) -> list[Problem]:

@@ -372,7 +372,9 @@ def _shardings(device: Device, request: PlanRequest) -> tuple[Sharding, ...]:
     # Adapters have few states; bitsandbytes' weights and moments are neither sharded nor offloaded.
     is_bitsandbytes = request.kind == "qlora" or request.optimizer_state == "8bit"
     has_states = isinstance(device, GpuSpec) and request.kind == "full" and not is_bitsandbytes
-    offloading: tuple[Sharding, ...] = ("zero2-offload", "zero3-offload") if has_states else ()
+    # A host that nobody knows is not counted on.
+    offloads_states = has_states and request.host_free_bytes is not None
+    offloading: tuple[Sharding, ...] = ("zero2-offload", "zero3-offload") if offloads_states else ()
     if request.num_gpus == 1:
         return ("none", *offloading)
     if isinstance(device, HostMemory) or is_bitsandbytes:  # on a CPU accelerate runs FSDP2 as DDP
