@@ -27,6 +27,7 @@ from tests.runs import write_recipe
         ("zero3-offload", "zero3-offload"),
         ("fsdp2", "fsdp2"),
         ("cpu-2", "ddp"),
+        ("cpu-zero2", "zero2"),
     ],
 )
 def test_the_plan_knows_what_a_launch_file_does(name: str, sharding: str) -> None:
