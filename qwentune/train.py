@@ -218,6 +218,7 @@ class _Training:
 
     def run(self) -> int:
         """Joins the ranks, finds where to begin, trains, publishes."""
+        from qwentune.data.checkpoint import BUILTIN
         from qwentune.model.fingerprint import weights_fingerprint
         from qwentune.model.load import silence_loading, weights_folder
         from qwentune.training.checkpoints import Checkpoints
@@ -225,6 +226,8 @@ class _Training:
 
         recipe = self.loaded.recipe
         silence_loading()
+        if recipe.model.startswith(BUILTIN):  # transformers writes its random weights on rank 0 alone
+            self.ranks.agree(lambda: weights_folder(recipe.model))
         base = weights_folder(recipe.model, recipe.revision)
         facts = run_facts(
             recipe.model_dump(mode="json", by_alias=True),

@@ -20,7 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUILTIN_SEED = 20250428
 
 
-def weights_folder(model: str, revision: str | None) -> Path:
+def weights_folder(model: str, revision: str | None = None) -> Path:
     """The folder with a base model's weights; a built-in model's random ones are written once."""
     folder = checkpoint_folder(model, revision, weights=True)
     if model.startswith(BUILTIN) and not (folder / "model.safetensors").exists():
