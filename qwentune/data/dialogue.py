@@ -234,25 +234,36 @@ class Dialogue:
             raise RowError(f"the chat template refuses the messages: {error}", _REFUSED) from None
 
     def count_forged(self) -> int:
-        """How many control tokens the row's texts spell; proves that the guard changes nothing else."""
-        if self.guard == "|":
+        """How many control tokens the row's texts spell, also with what the template writes beside them."""
+        guarded = self.rendering
+        if self.guard == "|" or not (f"<{self.guard}" in guarded or f"{self.guard}>" in guarded):
             return 0
+        pattern = self.tokenizer.control_pattern
+        return len(pattern.findall(guarded.replace(self.guard, "|"))) - len(pattern.findall(guarded))
+
+    def prove_guard(self, *, by_rendering: bool) -> None:
+        """RowError where the guard changes more of the rendering than itself.
+
+        Without a rendering of its own where the template cannot tell a bar from the guard.
+        """
+        if self.guard == "|":
+            return
+        escaped = ascii(self.guard)[1:-1] in self.rendering  # as JSON and Python spell it, and a bar they do not
+        if not by_rendering and self.template.ignores_bars and not escaped:
+            return
         form = self.template.reasoning_form
         rows = self.unguarded if not self.trained else self.unguarded[: self.trained[-1] + 1]
         plain = self._rendered([template_message(m, form) for m in rows], self.conversation.tools)
-        guarded = self.rendering
-        if guarded.replace(self.guard, "|") != plain:
+        if self.rendering.replace(self.guard, "|") != plain:
             raise RowError(
                 "the chat template treats '|' in a text specially, so that its texts and its control tokens cannot be "
                 "told apart",
                 "Remove the '|' from the texts of this row.",
             )
-        pattern = self.tokenizer.control_pattern
-        return len(pattern.findall(plain)) - len(pattern.findall(guarded))
 
     def split(self, rendering: str) -> list[Piece]:
         """The pieces of a rendering of this dialogue."""
-        return self.encoder.split(rendering, self.guard).pieces
+        return self.encoder.split(rendering, self.guard)
 
     @cached_property
     def rendering(self) -> str:

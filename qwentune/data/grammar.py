@@ -71,7 +71,8 @@ class _Reading:
         if any(self.messages[i - 1].role == "assistant" for i in trained):
             raise _UnexpectedError  # an answer often looks otherwise where it is the last message of a prompt
         self.rendering = self._rendered(0, self.last)
-        self.pieces = dialogue.encoder.split(self.rendering, dialogue.guard)
+        self.pieces = dialogue.split(self.rendering)
+        self.ends = dialogue.encoder.ends(self.pieces)
 
     def turns(self) -> Iterator[Turn]:
         return self._rewritten() if self.grammar.rewrites else self._as_they_stand()
@@ -104,13 +105,11 @@ class _Reading:
             target = through_last_control_token(exchange[stop:], self.dialogue.tokenizer)
             if target is None:
                 raise _UnexpectedError
-            history = bisect_right(self.pieces.ends, position)
-            yield Turn(
-                i, self.pieces.pieces, history, self.dialogue.split(exchange[:stop]), self.dialogue.split(target)
-            )
+            history = bisect_right(self.ends, position)
+            yield Turn(i, self.pieces, history, self.dialogue.split(exchange[:stop]), self.dialogue.split(target))
 
     def _turn_in_rendering(self, i: int, opening: int) -> Turn:
-        pieces = self.pieces
+        pieces, ends = self.pieces, self.ends
         start = self._prompt_end(self.rendering, opening, i)
         stop = self.rendering.find(self.grammar.stop, start)
         if stop < 0:
@@ -122,13 +121,13 @@ class _Reading:
             self._prove_conserved(range(i + 1), self.rendering, start, self.dialogue.tools)
         else:
             self._prove_conserved(range(i, i + 1), self.rendering[start:stop], 0)
-        first, end = bisect_right(pieces.ends, start), bisect_right(pieces.ends, stop)
-        before = pieces.ends[first - 1] if first else 0
+        first, end = bisect_right(ends, start), bisect_right(ends, stop)
+        before = ends[first - 1] if first else 0
         if before == start:
-            return Turn(i, pieces.pieces, first, (), pieces.pieces[first:end])
+            return Turn(i, pieces, first, (), pieces[first:end])
         # The prompt ends within a piece: what is before and after its end is encoded apart, as on a server.
         context, target = self.rendering[before:start], self.rendering[start:stop]
-        return Turn(i, pieces.pieces, first, self.dialogue.split(context), self.dialogue.split(target))
+        return Turn(i, pieces, first, self.dialogue.split(context), self.dialogue.split(target))
 
     def _openings(self, text: str, first: int, last: int) -> dict[int, int]:
         """Where in a text that renders messages `first` to `last` each assistant message opens."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import TypeAlias
 
 from qwentune.data.tokenizer import Tokenizer
@@ -17,14 +19,6 @@ _LINE = re.compile(r"[ \t]*\S")
 LONGEST_KEPT = 32  # shorter texts, such as the lines that name a role, come again in every dialogue
 
 
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """A rendering in pieces; piece k ends before character `ends[k]` of it."""
-
-    pieces: list[Piece]
-    ends: list[int]
-
-
 @dataclass(frozen=True)
 class Encoder:
     """Splits renderings and encodes their texts, each once; no text becomes a control token."""
@@ -32,25 +26,30 @@ class Encoder:
     tokenizer: Tokenizer
     kept: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
 
-    def split(self, rendering: str, guard: str = "|") -> Pieces:
+    @cached_property
+    def control_lengths(self) -> dict[int, int]:
+        """How many characters each control token has."""
+        return {token_id: len(name) for name, token_id in self.tokenizer.control_ids.items()}
+
+    def split(self, rendering: str, guard: str = "|") -> list[Piece]:
         """The pieces of a rendering whose texts have `guard` in the place of "|"."""
         control_ids, cuts = self.tokenizer.control_ids, self.tokenizer.cuts_after_newline
         pieces: list[Piece] = []
-        ends: list[int] = []
-        end = 0
         for k, piece in enumerate(self.tokenizer.control_pattern.split(rendering)):
             if k % 2:
                 pieces.append(control_ids[piece])
-                end += len(piece)
-                ends.append(end)
             elif piece:
-                if guard != "|":
-                    piece = piece.replace(guard, "|")
-                for text in _cut(piece) if cuts else (piece,):
+                text = piece.replace(guard, "|")
+                if cuts:
+                    pieces += _cut(text)
+                else:
                     pieces.append(text)
-                    end += len(text)
-                    ends.append(end)
-        return Pieces(pieces, ends)
+        return pieces
+
+    def ends(self, pieces: Iterable[Piece]) -> list[int]:
+        """Before which character of the rendering each piece ends."""
+        lengths = self.control_lengths
+        return list(accumulate(lengths[piece] if isinstance(piece, int) else len(piece) for piece in pieces))
 
     def encode(self, pieces: Iterable[Sequence[Piece]]) -> dict[str, list[int]]:
         """The ids of every text among the pieces."""
@@ -63,22 +62,19 @@ class Encoder:
         return encoded
 
 
-def _cut(text: str) -> list[str]:
+def _cut(text: str) -> Sequence[str]:
     """The text cut where what follows recurs: after the line that names a role, and after closed reasoning.
 
     Only between a line feed and a line that is not empty: there the encodings of both sides, one after the other, are
     the encoding of the whole (`Tokenizer.cuts_after_newline`).
     """
-    cuts = [0]
     header = text.find("\n", 0, LONGEST_HEADER) + 1
-    if header and _LINE.match(text, header):
-        cuts.append(header)
-    thought = text.find(CLOSED_THOUGHT)
-    if thought >= 0:
-        after = thought + len(CLOSED_THOUGHT)
-        if cuts[-1] < after and _LINE.match(text, after):
-            cuts.append(after)
-    return [text[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+    thought = text.find(CLOSED_THOUGHT) + len(CLOSED_THOUGHT)
+    if header and not _LINE.match(text, header):
+        header = 0
+    if thought < len(CLOSED_THOUGHT) or not _LINE.match(text, thought):
+        return (text[:header], text[header:]) if header else (text,)
+    return (text[:header], text[header:thought], text[thought:]) if header else (text[:thought], text[thought:])
 
 
 def ids_of(pieces: Sequence[Piece], encoded: dict[str, list[int]]) -> list[int]:

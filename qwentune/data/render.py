@@ -180,25 +180,27 @@ class Renderer:
                 fix = "Give one with data.chat_template, or train on rows of the format text."
                 raise RowError("the checkpoint has no chat template to render messages with", fix)
             dialogue = Dialogue.of(sample, self.template, self.options, self.encoder)
+            is_checked = _is_checked(sample.source, number)
+            dialogue.prove_guard(by_rendering=is_checked)
             planned.outcome.forged_control_tokens = dialogue.count_forged()
             planned.outcome.unreachable_turns = len(dialogue.candidates) - len(dialogue.trained)
             unreachable = [UNREACHABLE] * planned.outcome.unreachable_turns
             planned.outcome.remarks = [*remarks(sample), *dialogue.remarks, *unreachable]
             planned.dialogue = dialogue
-            planned.turns = self._turns(dialogue, number, planned.outcome)
+            planned.turns = self._turns(dialogue, is_checked, planned.outcome)
         except RowError as error:
             planned.outcome.problems.append(Problem(str(sample.source), error.what, error.fix))
         return planned
 
-    def _turns(self, dialogue: Dialogue, number: int, outcome: Outcome) -> list[Turn]:
+    def _turns(self, dialogue: Dialogue, is_checked: bool, outcome: Outcome) -> list[Turn]:
         read = self.grammar.turns(dialogue) if self.grammar and dialogue.trained else None
         if read is None:
             return dialogue.literal_turns()
-        source = dialogue.conversation.source
-        if number < NUM_CHECKED_FIRST or zlib.crc32(str(source).encode()) % CHECKED_SHARE == 0:
+        if is_checked:
             if not same(dialogue.literal_turns(), read):
                 what = "the turns read off one rendering are not what the chat template gives turn by turn"
-                raise DataError(Problem(str(source), what, "This is a bug of qwentune: please report it with the row."))
+                fix = "This is a bug of qwentune: please report it with the row."
+                raise DataError(Problem(str(dialogue.conversation.source), what, fix))
             outcome.checked_turns = len(read)
         return read
 
@@ -320,6 +322,11 @@ class Renderer:
         return None
 
 
+def _is_checked(source: Source, number: int) -> bool:
+    """Whether the dialogue is among those rendered by the rule as well."""
+    return number < NUM_CHECKED_FIRST or zlib.crc32(str(source).encode()) % CHECKED_SHARE == 0
+
+
 def _identity(sample: Sample, examples: Sequence[Rendered]) -> int:
     if isinstance(sample, Code):  # each row is cut at other places
         return hash((sample.repo, sample.files, sample.cut))
@@ -328,11 +335,12 @@ def _identity(sample: Sample, examples: Sequence[Rendered]) -> int:
 
 def _histories(turns: Sequence[Turn]) -> dict[int, Sequence[Piece]]:
     """The histories of a dialogue's turns, by identity, each as far as it is used."""
-    used: dict[int, Sequence[Piece]] = {}
+    longest: dict[int, Turn] = {}
     for turn in turns:
-        if turn.num_history >= len(used.get(id(turn.history), ())):
-            used[id(turn.history)] = turn.history[: turn.num_history]
-    return used
+        other = longest.get(id(turn.history))
+        if other is None or turn.num_history > other.num_history:
+            longest[id(turn.history)] = turn
+    return {key: turn.history[: turn.num_history] for key, turn in longest.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,16 +369,18 @@ class _Examples:
 
     def add(self, i: int, history: list[int], num_history: int, context: list[int], target: list[int]) -> None:
         """Adds turn `i`, whose context is `num_history` tokens of `history` and then `context`."""
-        context = history[:num_history] + context
-        start, stop = len(context), len(context) + len(target)
+        ids = history[:num_history]
+        ids += context
+        start, stop = len(ids), len(ids) + len(target)
+        ids += target
         span = Span(start, stop, self.dialogue.messages[i].weight, self.dialogue.row_index(i))
         known = min(num_history, self.history[1]) if history is self.history[0] else 0  # the same for both
         last = self.ids[-1] if self.ids else []
-        if last and context[known : len(last)] == last[known:]:
-            self.ids[-1] = context + target
+        if 0 < len(last) <= start and ids[known : len(last)] == last[known:]:
+            self.ids[-1] = ids
             self.spans[-1].append(span)
         else:
-            self._begin(context + target, known)
+            self._begin(ids, known)
             self.spans.append([span])
         self.history = history, num_history
 

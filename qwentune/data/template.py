@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import jinja2
-from jinja2 import nodes
-from transformers.utils.chat_template_utils import (
-    _compile_jinja_template,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
-    render_jinja_template,  # pyright: ignore[reportUnknownVariableType]
-)
-
+from qwentune.data import sandbox
+from qwentune.data.bars import ignores_bars
 from qwentune.data.particulars import Particulars, particulars
 from qwentune.data.sample import Json, Message
 
@@ -23,24 +17,10 @@ ReasoningForm = Literal["field", "inline"]
 TemplateMessage = dict[str, Json]
 
 
-LONGEST_RENDERING = 2**27  # characters: more than any row has, less than memory
 _TOOL: dict[str, Json] = {
     "type": "function",
     "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}},
 }
-_NUM_JOINED = 4096  # pieces of a rendering between two looks at its size
-
-# Of the template's own `raise_exception`, of operations that its values do not take, and of the sandbox's bounds.
-TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    RecursionError,
-    MemoryError,
-)
 
 
 class TemplateRefusalError(Exception):
@@ -72,17 +52,15 @@ class ChatTemplate:
         if mode != "default":
             args["enable_thinking"] = mode == "thinking"
         try:
-            cast(Any, _compile_jinja_template)(self.text).environment.concat = _joined  # cached: the one rendered below
-            rendered = render_jinja_template(
+            return sandbox.rendered(
+                self.text,
                 conversations=[list(messages) for messages in conversations],
                 tools=[dict(tool) for tool in tools] or None,
-                chat_template=self.text,
                 add_generation_prompt=generation_prompt,
                 **args,
             )
-        except TEMPLATE_ERRORS as error:
+        except sandbox.TEMPLATE_ERRORS as error:
             raise TemplateRefusalError(str(error) or type(error).__name__) from None
-        return list(cast(Any, rendered)[0])
 
     @cached_property
     def has_thinking_switch(self) -> bool:
@@ -116,8 +94,13 @@ class ChatTemplate:
     @cached_property
     def particulars(self) -> Particulars | None:
         """The words that the template looks for in texts; None where it counts what a probe cannot show."""
-        tree: nodes.Template = cast(Any, _compile_jinja_template)(self.text).environment.parse(self.text)
-        return particulars(tree)
+        return particulars(sandbox.parsed(self.text))
+
+    @cached_property
+    def ignores_bars(self) -> bool:
+        """Whether it can be seen that a "|" in a text is to the template a character like any other."""
+        given = {**self.special_tokens, **self.args}
+        return ignores_bars(sandbox.parsed(self.text), [name for name, value in given.items() if "|" in str(value)])
 
     @cached_property
     def takes_parts(self) -> bool:
@@ -149,17 +132,6 @@ class ChatTemplate:
             except TemplateRefusalError:
                 prompts.append("")
         return prompts
-
-
-def _joined(pieces: Iterable[str]) -> str:
-    """What Jinja joins a rendering with, but for its bound."""
-    rest, parts, size = iter(pieces), list[str](), 0
-    while some := list(islice(rest, _NUM_JOINED)):
-        parts.append("".join(some))
-        size += len(parts[-1])
-        if size > LONGEST_RENDERING:
-            raise jinja2.TemplateError(f"it writes more than {LONGEST_RENDERING} characters")
-    return "".join(parts)
 
 
 def inline_reasoning(reasoning: str, answer: str) -> str:

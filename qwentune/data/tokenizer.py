@@ -24,6 +24,8 @@ PATTERNS_THAT_CUT_AFTER_NEWLINE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+",
 )
+BATCH_SIZE = 256  # texts: enough for every core, and what they become is still in the processor's cache
+NUM_KEPT_WORDS = 200_000  # whose merges are remembered, in about 30 MB; the backend's own bound is 10,000
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -50,6 +52,10 @@ class Tokenizer:
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
+        backend.post_processor = None  # it would add special tokens, and no text has any
+        resize = getattr(backend.model, "_resize_cache", None)
+        if resize is not None:
+            resize(NUM_KEPT_WORDS)
         return backend
 
     @cached_property
@@ -59,7 +65,9 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text; no control token is recognised."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        encode = self.backend.encode_batch_fast
+        batches = (texts[start : start + BATCH_SIZE] for start in range(0, len(texts), BATCH_SIZE))
+        return [encoding.ids for batch in batches for encoding in encode(batch, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, control tokens written out."""
