@@ -34,7 +34,7 @@ from qwentune.durable import replace_folder
 from qwentune.errors import DataError, Problem, RecipeError
 from qwentune.recipe import DataOptions
 
-CACHE_FORMAT = 9  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 10  # raise it whenever rendering or storing changes what stands in the cache
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,10 @@ class Dialogue:
             messages.insert(0, Message("system", options.system))
             num_inserted = 1
         if template.reasoning_form is None or template.mode_of(options.thinking, True) == "non_thinking":
+            turns = (*[-1] * num_inserted, *(conversation.turns or range(len(messages))))
             cause = "data.thinking is off" if template.reasoning_form else "the chat template has no place for it"
             messages = [
-                with_uncarried_reasoning(message, options.unsupported_reasoning, f"messages[{i - num_inserted}]", cause)
+                with_uncarried_reasoning(message, options.unsupported_reasoning, f"messages[{turns[i]}]", cause)
                 for i, message in enumerate(messages)
             ]
         texts = [text for message in messages for text in message_texts(message)]
@@ -130,8 +131,9 @@ class Dialogue:
         return [i for i in self.candidates if i > first]
 
     def row_index(self, i: int) -> int:
-        """The index of message `i` in the row as the user wrote it."""
-        return i - self.num_inserted
+        """The index of message `i` among the turns of the row as the user wrote it."""
+        turns, given = self.conversation.turns, i - self.num_inserted
+        return turns[given] if turns and given >= 0 else given
 
     def reasons(self, i: int) -> bool:
         """Whether turn `i` brings reasoning of its own."""
@@ -194,7 +196,7 @@ class Dialogue:
 
     def _can_join(self, i: int) -> bool:
         """Whether turn `i` is text alone that goes on after another assistant message."""
-        message = with_reasoning_apart(self.conversation.messages[self.row_index(i)])
+        message = with_reasoning_apart(self.conversation.messages[i - self.num_inserted])
         return self.messages[i - 1].role == "assistant" and not (message.reasoning or message.tool_calls)
 
     def _without(self, left_out: Collection[int]) -> Dialogue:

@@ -52,11 +52,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A dialogue with the tools it may use (each as the row gives it, an object)."""
+    """A dialogue with the tools it may use (each as the row gives it, an object).
+
+    `turns` are the places of the messages among the turns of the row, which people are told: a system text beside the
+    turns has none and is −1. Empty where they are 0, 1, 2, ….
+    """
 
     source: Source
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Json], ...] = ()
+    turns: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

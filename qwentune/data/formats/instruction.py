@@ -34,4 +34,6 @@ def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
     if instruction is None or output is None or faults.problems:
         return faults.problems
     question = f"{instruction}\n{details}" if details else instruction
-    return Conversation(source, (*messages, Message("user", question), Message("assistant", output)))
+    messages += [Message("user", question), Message("assistant", output)]
+    places = range(-1, len(messages) - 1) if system else range(len(messages))
+    return Conversation(source, tuple(messages), turns=tuple(places))

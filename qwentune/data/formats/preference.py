@@ -44,7 +44,11 @@ def parse(row: dict[str, Json], source: Source) -> Pair | list[Problem]:
     if not faults.problems and chosen == rejected:
         faults.add("chosen and rejected are the same", "Give two answers that differ, or leave the row out.")
     context = [replace(message, weight=0.0) for message in prompt]
-    whole = (Conversation(source, (*context, *end), tools) for end in ends.values())
+    num_beside = 1 if system else 0
+    whole = (
+        Conversation(source, (*context, *end), tools, tuple(range(-num_beside, len(context) + len(end) - num_beside)))
+        for end in ends.values()
+    )
     return faults.problems or Pair(source, *whole)
 
 

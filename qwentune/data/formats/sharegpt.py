@@ -40,17 +40,21 @@ def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
     key = "conversation" if "conversation" in row and "conversations" not in row else "conversations"
     turns = _spoken(faults.listed(row, key, key, required=True))
     messages = [read_turn(turn, f"{key}[{i}]", faults) for i, turn in enumerate(turns)]
+    places = range(len(messages))
     check_dialogue(messages, key, faults)
     system = faults.text(row, "system", "system")
     if system:
         if messages and messages[0] and messages[0].role == "system":
             faults.add("system stands both in the row and in its conversations", "Keep one of them.")
         messages.insert(0, Message("system", system))
+        places = range(-1, len(turns))
     tools = read_tools(row, faults)
     faults.misspelt(row, KEYS, (), "the row has ")
     faults.refuse_media(row)
     faults.refuse_judged_bad(row)
-    return faults.problems or Conversation(source, tuple(message for message in messages if message), tuple(tools))
+    if faults.problems:
+        return faults.problems
+    return Conversation(source, tuple(message for message in messages if message), tuple(tools), tuple(places))
 
 
 def _spoken(turns: list[Json]) -> list[Json]:
