@@ -377,3 +377,35 @@ def test_ms_swifts_calls_in_a_row_are_parallel() -> None:
     messages = parsed("chat", chat(USER, *calls, *results, ANSWER)).messages
     assert [message.role for message in messages] == ["user", "assistant", "tool", "tool", "assistant"]
     assert messages[1].tool_calls == (ToolCall("f", {}), ToolCall("g", {}))
+
+
+def choice(**fields: Any) -> dict[str, Any]:
+    return {"index": 0, "message": {**ANSWER, "refusal": None}, "finish_reason": "stop", **fields}
+
+
+def test_the_one_choice_of_a_logged_request_is_its_answer() -> None:
+    logged = chat(USER, choices=[choice()], model="gpt-5", usage={"total_tokens": 3})
+    assert parsed("chat", logged).messages == parsed("chat", chat(USER, ANSWER)).messages
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    called = choice(message={"role": "assistant", "content": None, "tool_calls": [call]}, finish_reason="tool_calls")
+    answer = parsed("chat", chat(USER, choices=json.dumps([called]))).messages[1]
+    assert answer.tool_calls == (ToolCall("f", {}, {"id": "c1", "type": "function"}),)
+    for none in (None, [], ["A", "B"], "A or B"):
+        assert parsed("chat", chat(USER, ANSWER, choices=none)).messages == parsed("chat", chat(USER, ANSWER)).messages
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        (chat(USER, choices=[choice(), choice(index=1)]), "choices has 2 answers"),
+        (chat(USER, ANSWER, choices=[choice()]), "choices stands beside an answer in messages"),
+        (chat(USER, choices=[choice(finish_reason="length")]), "choices[0].finish_reason is the text 'length'"),
+        (chat(USER, choices=[{"index": 0, "text": "hello"}]), "choices[0] is the object"),
+        (chat(USER, choices=[choice(message={"role": "user", "content": "x"})]), "choices[0] is the object"),
+        (chat(USER, choices=["hello"]), "choices[0] is the text 'hello'"),
+        (chat(USER, choices="hello"), "choices is a text that is no JSON"),
+    ],
+)
+def test_choices_that_are_not_clearly_the_answer_are_said(row: dict[str, Any], fault: str) -> None:
+    (said,) = faults("chat", row)
+    assert said.startswith(fault)

@@ -1,15 +1,21 @@
-"""The `chat` format: `{"messages": [...], "tools"?: [...]}`, as in the OpenAI and Hugging Face conventions."""
+"""The `chat` format: `{"messages": [...], "tools"?: [...]}`, as in the OpenAI and Hugging Face conventions.
+
+A logged request with its response, `{"messages": [...], "choices": [{"message": {...}}]}`, is the dialogue with its
+answer.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
-from qwentune.data.faults import Faults
+from qwentune.data.faults import Faults, described
 from qwentune.data.normalise import check_dialogue, read_message, read_tools
 from qwentune.data.sample import Conversation, Json, Message, Source
 from qwentune.errors import Problem
 
 KEYS = ("messages", "tools")
+WHOLE = ("stop", "tool_calls", "function_call", None)  # why an answer ended that was not cut off
 
 
 def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
@@ -24,12 +30,38 @@ def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
             messages[-1] = replace(before, tool_calls=before.tool_calls + message.tool_calls)
         else:
             messages.append(message)
+    messages += _logged_answer(row, messages, faults)
     check_dialogue(messages, "messages", faults)
     tools = read_tools(row, faults)
     faults.misspelt(row, KEYS, (), "the row has ")
     faults.refuse_media(row)
     faults.refuse_judged_bad(row)
     return faults.problems or Conversation(source, tuple(message for message in messages if message), tuple(tools))
+
+
+def _logged_answer(row: dict[str, Json], messages: list[Message | None], faults: Faults) -> list[Message | None]:
+    """The one answer in the `choices` of a logged response; none where the row has no such choices."""
+    given = row.get("choices")
+    is_answered = bool(messages) and messages[-1] is not None and messages[-1].role == "assistant"
+    if is_answered and not any(mark in json.dumps(given) for mark in ("message", "finish_reason")):
+        return []  # of a question in a test: its A to D
+    choices = faults.listed(row, "choices", "choices")
+    if is_answered and choices:
+        faults.add("choices stands beside an answer in messages", "Keep one of them, or write both as messages.")
+    elif len(choices) > 1:
+        faults.add(f"choices has {len(choices)} answers", "Keep the one to be learnt.")
+    elif choices:
+        match choices[0]:
+            case {"message": {"role": "assistant"} as message}:
+                ended = choices[0].get("finish_reason")
+                if ended in WHOLE:
+                    return [read_message(message, "choices[0].message", faults)]
+                fix = "The answer was cut off or filtered: leave the row out, or write the whole answer into messages."
+                faults.add(f"choices[0].finish_reason is {described(ended)}", fix)
+            case _:
+                fix = 'It holds the answer as an object: {"message": {"role": "assistant", …}}.'
+                faults.add(f"choices[0] is {described(choices[0])}", fix)
+    return []
 
 
 def _is_call(value: Json) -> bool:
