@@ -165,6 +165,7 @@ def test_everything_that_is_wrong_with_a_row_is_said_at_once() -> None:
         (chat(USER), "messages has no assistant message"),
         ({"messages": "nope"}, "messages is a text that is no JSON"),
         ({}, "messages is missing"),
+        (chat(USER, {"role": "tool_call", "content": ""}), "messages[1] holds no call"),
         (chat({**USER, "reasoning": "x"}, ANSWER), "messages[0] has reasoning, but its role is 'user'"),
         (chat(USER, ANSWER, tool=[]), "the row has the unknown key 'tool'"),
     ],
@@ -371,12 +372,47 @@ def test_what_a_row_names_beside_its_texts_is_refused(key: str) -> None:
         assert parsed(format, {**row, key: []}) == parsed(format, row)
 
 
-def test_ms_swifts_calls_in_a_row_are_parallel() -> None:
-    calls = [{"role": "tool_call", "content": json.dumps({"name": name, "arguments": {}})} for name in ("f", "g")]
-    results = [{"role": "tool_response", "content": text} for text in "ab"]
-    messages = parsed("chat", chat(USER, *calls, *results, ANSWER)).messages
-    assert [message.role for message in messages] == ["user", "assistant", "tool", "tool", "assistant"]
-    assert messages[1].tool_calls == (ToolCall("f", {}), ToolCall("g", {}))
+def alone(name: str, **message: Any) -> dict[str, Any]:
+    """A call in a message of its own, as ms-swift writes it."""
+    return {"role": "tool_call", "content": json.dumps({"name": name, "arguments": {}}), **message}
+
+
+def as_sharegpt(message: dict[str, Any], speaker: str = "function_call") -> dict[str, Any]:
+    speakers = {"user": "human", "assistant": "gpt", "tool_call": speaker, "tool_response": "observation"}
+    return {"from": speakers[message["role"]], "value": message["content"]}
+
+
+RESULTS = [{"role": "tool_response", "content": text} for text in "ab"]
+LOOKING: dict[str, Any] = {"role": "assistant", "content": "I look."}
+
+
+@pytest.mark.parametrize("before", [[], [LOOKING]])
+def test_calls_in_messages_of_their_own_are_those_of_one_turn(before: list[dict[str, Any]]) -> None:
+    messages = [USER, *before, alone("f"), alone("g"), *RESULTS, ANSWER]
+    content = "I look." if before else ""
+    called = {"role": "assistant", "content": content, "tool_calls": [{"name": name, "arguments": {}} for name in "fg"]}
+    rows = [
+        ("chat", chat(*messages)),
+        ("chat", chat(*[{**m, "content": json.loads(m["content"])} if "call" in m["role"] else m for m in messages])),
+        ("sharegpt", {"conversations": messages}),
+        ("sharegpt", {"conversations": [as_sharegpt(message) for message in messages]}),
+        ("sharegpt", {"conversations": [as_sharegpt(message, "tool_call") for message in messages]}),
+    ]
+    expected = parsed("chat", chat(USER, called, *RESULTS, ANSWER)).messages
+    for format, row in rows:
+        sample = parsed(format, row)
+        assert sample.messages == expected
+        assert sample.turns == (0, 1, *range(3 + len(before), 6 + len(before)))
+    ends = {"prompt": [USER], "chosen": messages[1:], "rejected": [LOOKING]}
+    assert parsed("preference", ends).chosen.messages[1:] == expected[1:]
+
+
+def test_calls_of_other_weight_or_speaker_stay_apart() -> None:
+    def roles(*messages: dict[str, Any]) -> list[str]:
+        return [message.role for message in parsed("chat", chat(*messages)).messages]
+
+    assert roles(USER, {**LOOKING, "loss": False}, alone("f"), *RESULTS, ANSWER)[1:3] == ["assistant", "assistant"]
+    assert roles(USER, alone("f"), RESULTS[0], alone("g"), RESULTS[1], ANSWER)[1:5] == ["assistant", "tool"] * 2
 
 
 def choice(**fields: Any) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from qwentune.data.faults import Faults, described
 from qwentune.data.sample import Json, Message, ToolCall
@@ -24,6 +25,7 @@ EXTRA_KEYS = ("name", "tool_call_id", "function_call")  # close to known keys, b
 # Of other toolkits: swallowed, they would train the wrong turns.
 MASK_KEYS = {"loss_weight": "weight", "loss_scale": "weight"}
 CALL_KEYS = ("name", "arguments")
+CALLERS = ("tool_call", "function_call")  # a message of theirs is nothing but calls: of ms-swift, LLaMA-Factory
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # beside a function they would be lost
 LARGEST_WEIGHT = 1e6  # losses are 32-bit floats
 
@@ -35,7 +37,7 @@ def read_message(value: Json, path: str, faults: Faults) -> Message | None:
         return None
     num_problems = len(faults.problems)
     fields = _without_nulls(value)
-    if fields.get("role") == "tool_call" and isinstance(fields.get("content"), str):
+    if fields.get("role") == "tool_call" and fields.get("content") not in (None, "", []):
         value = {**value, "role": "assistant", "content": "", "tool_calls": fields["content"]}
         fields = _without_nulls(value)
     if isinstance(fields.get("loss"), bool):  # ms-swift's name
@@ -46,6 +48,8 @@ def read_message(value: Json, path: str, faults: Faults) -> Message | None:
     gives_calls = any(fields.get(key) for key in ("tool_calls", "function_call"))
     content = _contents(value, path, faults, may_be_null=gives_calls and role in ("assistant", ""))
     reasoning = _reasoning(fields, path, faults)
+    if fields.get("role") == "tool_call":
+        faults.add(f"{path} holds no call", "Its content is the call, with name and arguments, as JSON.")
     if role and not is_assistant:
         for key in (*REASONING_KEYS, "tool_calls", "function_call", "train", "weight"):
             if key == "train" and fields.get(key) is False:  # as it is
@@ -61,6 +65,36 @@ def read_message(value: Json, path: str, faults: Faults) -> Message | None:
         return None
     extra = {key: item for key, item in fields.items() if key not in {*MESSAGE_KEYS, "function_call"}}
     return Message(role, "".join(content), reasoning, tuple(calls), weight, extra, len(content))
+
+
+def read_messages(
+    values: Sequence[Json], key: str, read: Callable[[Json, str, Faults], Message | None], faults: Faults
+) -> tuple[list[Message | None], list[int]]:
+    """The messages of the list under `key`, each as `read` takes it, and their places in it.
+
+    Calls in messages of their own belong to the assistant's message before them, as ms-swift joins them.
+    """
+    messages: list[Message | None] = []
+    places: list[int] = []
+    for i, value in enumerate(values):
+        message = read(value, f"{key}[{i}]", faults)
+        before = messages[-1] if messages else None
+        if message and before and _is_call_alone(value) and _goes_on(before, message):
+            calls, extra = before.tool_calls + message.tool_calls, {**message.extra, **before.extra}
+            messages[-1] = replace(before, tool_calls=calls, extra=extra)
+        else:
+            messages.append(message)
+            places.append(i)
+    return messages, places
+
+
+def _is_call_alone(value: Json) -> bool:
+    return isinstance(value, dict) and (value.get("role") in CALLERS or value.get("from") in CALLERS)
+
+
+def _goes_on(before: Message, message: Message) -> bool:
+    """Whether a message of calls is of the same turn as the one before it."""
+    return before.role == "assistant" and before.weight == message.weight and message.reasoning is None
 
 
 def check_dialogue(messages: list[Message | None], path: str, faults: Faults) -> None:
@@ -190,10 +224,12 @@ def _tool_calls(fields: Mapping[str, Json], path: str, faults: Faults) -> list[T
 
 
 def _listed_calls(fields: Mapping[str, Json], path: str, faults: Faults) -> list[Json]:
-    """The calls as values; a text of JSON, as table files store them, may also hold one alone."""
+    """The calls as values; one may stand alone, in place of a list, and all be a text of JSON, as in table files."""
     value = fields.get("tool_calls")
     if isinstance(value, str) and value.lstrip().startswith("{"):
         return [parsed] if (parsed := faults.parsed(value, path)) is not None else []
+    if isinstance(value, dict):
+        return [value]
     return faults.listed(fields, "tool_calls", path)
 
 

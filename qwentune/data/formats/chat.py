@@ -7,10 +7,9 @@ answer.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 from qwentune.data.faults import Faults, described
-from qwentune.data.normalise import check_dialogue, read_message, read_tools
+from qwentune.data.normalise import check_dialogue, read_message, read_messages, read_tools
 from qwentune.data.sample import Conversation, Json, Message, Source
 from qwentune.errors import Problem
 
@@ -22,21 +21,18 @@ def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
     """The dialogue, or everything that is wrong with the row."""
     faults = Faults(source)
     values = faults.listed(row, "messages", "messages", required=True)
-    messages: list[Message | None] = []
-    for i, value in enumerate(values):
-        message = read_message(value, f"messages[{i}]", faults)
-        before = messages[-1] if messages else None
-        if i and _is_call(value) and _is_call(values[i - 1]) and message and before and message.weight == before.weight:
-            messages[-1] = replace(before, tool_calls=before.tool_calls + message.tool_calls)
-        else:
-            messages.append(message)
-    messages += _logged_answer(row, messages, faults)
+    messages, places = read_messages(values, "messages", read_message, faults)
+    if logged := _logged_answer(row, messages, faults):
+        messages += logged
+        places.append(len(values))
     check_dialogue(messages, "messages", faults)
     tools = read_tools(row, faults)
     faults.misspelt(row, KEYS, (), "the row has ")
     faults.refuse_media(row)
     faults.refuse_judged_bad(row)
-    return faults.problems or Conversation(source, tuple(message for message in messages if message), tuple(tools))
+    if faults.problems:
+        return faults.problems
+    return Conversation(source, tuple(message for message in messages if message), tuple(tools), tuple(places))
 
 
 def _logged_answer(row: dict[str, Json], messages: list[Message | None], faults: Faults) -> list[Message | None]:
@@ -62,8 +58,3 @@ def _logged_answer(row: dict[str, Json], messages: list[Message | None], faults:
                 fix = 'It holds the answer as an object: {"message": {"role": "assistant", …}}.'
                 faults.add(f"choices[0] is {described(choices[0])}", fix)
     return []
-
-
-def _is_call(value: Json) -> bool:
-    """Whether this is one call in a message of its own: of ms-swift, where several in a row are parallel."""
-    return isinstance(value, dict) and value.get("role") == "tool_call"

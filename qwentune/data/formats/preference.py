@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from qwentune.data.faults import Faults
 from qwentune.data.formats.sharegpt import read_turn
-from qwentune.data.normalise import read_tools
+from qwentune.data.normalise import read_messages, read_tools
 from qwentune.data.sample import Conversation, Json, Message, Pair, Source
 from qwentune.errors import Problem
 
@@ -69,5 +69,5 @@ def _messages(row: dict[str, Json], key: str, role: str, faults: Faults) -> list
         read = [read_turn(value, key, faults)]
     else:
         listed = faults.listed(row, key, key, required=True)
-        read = [read_turn(turn, f"{key}[{i}]", faults) for i, turn in enumerate(listed)]
+        read, _ = read_messages(listed, key, read_turn, faults)
     return [message for message in read if message]

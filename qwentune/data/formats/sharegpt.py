@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qwentune.data.faults import Faults, described
-from qwentune.data.normalise import check_dialogue, read_message, read_tools
+from qwentune.data.normalise import CALLERS, check_dialogue, read_message, read_messages, read_tools
 from qwentune.data.sample import Conversation, Json, Message, Source
 from qwentune.errors import Problem, nearest
 
@@ -31,7 +31,6 @@ SPEAKERS = {
     "function_response": "tool",
     "observation": "tool",
 }
-CALLS = ("function_call", "tool_call")
 
 
 def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
@@ -39,15 +38,14 @@ def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
     faults = Faults(source)
     key = "conversation" if "conversation" in row and "conversations" not in row else "conversations"
     turns = _spoken(faults.listed(row, key, key, required=True))
-    messages = [read_turn(turn, f"{key}[{i}]", faults) for i, turn in enumerate(turns)]
-    places = range(len(messages))
+    messages, places = read_messages(turns, key, read_turn, faults)
     check_dialogue(messages, key, faults)
     system = faults.text(row, "system", "system")
     if system:
         if messages and messages[0] and messages[0].role == "system":
             faults.add("system stands both in the row and in its conversations", "Keep one of them.")
         messages.insert(0, Message("system", system))
-        places = range(-1, len(turns))
+        places.insert(0, -1)
     tools = read_tools(row, faults)
     faults.misspelt(row, KEYS, (), "the row has ")
     faults.refuse_media(row)
@@ -81,7 +79,7 @@ def read_turn(turn: Json, path: str, faults: Faults) -> Message | None:
         faults.add(f"{path}.from is {described(speaker)}", hint or f"It is one of {', '.join(SPEAKERS)}.")
     fields: dict[str, Json] = {key: item for key, item in turn.items() if key not in ("from", "value")}
     message = {**fields, "role": SPEAKERS.get(speaker) if isinstance(speaker, str) else None}
-    if speaker in CALLS:
+    if speaker in CALLERS:
         calls = _read_calls(turn, f"{path}.value", faults)
         message |= {"content": "" if calls else None, "tool_calls": calls}
     else:
