@@ -19,6 +19,7 @@ from qwentune.data.tokenizer import load_tokenizer
 from qwentune.errors import DataError, Problem
 from qwentune.recipe import DataOptions
 from tests.checkpoints import write_checkpoint
+from tests.fake_hub import fake_hub
 from tests.runs import ENVIRONMENT, write_recipe
 
 
@@ -41,8 +42,8 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the hub is asked for; it has `ROWS`, as a table that fills what a row does not have with nulls."""
     asked: list[tuple[Any, ...]] = []
 
-    def load_dataset(name: str, configuration: str | None, *, split: str) -> Any:
-        asked.append((name, configuration, split))
+    def load_dataset(name: str, configuration: str | None, *, split: str, revision: str | None, **_: Any) -> Any:
+        asked.append((name, configuration, split, revision))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -57,9 +58,11 @@ def read(path: str) -> tuple[list[tuple[str, Any]], list[Problem]]:
 @pytest.mark.parametrize(
     ("path", "asked"),
     [
-        ("someone/some-data", ("someone/some-data", None, "train")),
-        ("someone/some-data-2.5:test", ("someone/some-data-2.5", None, "test")),
-        ("someone/some_data:main:validation", ("someone/some_data", "main", "validation")),
+        ("someone/some-data", ("someone/some-data", None, "train", None)),
+        ("someone/some-data-2.5:test", ("someone/some-data-2.5", None, "test", None)),
+        ("someone/some_data:main:validation", ("someone/some_data", "main", "validation", None)),
+        ("someone/some-data@v1.0", ("someone/some-data", None, "train", "v1.0")),
+        ("someone/some-data@refs/pr/3:main:test", ("someone/some-data", "main", "test", "refs/pr/3")),
     ],
 )
 def test_a_split_is_fetched_once_and_its_rows_are_the_lines_of_a_file(
@@ -105,7 +108,7 @@ def test_an_unknown_split_is_answered_with_those_there_are(monkeypatch: pytest.M
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     load_dataset = datasets.load_dataset
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda *_, split: load_dataset("json", data_files="rows.jsonl", split=split)
+        datasets, "load_dataset", lambda *_, split, **__: load_dataset("json", data_files="rows.jsonl", split=split)
     )
     assert read("someone/some-data")[0] == [("someone/some-data:1", ROWS[0]), ("someone/some-data:2", ROWS[1])]
     rows, (problem,) = read("someone/some-data:tset")
@@ -123,8 +126,53 @@ def test_a_row_that_json_has_no_form_for_is_named_and_nothing_is_kept(monkeypatc
     assert not list(Path("cache").rglob(".fetching-*"))
 
 
+READ = """
+import json, sys
+from qwentune.data.files import read_rows
+for path in sys.argv[1:]:
+    problems = []
+    rows = [row.value for row in read_rows(path, problems)]
+    print(json.dumps([rows, [[problem.what, problem.fix] for problem in problems]]))
+"""
+
+
+def read_from(endpoint: str, *paths: str) -> list[tuple[list[Any], list[tuple[str, str]]]]:
+    """Rows and problems of each path, read by a process of its own; without an `endpoint` it asks no hub."""
+    environment = {**ENVIRONMENT, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0" if endpoint else "1"}
+    environment |= {"HF_HOME": str(Path("hf").resolve()), "QWENTUNE_CACHE": str(Path("cache").resolve())}
+    command = [sys.executable, "-c", READ, *paths]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in said.splitlines()]
+
+
+def lines(*rows: Any) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def test_the_hub_itself_gives_each_revision_its_rows_and_says_what_it_does_not_have() -> None:
+    old, new = (
+        {"train.jsonl": lines(*ROWS)},
+        {"train.jsonl": lines({"text": "new"}), "test.jsonl": lines({"text": "t"})},
+    )
+    with fake_hub("someone/some-data", {"v1": old, "main": new}) as endpoint:
+        paths = ("", "@v1", ":test", "@v2", "@v1:test")
+        latest, first, test, unknown, unsplit = read_from(endpoint, *(f"someone/some-data{path}" for path in paths))
+        ((_, (other,)),) = read_from(endpoint, "someone/other")
+    assert (latest, first, test) == ([[{"text": "new"}], []], [ROWS, []], [[{"text": "t"}], []])
+    ((what, fix),) = unknown[1]
+    assert "Revision 'v2' doesn't exist for dataset 'someone/some-data' on the Hub" in what
+    assert "hf download --repo-type dataset someone/some-data --revision v2 --local-dir data" in fix
+    assert "Unknown split \"test\". Should be one of ['train']" in unsplit[1][0][0]
+    assert "'someone/other' doesn't exist on the Hub or cannot be accessed" in other[0]
+    kept, (rows, (failed,)) = read_from("", "someone/some-data@v1", "someone/some-data@v3")
+    assert kept == first, "what was fetched is not asked for again"
+    assert rows == [], "of another revision, which the cache of datasets holds"
+    assert "as a hub dataset it cannot be fetched" in failed[0]
+
+
 @pytest.mark.parametrize(
-    "path", ["data", "data/rows", "rows/data.jsonl", "a/b/c", "../data", "a/b:c:d:e", "~/data", "a/"]
+    "path",
+    ["data", "data/rows", "rows/data.jsonl", "a/b/c", "../data", "a/b:c:d:e", "~/data", "a/", "a/b@", "a/b@v1.jsonl"],
 )
 def test_what_is_no_hub_dataset(path: str) -> None:
     Path("data").mkdir()

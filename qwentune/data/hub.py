@@ -19,20 +19,24 @@ from qwentune.durable import sync
 from qwentune.errors import DataError, Problem
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
-_DATASET = re.compile(rf"({_NAME}/{_NAME})(?::({_NAME})(?=:))?(?::({_NAME}))?")  # id, configuration, split
+_DATASET = re.compile(  # id, revision, configuration, split
+    rf"({_NAME}/{_NAME})(?:@({_NAME}(?:/{_NAME})*))?(?::({_NAME})(?=:))?(?::({_NAME}))?"
+)
 
 
 def is_hub_dataset(path: str) -> bool:
-    """Whether a path is `owner/name`, `owner/name:split` or `owner/name:configuration:split`, and no file here."""
+    """Whether a path is `owner/name`, with `@revision`, `:split` or `:configuration:split` behind, and no file here."""
     match = _DATASET.fullmatch(path)
     if match is None or Path(path).exists() or Path(path).parent.is_dir():
         return False
-    return not Path(match[1]).suffix[1:2].isalpha()  # some-data-2.5 is a name, some-data.jsonl a file that is missing
+    # some-data-2.5 is a name, some-data.jsonl a file that is missing
+    return not any(Path(name).suffix[1:2].isalpha() for name in (match[1], match[2] or ""))
 
 
 def kept_file(path: str) -> Path:
     """Where the rows of a hub dataset are kept once they were fetched; there may be no such file yet."""
-    return cache_folder() / "hub" / f"{path.replace(':', '/')}.jsonl"
+    owner, name = path.split("/", 1)
+    return cache_folder() / "hub" / owner / f"{name.replace('/', '%2F').replace(':', '/')}.jsonl"
 
 
 def fetched(path: str) -> Path:
@@ -45,34 +49,37 @@ def fetched(path: str) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
             if not file.exists():  # another process may have fetched it meanwhile
-                _write(_rows(path), path, file)
+                _keep(path, file)
                 say(f"{path} is kept in {file}; its rows are named by the lines there, delete it to fetch it anew")
     return file
 
 
-def _rows(path: str) -> Iterable[Any]:
+def _rows(path: str, folder: Path) -> Iterable[Any]:
+    """The rows as the hub gives them; `folder` may hold what is only needed to read them."""
     match = _DATASET.fullmatch(path)
     assert match is not None
-    name, configuration, split = match.groups()
+    name, revision, configuration, split = match.groups()
     datasets: Any = import_module("datasets")  # slow to import, and few runs need it
+    # Where the hub cannot be reached, datasets takes whatever revision its cache holds.
+    cache = str(folder / "datasets") if revision else None
     try:
-        return datasets.load_dataset(name, configuration, split=split or "train")
+        return datasets.load_dataset(name, configuration, split=split or "train", revision=revision, cache_dir=cache)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        offline = datasets.config.HF_HUB_OFFLINE
+        offline, pinned = datasets.config.HF_HUB_OFFLINE, f" --revision {revision}" if revision else ""
         what = f"there is no such file, and as a hub dataset it cannot be fetched: {reason}"
         fix = (
             f"{'Unset HF_HUB_OFFLINE' if offline else 'Check the name and the connection'}, or download it where there "
-            f"is one (hf download --repo-type dataset {name} --local-dir data) and name its file."
+            f"is one (hf download --repo-type dataset {name}{pinned} --local-dir data) and name its file."
         )
         raise DataError(Problem(path, what, fix)) from None
 
 
-def _write(rows: Iterable[Any], path: str, file: Path) -> None:
+def _keep(path: str, file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".fetching-") as folder:
         staging = Path(folder) / file.name
         with staging.open("w", encoding="utf-8") as stream:
-            for number, row in enumerate(rows, start=1):
+            for number, row in enumerate(_rows(path, Path(folder)), start=1):
                 try:
                     stream.write(json.dumps(json_value(row), ensure_ascii=False) + "\n")
                 except ValueError as error:

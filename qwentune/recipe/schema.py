@@ -70,7 +70,9 @@ class Objective(Section):
 
 
 class DataSource(Section):
-    path: Name = _key(..., "a file (.jsonl, .json, .parquet, .csv; also .gz, .zst) or a hub dataset (owner/name:split)")
+    path: Name = _key(
+        ..., "a file (.jsonl, .json, .parquet, .csv; also .gz, .zst) or a hub dataset (owner/name@revision:split)"
+    )
     format: Format = _key("auto", "the row format; auto detects it from the first rows")
     repeat: Positive = _key(1.0, "times that the rows are seen in one epoch; 0.5 is a seeded half")
 
