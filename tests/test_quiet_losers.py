@@ -110,6 +110,12 @@ def test_that_servers_join_parts_otherwise_is_said_where_the_template_takes_no_p
     assert run.warning("1 contents have several text parts", user(parts("how ", "are you")), answer(parts("fine")))
 
 
+@pytest.mark.parametrize("template", PART_TEMPLATES[1:])
+def test_that_servers_join_the_parts_of_a_tools_answer_themselves_is_said(run: Run) -> None:
+    result = {"role": "tool", "content": parts("how ", "are you")}
+    assert run.warning("1 contents have several text parts", user(), answer("", tool_calls=CALLS), result, answer())
+
+
 @pytest.mark.parametrize("template", PART_TEMPLATES)
 def test_a_template_that_takes_parts_joins_them_itself(run: Run) -> None:
     warnings = run.prepared(user(parts("how ", "are you")), answer()).report["warnings"]

@@ -78,8 +78,9 @@ class Dialogue:
         if template.reasoning_form is not None:
             messages = [with_reasoning_apart(message) for message in messages]
         remarks = [STRAY_TAG for message in messages if has_stray_tag(message)]
-        if not template.takes_parts:
-            remarks += [SEVERAL_PARTS for message in messages if message.num_parts > 1]
+        for message in messages:  # vLLM joins a tool's parts with line feeds, whatever the template takes
+            if message.num_parts > 1 and not (template.takes_parts and message.role != "tool"):
+                remarks.append(SEVERAL_PARTS)
         num_inserted = 0
         if options.system is not None and messages[0].role != "system":
             messages.insert(0, Message("system", options.system))
