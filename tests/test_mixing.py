@@ -108,3 +108,19 @@ def test_what_is_held_out_is_not_trained_however_often_its_source_is_repeated(qw
 def test_a_repeat_that_takes_no_row_is_named(qwen3_folder: Path) -> None:
     with pytest.raises(DataError, match=r"no row is left to train on\n.*repeat"):
         mixed(qwen3_folder, {"rows.jsonl": (3, 0.1)})
+
+
+def test_a_source_of_which_no_row_is_trained_is_named_among_others(qwen3_folder: Path) -> None:
+    dataset = mixed(qwen3_folder, {"small.jsonl": (3, 0.1), "large.jsonl": (30, 0.1)})
+    assert sum(seen(dataset).values()) == 3
+    (warning,) = (warning for warning in dataset.report["warnings"] if "small.jsonl" in warning)
+    assert "no row of small.jsonl is trained: repeat 0.1 of 3 rounds to none. Raise its repeat" in warning
+    assert not [warning for warning in dataset.report["warnings"] if "large.jsonl" in warning]
+
+
+def test_a_source_that_is_held_out_whole_is_named(qwen3_folder: Path) -> None:
+    sources = {f"{k}.jsonl": (1, 1.0) for k in range(4)}
+    dataset = mixed(qwen3_folder, sources, eval_fraction=0.25)
+    (held_out,) = (dataset.examples.source(int(i)).file for i in dataset.examples.evaluation)
+    (warning,) = (warning for warning in dataset.report["warnings"] if "no row of" in warning)
+    assert f"no row of {held_out} is trained: data.eval_fraction=0.25 holds out all" in warning

@@ -243,11 +243,13 @@ def _build(
         fix = "Give rows with a turn that is trained, or raise `repeat` where it takes no row."
         raise DataError(Problem(data.train[0].path, "no row is left to train on", fix))
     copies = _copies(np.asarray(identities), groups, evaluation)
+    finished = report.finish(int(once[train].sum()), len(evaluation), dropped, copies)
+    finished["warnings"] += _untrained_sources(data, groups, train, evaluation)
     return {
         "content": writer.finish(train, evaluation),
         "file_names": list(writer.file_names),
         "control_ids_used": sorted(writer.control_ids_used - {tokenizer.end_of_text_id}),
-        "report": report.finish(int(once[train].sum()), len(evaluation), dropped, copies),
+        "report": finished,
         "dropped": [{**asdict(drop), "source": asdict(drop.source)} for drop in dropped],
     }
 
@@ -285,6 +287,23 @@ def _split(
         evaluation.append(_examples_of(begins, np.flatnonzero(out)))
         train.append(_examples_of(begins, _repeated(np.flatnonzero(~out), source.repeat, seed + number)))
     return np.concatenate(train), np.concatenate(evaluation)
+
+
+def _untrained_sources(
+    data: DataOptions, groups: Sequence[NDArray[np.int64]], train: NDArray[np.int64], evaluation: NDArray[np.int64]
+) -> list[str]:
+    """A warning for each source that has rows to train and none of them is."""
+    warnings: list[str] = []
+    for source, begins in zip(data.train, groups, strict=False):
+        num_left = len(begins) - 1 - int(np.isin(begins[:-1], evaluation).sum())
+        if len(begins) == 1 or np.isin(begins[:-1], train).any():
+            continue
+        if num_left:
+            cause = f"repeat {source.repeat:g} of {num_left} rounds to none. Raise its repeat, or leave it out"
+        else:
+            cause = f"data.eval_fraction={data.eval_fraction:g} holds out all. Add rows, or name data.eval"
+        warnings.append(f"no row of {source.path} is trained: {cause}")
+    return warnings
 
 
 def _copies(
