@@ -56,6 +56,10 @@ TEMPLATES = {
     "several tools": template(
         end="{% if tools and tools | length > 1 and m.role == 'assistant' and not loop.last %}…{% endif %}"
     ),
+    "users counted": template(
+        header="{% if m.role == 'assistant' and (loop.last or loop.index0 > messages | selectattr('role', 'equalto', "
+        "'user') | list | length) %}[kept] {% endif %}"
+    ),
     "answer after an answer": template(end="{% if loop.last and m.role == 'assistant' %}{{ '<|im_end|>' }}{% endif %}"),
 }
 
@@ -68,6 +72,15 @@ def rows() -> list[dict[str, Any]]:
         [*plain, ("user", "why?"), ("assistant", "so"), *plain],
         [*plain, ("user", "q"), ("assistant", "a long answer " * 5), *plain],
         plain * 6,
+        [
+            *plain,
+            ("tool", "c"),
+            ("assistant", "d"),
+            ("user", "e"),
+            ("assistant", "f"),
+            ("user", "g"),
+            ("assistant", "h"),
+        ],
         [*plain, ("user", "a"), ("assistant", "b"), ("assistant", "c"), *plain],
     ]
     messages = [[{"role": role, "content": text} for role, text in said] for said in dialogues]

@@ -34,10 +34,13 @@ class Particulars:
 
 
 def particulars(tree: nodes.Template) -> Particulars | None:
-    """The words that a parsed template looks for; None where it counts further than to one."""
+    """The words that a parsed template looks for; None where it counts further than to one, or by a choice."""
     named = {id(keyword.value) for keyword in tree.find_all(nodes.Keyword)}  # such as an indentation
     for constant in tree.find_all(nodes.Const):
         if isinstance(constant.value, int | float) and constant.value not in _COUNTED and id(constant) not in named:
+            return None
+    for applied in tree.find_all(nodes.Filter):
+        if applied.name in ("length", "count") and isinstance(applied.node, nodes.Filter):  # some of the messages
             return None
     applied = {applied.name for applied in tree.find_all(nodes.Filter)}
     applied |= {call.node.attr for call in tree.find_all(nodes.Call) if isinstance(call.node, nodes.Getattr)}
