@@ -71,8 +71,11 @@ def run(command: Callable[[], int]) -> int:
     except Exception as error:  # the one place where a bug becomes a message
         if os.environ.get("QWENTUNE_TRACEBACK"):
             raise
-        where = _kept(traceback.format_exc())
-        say(f"A bug in qwentune: {type(error).__name__}: {error}\n    The traceback is in {where}; please report it.")
+        where, rank = _kept(traceback.format_exc()), os.environ.get("RANK", "0")
+        words = (
+            f"A bug in qwentune: {type(error).__name__}: {error}\n    The traceback is in {where}; please report it."
+        )
+        say(words if rank == "0" else f"rank {rank}: {words}", by_any_rank=True)  # it may be the only one to know
         return EXIT_BUG
 
 

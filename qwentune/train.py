@@ -260,9 +260,9 @@ class _Training:
                 failure = self._explained(error)
                 code = failure.exit_code if failure else EXIT_BUG
                 reason = str(failure.problems[0]) if failure else f"{type(error).__name__}: {error}"
-                if not self.ranks.leads and not isinstance(failure, NotFiniteError | LostRankError):
+                if failure and not self.ranks.leads and not isinstance(failure, NotFiniteError | LostRankError):
                     # Rank 0 may know no more than that a rank was lost.
-                    console.say(f"rank {self.ranks.rank}: {failure or reason}", by_any_rank=True)
+                    console.say(f"rank {self.ranks.rank}: {failure}", by_any_rank=True)
                 with suppress(OSError):  # the disk may be full
                     self._status("failed", code, reason)
                 raise failure or error from None

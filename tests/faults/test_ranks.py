@@ -276,6 +276,47 @@ def test_a_rank_that_is_stuck_in_code_is_named_with_the_line(
     assert re.match(sentence, status_of(tmp_path / "run")["reason"])
 
 
+BROKEN = """
+import os
+from qwentune import console, train
+if os.environ["RANK"] == "1":
+    import {module} as module
+    def broken(*args, **kwargs):
+        raise TypeError("the second rank's own")
+    module.{place} = broken
+console.main(train.train)
+"""
+
+
+@pytest.mark.fault(
+    "D30", "a bug that one rank alone runs into is said with the rank, also without a supervisor; exit 1"
+)
+@pytest.mark.parametrize(
+    ("module", "place"),
+    [
+        ("qwentune.data.dataset", "prepare"),
+        ("qwentune.model.fingerprint", "weights_fingerprint"),
+        ("qwentune.data.batch", "TrainBatches.__getitem__"),
+    ],
+)
+def test_a_bug_on_another_rank_than_the_first_is_said(tmp_path: Path, module: str, place: str) -> None:
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN.format(module=module, place=place))
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    recipe = write_recipe(tmp_path, model, batch={"micro_batch": 1})
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "launch/cpu-2.yaml"]
+    ended = subprocess.run(
+        [sys.executable, *launcher, str(script), str(recipe)],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    (said,) = re.findall(r"rank 1: .*the second rank's own\n.*", ended.stderr)
+    assert "A bug in qwentune: TypeError: the second rank's own" in said
+    (kept,) = re.findall(r"The traceback is in (\S+\.txt)", said)
+    assert "in broken" in Path(kept).read_text()
+    Path(kept).unlink()
+
+
 @pytest.mark.parametrize("slow", [0, 1])
 def test_a_rank_that_is_only_slow_goes_on(slow: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the clock of the supervisor: a rank may be late by the limit, and by ten times its usual delay."""
