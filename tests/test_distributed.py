@@ -66,6 +66,21 @@ def test_two_ranks_train_like_one_process(tmp_path: Path, warm: Warm, launch: st
             )
 
 
+@pytest.mark.slow
+def test_two_ranks_can_be_the_first_to_train_a_built_in_model(tmp_path: Path) -> None:
+    """Nothing is in the cache: rank 0 alone writes the model's weights, and both train them."""
+    environment = {**ENVIRONMENT, "QWENTUNE_CACHE": str(tmp_path / "cache")}
+    run = tmp_path / "run"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "launch/cpu-2.yaml", "-m", "qwentune.train"]
+    overrides = [f"output.dir={run}", "optimizer.max_steps=2", "output.save_every_steps=2"]
+    command = [sys.executable, *launcher, "recipes/quickstart.yaml", *overrides]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert len(losses(run)) == 2
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    assert final_weights(run)
+
+
 def holds_what_is_planned(held: dict[str, int], plan: dict[str, Any]) -> None:
     """Parameters, gradients with DDP's and DeepSpeed's buckets, and optimizer states, to the byte."""
     terms = plan["phases"]["train_step"]["terms"]
