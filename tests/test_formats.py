@@ -346,6 +346,19 @@ def test_two_answers_that_are_the_same_are_no_preference() -> None:
         ({"prompt": "q", "completion": "a"}, "format instruction: rename 'prompt' to 'instruction'"),
         ({"dialogue": []}, "format chat: rename 'dialogue' to 'messages'"),
         ({"content": "t"}, "format text: rename 'content' to 'text'"),
+        ({"input": "q", "output": "a"}, "format instruction: rename 'input' to 'instruction' (jq"),
+        (
+            {"prompt": [USER], "completion": [ANSWER]},
+            "format chat: join them (jq -c '{messages: (.prompt + .completion)}",
+        ),
+        (
+            {"data": [chat(USER, ANSWER)]},
+            "The rows of 'data' are rows of the format chat: take them out (jq -c '.data[]'",
+        ),
+        (
+            {"id": "1", "body": chat(USER)},
+            "The 'body' of each row is one of the format chat: take it out (jq -c '.body'",
+        ),
         ({"anchor": "t", "pos": "u"}, "format retrieval: rename 'anchor' to 'query', 'pos' to 'positive'"),
     ],
 )
@@ -445,3 +458,30 @@ def test_the_one_choice_of_a_logged_request_is_its_answer() -> None:
 def test_choices_that_are_not_clearly_the_answer_are_said(row: dict[str, Any], fault: str) -> None:
     (said,) = faults("chat", row)
     assert said.startswith(fault)
+
+
+def test_functions_are_tools_as_they_were_called_before() -> None:
+    function = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    called = chat(USER, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}})
+    tools = parsed("chat", {**called, "functions": [function]}).tools
+    assert tools == parsed("chat", {**called, "tools": [{"type": "function", "function": function}]}).tools
+
+
+def test_an_instruction_may_have_tools() -> None:
+    row = {"instruction": "q", "output": "a"}
+    assert parsed("instruction", {**row, "tools": '[{"name": "f"}]'}).tools == ({"name": "f"},)
+    assert parsed("instruction", {**row, "tools": ""}).tools == ()
+
+
+@pytest.mark.parametrize(("role", "meant"), [("human", "user"), ("gpt", "assistant"), ("AI", "assistant")])
+def test_a_role_of_another_format_is_answered_with_ours(role: str, meant: str) -> None:
+    (fault,) = faults("chat", chat({**USER, "role": role}, ANSWER))
+    assert fault == f"messages[0] has the unknown role {role!r} Did you mean {meant!r}?"
+
+
+def test_a_hint_does_not_propose_what_the_values_cannot_be(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"id": 1, "body": {"model": "m"}}) + "\n")
+    with pytest.raises(DataError) as refused:
+        list(read_samples(str(file), "auto", []))
+    assert "rename" not in str(refused.value)

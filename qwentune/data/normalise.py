@@ -24,6 +24,7 @@ MESSAGE_KEYS = ("role", "content", *REASONING_KEYS, "tool_calls", "train", "weig
 EXTRA_KEYS = ("name", "tool_call_id", "function_call")  # close to known keys, but no mistakes
 # Of other toolkits: swallowed, they would train the wrong turns.
 MASK_KEYS = {"loss_weight": "weight", "loss_scale": "weight"}
+OTHER_ROLES = {"human": "user", "gpt": "assistant", "ai": "assistant", "model": "assistant", "bot": "assistant"}
 CALL_KEYS = ("name", "arguments")
 CALLERS = ("tool_call", "function_call")  # a message of theirs is nothing but calls: of ms-swift, LLaMA-Factory
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # beside a function they would be lost
@@ -108,7 +109,13 @@ def check_dialogue(messages: list[Message | None], path: str, faults: Faults) ->
 
 
 def read_tools(row: Mapping[str, Json], faults: Faults) -> list[dict[str, Json]]:
-    """The tools of a row, each as the row gives it; the list may be a text of JSON."""
+    """The tools of a row, each as the row gives it; the list may be a text of JSON.
+
+    `functions`, what tools were called before, are tools of that type.
+    """
+    if row.get("functions") and not row.get("tools"):
+        functions = faults.listed(row, "functions", "functions")
+        row = {"tools": [{"type": "function", "function": function} for function in functions]}
     tools: list[dict[str, Json]] = []
     for i, tool in enumerate(faults.listed(row, "tools", "tools")):
         if isinstance(tool, dict):
@@ -153,7 +160,8 @@ def _role(fields: Mapping[str, Json], path: str, faults: Faults) -> str:
     if role is None:
         faults.add(f"{path} has no role", f"Roles are {', '.join(ROLES)}.")
     elif isinstance(role, str):
-        hint = nearest(role.lower(), ROLES).strip() or f"Roles are {', '.join(ROLES)}."
+        meant = OTHER_ROLES.get(role.lower(), role.lower())
+        hint = nearest(meant, ROLES).strip() or f"Roles are {', '.join(ROLES)}."
         faults.add(f"{path} has the unknown role {role!r}", hint)
     else:
         faults.add(f"{path}.role is {described(role)}", f"Roles are {', '.join(ROLES)}.")

@@ -7,8 +7,9 @@ from itertools import islice
 
 from qwentune.data.faults import described
 from qwentune.data.files import read_rows
-from qwentune.data.formats import FORMATS, NOT_TRAINED, SIGNATURES, detect, format_of, suggestion
+from qwentune.data.formats import FORMATS, NOT_TRAINED, SIGNATURES, detect, format_of
 from qwentune.data.sample import Sample
+from qwentune.data.suggestion import suggestion
 from qwentune.errors import DataError, Problem, nearest
 
 NUM_ROWS_LOOKED_AT = 20  # to recognise a format
@@ -62,8 +63,8 @@ def detected(path: str) -> str:
         raise DataError(problems)
     keys = list(dict.fromkeys(key for value in values if isinstance(value, dict) for key in value))
     known = sorted({key for _, signature in SIGNATURES for key in signature})
-    hint = next(filter(None, (nearest(key, known).strip() for key in keys)), "")
+    hint = next(filter(None, (nearest(key, known).strip() for key in keys if key not in known)), "")
     signatures = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, keys in SIGNATURES if name in FORMATS)
-    hint = suggestion(keys, path) or hint
+    hint = suggestion(values, path) or hint
     what = f"no row format is recognised by the keys {', '.join(map(repr, keys[:10])) or 'of the first rows'}"
     raise DataError(Problem(path, what, f"{hint} The keys of {signatures}.".strip()))

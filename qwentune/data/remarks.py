@@ -28,7 +28,7 @@ def remarks(conversation: Conversation) -> Iterator[str]:
     before = ""
     for message in conversation.messages:
         is_answer = message.role == "assistant"
-        if is_answer and not message.content and not message.tool_calls and not message.reasoning:
+        if is_answer and not message.content.strip() and not message.tool_calls and not message.reasoning:
             yield SAYS_NOTHING
         if tools:
             yield from (UNKNOWN_TOOL for call in message.tool_calls if call.name not in tools)

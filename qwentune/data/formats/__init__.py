@@ -37,40 +37,11 @@ SIGNATURES: tuple[tuple[str, frozenset[str]], ...] = (
     ("text", frozenset({"text"})),
 )
 
-# Column names that others give to the same, the likeliest format first.
-OTHER_NAMES: tuple[tuple[str, dict[str, tuple[str, ...]]], ...] = (
-    ("chat", {"messages": ("dialogue", "dialog", "chat", "turns", "message")}),
-    ("sharegpt", {"conversations": ("items",)}),
-    ("retrieval", {"query": ("anchor", "sentence1"), "positive": ("pos", "sentence2")}),
-    (
-        "instruction",
-        {
-            "instruction": ("prompt", "question", "query", "user", "human", "problem", "q"),
-            "output": ("completion", "response", "answer", "assistant", "target", "solution", "a"),
-        },
-    ),
-    ("text", {"text": ("content", "document", "body", "code")}),
-)
-
 
 def detect(rows: Sequence[Json]) -> str | None:
     """The format whose keys most of the rows have; None where no row has those of any."""
     found = [name for row in rows if isinstance(row, dict) and (name := format_of(row))]
     return max(found, key=found.count, default=None)
-
-
-def suggestion(keys: Sequence[str], path: str) -> str:
-    """How to rename columns that go by other names; empty where that is not clear."""
-    lowered = {key.lower(): key for key in keys}
-    for format, columns in OTHER_NAMES:
-        found = {ours: [lowered[name] for name in (ours, *names) if name in lowered] for ours, names in columns.items()}
-        if all(found.values()):
-            pairs = ", ".join(f"{ours}: .{names[0]}" for ours, names in found.items())
-            can_run = path.endswith(".jsonl") and all(map(str.isidentifier, keys))
-            command = f" (jq -c '{{{pairs}}}' {path} > renamed.jsonl)" if can_run else ""
-            renamed = ", ".join(f"{names[0]!r} to {ours!r}" for ours, names in found.items() if names[0] != ours)
-            return f"As rows of the format {format}: rename {renamed}{command}."
-    return ""
 
 
 def format_of(row: dict[str, Json]) -> str | None:

@@ -1,4 +1,4 @@
-"""The `instruction` format: `{"instruction", "input"?, "output", "system"?, "history"?}`.
+"""The `instruction` format: `{"instruction", "input"?, "output", "system"?, "history"?, "tools"?}`.
 
 `query` and `response`, ms-swift's names, are read as `instruction` and `output`.
 """
@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from qwentune.data.faults import Faults, described
+from qwentune.data.normalise import read_tools
 from qwentune.data.sample import Conversation, Json, Message, Source
 from qwentune.errors import Problem
 
-KEYS = ("instruction", "input", "output", "system", "history")
+KEYS = ("instruction", "input", "output", "system", "history", "tools")
 NAMES = {"query": "instruction", "response": "output"}
 
 
@@ -28,6 +29,7 @@ def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
                 messages += [Message("user", question), Message("assistant", answer)]
             case _:
                 faults.add(f"history[{i}] is {described(exchange)}", "It is a list of a question and its answer.")
+    tools = tuple(read_tools(row, faults))
     faults.misspelt(row, KEYS, tuple(NAMES), "the row has ")
     faults.refuse_media(row)
     faults.refuse_judged_bad(row)
@@ -36,4 +38,4 @@ def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
     question = f"{instruction}\n{details}" if details else instruction
     messages += [Message("user", question), Message("assistant", output)]
     places = range(-1, len(messages) - 1) if system else range(len(messages))
-    return Conversation(source, tuple(messages), turns=tuple(places))
+    return Conversation(source, tuple(messages), tools, tuple(places))

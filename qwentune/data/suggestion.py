@@ -1,0 +1,59 @@
+"""What to do with rows whose format is not recognised: how columns would be renamed, joined or taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from qwentune.data.formats import format_of
+from qwentune.data.sample import Json
+
+# Column names that others give to the same and the kind of their values, the likeliest format first.
+OTHER_NAMES: tuple[tuple[str, type, dict[str, tuple[str, ...]]], ...] = (
+    ("chat", list, {"messages": ("dialogue", "dialog", "chat", "turns", "message")}),
+    ("sharegpt", list, {"conversations": ("items",)}),
+    ("retrieval", str, {"query": ("anchor", "sentence1"), "positive": ("pos", "sentence2")}),
+    (
+        "instruction",
+        str,
+        {
+            "instruction": ("prompt", "question", "query", "user", "human", "problem", "q", "input"),
+            "output": ("completion", "response", "answer", "assistant", "target", "solution", "a"),
+        },
+    ),
+    ("text", str, {"text": ("content", "document", "body", "code")}),
+)
+
+
+def suggestion(rows: Sequence[Json], path: str) -> str:
+    """How the rows of a file become those of a format, by the first of them; empty where that is not clear."""
+    row: Mapping[str, Json] = next((row for row in rows if isinstance(row, dict)), dict[str, Json]())
+    for key, value in row.items():
+        inner = value[0] if isinstance(value, list) and value else value
+        format = format_of(inner) if isinstance(inner, dict) else None
+        if format and isinstance(value, list):
+            command = _command(row, path, f".{key}[]", (".jsonl", ".json"))
+            return f"The rows of {key!r} are rows of the format {format}: take them out{command}."
+        if format:
+            command = _command(row, path, f".{key}")
+            return f"The {key!r} of each row is one of the format {format}: take it out{command}."
+    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        joined = _command(row, path, "{messages: (.prompt + .completion)}")
+        return f"As rows of the format chat: join them{joined}."
+    return _renaming(row, path)
+
+
+def _renaming(row: Mapping[str, Json], path: str) -> str:
+    for format, kind, columns in OTHER_NAMES:
+        lowered = {key.lower(): key for key, value in row.items() if isinstance(value, kind | str)}
+        found = {ours: [lowered[name] for name in (ours, *names) if name in lowered] for ours, names in columns.items()}
+        if all(found.values()):
+            pairs = ", ".join(f"{ours}: .{names[0]}" for ours, names in found.items())
+            renamed = ", ".join(f"{names[0]!r} to {ours!r}" for ours, names in found.items() if names[0] != ours)
+            return f"As rows of the format {format}: rename {renamed}{_command(row, path, f'{{{pairs}}}')}."
+    return ""
+
+
+def _command(row: Mapping[str, Json], path: str, filter: str, endings: tuple[str, ...] = (".jsonl",)) -> str:
+    """The command that does it, where a shell takes the names as they are."""
+    can_run = path.endswith(endings) and all(map(str.isidentifier, row))
+    return f" (jq -c '{filter}' {path} > renamed.jsonl)" if can_run else ""
