@@ -486,3 +486,42 @@ def test_arbitrary_bytes_never_raise_and_are_never_passed_over_in_silence(
     assert rows or problems
     json.dumps(rows, allow_nan=False).encode()
     "".join(map(str, problems)).encode()  # can be printed
+
+
+PARQUET = io.BytesIO()
+pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), PARQUET)
+LINE = b'{"text": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "what", "fix"),
+    [
+        ("rows.jsonl", gzip.compress(LINE), "it holds gzip data", "Rename it to 'rows.jsonl.gz'."),
+        ("rows.csv", zstandard.compress(LINE), "it holds zstd data", "Rename it to 'rows.csv.zst'."),
+        ("rows.jsonl", PARQUET.getvalue(), "it holds a Parquet file", "Rename it to 'rows.parquet'."),
+        ("rows.jsonl.gz", PARQUET.getvalue(), "it holds a Parquet file", "Rename it to 'rows.parquet'."),
+        ("rows.jsonl.gz", LINE, "it holds no gzip data", "Rename it to 'rows.jsonl'."),
+        ("rows.jsonl.zst", gzip.compress(LINE), "it holds gzip data", "Rename it to 'rows.jsonl.gz'."),
+        ("rows.parquet", LINE, "it holds no Parquet file", "Write the file again, or name it as what it is."),
+        ("rows.csv", b"PK\x03\x04 a workbook", "it holds a ZIP archive, such as an Excel workbook", "Save it as CSV"),
+    ],
+)
+def test_a_name_that_does_not_fit_what_the_file_holds_is_said(
+    tmp_path: Path, name: str, data: bytes, what: str, fix: str
+) -> None:
+    problem = the_only_problem(tmp_path / name, data)
+    assert (problem.where, what in problem.what, problem.fix.startswith(fix)) == (name, True, True), problem
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_csv_file_with_other_separators_is_named_as_such(tmp_path: Path, separator: str) -> None:
+    problem = the_only_problem(tmp_path / "rows.csv", f"instruction{separator}output\nq{separator}a\n")
+    assert f"its columns are separated by {separator!r}" in problem.what
+
+
+def test_a_number_that_json_does_not_have_is_named_with_its_column(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["a"], "score": [float("nan")]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    _, (problem,) = read_path(tmp_path / "rows.parquet")
+    assert "'score' holds the number nan" in problem.what
+    assert "leave the column out" in problem.fix

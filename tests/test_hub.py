@@ -121,7 +121,7 @@ def test_a_row_that_json_has_no_form_for_is_named_and_nothing_is_kept(monkeypatc
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
     read_back, (problem,) = read("someone/some-data")
     assert (read_back, problem.where) == ([], "someone/some-data:2")
-    assert "it holds a value of the type datetime" in problem.what
+    assert "its column 'day' holds a value of the type datetime" in problem.what
     assert not list(Path("cache").rglob("*.jsonl"))
     assert not list(Path("cache").rglob(".fetching-*"))
 

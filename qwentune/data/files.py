@@ -15,6 +15,7 @@ from typing import Any
 
 from qwentune.data.hub import fetched, is_hub_dataset, kept_file
 from qwentune.data.json_rows import NumberedValue, read_json_rows
+from qwentune.data.misnamed import COMPRESSIONS, misnamed
 from qwentune.data.sample import Json, Source
 from qwentune.data.tables import read_csv_rows, read_parquet_rows
 from qwentune.errors import DataError, Problem, nearest
@@ -28,7 +29,6 @@ READERS: dict[str, Reader] = {
     ".csv": read_csv_rows,
     ".parquet": read_parquet_rows,
 }
-COMPRESSIONS = (".gz", ".zst")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,9 @@ def read_rows(path: str, problems: list[Problem]) -> Iterator[Row]:
         file = _local(path)
     except DataError as error:
         problems.extend(error.problems)
+        return
+    if problem := misnamed(path, file):
+        problems.append(problem)
         return
     num_problems = len(problems)
     is_empty = True

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from qwentune.console import say
 from qwentune.data.checkpoint import cache_folder
-from qwentune.data.tables import json_value
+from qwentune.data.tables import json_row
 from qwentune.durable import sync
 from qwentune.errors import DataError, Problem
 
@@ -81,7 +81,7 @@ def _keep(path: str, file: Path) -> None:
         with staging.open("w", encoding="utf-8") as stream:
             for number, row in enumerate(_rows(path, Path(folder)), start=1):
                 try:
-                    stream.write(json.dumps(json_value(row), ensure_ascii=False) + "\n")
+                    stream.write(json.dumps(json_row(row), ensure_ascii=False) + "\n")
                 except ValueError as error:
                     what = f"the row cannot be kept: {error}"
                     fix = "Write the columns that are trained into a file of your own, and name that."

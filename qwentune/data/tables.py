@@ -7,7 +7,7 @@ import io
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any, BinaryIO, cast
 
@@ -43,6 +43,10 @@ def read_csv_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> Itera
                     what = f"the first line must name each column once; it has {names}"
                     problems.append(Problem(f"{path}:{line}", what, "Name the columns as the row format does."))
                     return
+                if len(names) == 1 and (separator := next((mark for mark in ";\t|" if mark in names[0]), "")):
+                    what = f"its columns are separated by {separator!r}, not by commas"
+                    problems.append(Problem(f"{path}:{line}", what, "Save the file with commas."))
+                    return
             elif len(cells) == len(names):
                 yield line, {name: cell for name, cell in zip(names, cells, strict=True) if cell}
             elif cells:
@@ -75,7 +79,8 @@ def read_parquet_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> I
             for number, row in enumerate(rows, start=1):
                 if isinstance(row, Exception):
                     what = f"the row cannot be read: {row.args[0] if isinstance(row, KeyError) else row}"
-                    problems.append(Problem(f"{path}:{number}", what, "Store texts, numbers, lists, structs."))
+                    fix = "Store texts, numbers, lists and structs, or leave the column out."
+                    problems.append(Problem(f"{path}:{number}", what, fix))
                 else:
                     yield number, row
         except arrow.ArrowException as error:
@@ -85,7 +90,7 @@ def read_parquet_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> I
 def _batch_rows(batch: Any) -> Iterator[Json | Exception]:
     """The rows of an Arrow batch; in place of one that JSON has no form for, the reason."""
     try:
-        yield from [json_value(row) for row in batch.to_pylist(maps_as_pydicts="strict")]
+        yield from [json_row(row) for row in batch.to_pylist(maps_as_pydicts="strict")]
     except _NO_JSON as error:
         if batch.num_rows == 1:
             yield error
@@ -102,6 +107,18 @@ def _is_unicode(cells: list[str]) -> bool:
     return True
 
 
+def json_row(row: Mapping[str, Any]) -> Json:
+    """The row without null fields; ValueError, with the column, where JSON has no such value."""
+    fields: dict[str, Json] = {}
+    for name, value in row.items():
+        try:
+            if value is not None:
+                fields[name] = json_value(value)
+        except ValueError as error:
+            raise ValueError(f"its column {name!r} holds {error}") from None
+    return fields
+
+
 def json_value(value: Any) -> Json:
     """The value without null fields; ValueError where JSON has no such value."""
     if isinstance(value, dict):
@@ -110,7 +127,7 @@ def json_value(value: Any) -> Json:
     if isinstance(value, list):
         return [json_value(item) for item in cast(list[Any], value)]
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"it holds the number {value}")
+        raise ValueError(f"the number {value}")
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise ValueError(f"it holds a value of the type {type(value).__name__}")
+    raise ValueError(f"a value of the type {type(value).__name__}")
