@@ -27,6 +27,10 @@ OTHER_NAMES: tuple[tuple[str, type, dict[str, tuple[str, ...]]], ...] = (
 def suggestion(rows: Sequence[Json], path: str) -> str:
     """How the rows of a file become those of a format, by the first of them; empty where that is not clear."""
     row: Mapping[str, Json] = next((row for row in rows if isinstance(row, dict)), dict[str, Json]())
+    holders = {part: key for part in ("messages", "choices") for key, value in row.items() if _holds(value, part)}
+    if len(holders) == 2:
+        joined = _command(row, path, f".{holders['messages']} + {{choices: .{holders['choices']}.choices}}")
+        return f"As rows of the format chat: join them{joined}."
     for key, value in row.items():
         inner = value[0] if isinstance(value, list) and value else value
         format = format_of(inner) if isinstance(inner, dict) else None
@@ -40,6 +44,10 @@ def suggestion(rows: Sequence[Json], path: str) -> str:
         joined = _command(row, path, "{messages: (.prompt + .completion)}")
         return f"As rows of the format chat: join them{joined}."
     return _renaming(row, path)
+
+
+def _holds(value: Json, key: str) -> bool:
+    return isinstance(value, dict) and key in value
 
 
 def _renaming(row: Mapping[str, Json], path: str) -> str:
