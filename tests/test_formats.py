@@ -346,6 +346,10 @@ def test_two_answers_that_are_the_same_are_no_preference() -> None:
         ({"prompt": "q", "completion": "a"}, "format instruction: rename 'prompt' to 'instruction'"),
         ({"dialogue": []}, "format chat: rename 'dialogue' to 'messages'"),
         ({"content": "t"}, "format text: rename 'content' to 'text'"),
+        (
+            {"request": chat(USER), "response": {"choices": []}},
+            "As rows of the format chat: join them (jq -c '.request + {choices: .response.choices}'",
+        ),
         ({"input": "q", "output": "a"}, "format instruction: rename 'input' to 'instruction' (jq"),
         (
             {"prompt": [USER], "completion": [ANSWER]},
