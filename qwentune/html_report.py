@@ -84,7 +84,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 def _beginnings(dataset: Dataset, tokenizer: Tokenizer) -> list[tuple[str, int]]:
     counts: Counter[tuple[int, ...]] = Counter()
     for i in islice(dataset.first_epoch.tolist(), NUM_LOOKED_AT):
-        example = dataset.examples.rendered(i)
+        example = dataset.examples.example(i)
         for span in example.spans:
             counts[tuple(example.input_ids[span.start : min(span.stop, span.start + NUM_FIRST)])] += 1
     # The last token may hold the first bytes of a character alone.

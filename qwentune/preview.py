@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qwentune.data.dataset import Dataset
-    from qwentune.data.render import Rendered
+    from qwentune.data.example import Example
     from qwentune.data.tokenizer import Tokenizer
 
 BAR_WIDTH = 40
@@ -79,7 +79,7 @@ def run(
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in example_rows(dataset))
     if html is not None:
         shown = [
-            (title(dataset.examples.rendered(i), tokenizer), masked_spans(dataset.examples.rendered(i), tokenizer))
+            (title(dataset.examples.example(i), tokenizer), masked_spans(dataset.examples.example(i), tokenizer))
             for i in dict.fromkeys(dataset.first_epoch[: NUM_IN_HTML if limit is None else limit].tolist())
         ]
         steps = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed).num_steps
@@ -90,7 +90,7 @@ def run(
     elif (jsonl is None and html is None) or sys.stdout.isatty():
         terminal = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         for i in dict.fromkeys(dataset.first_epoch[: NUM_SHOWN if limit is None else limit].tolist()):
-            show_example(terminal, dataset.examples.rendered(i), tokenizer)
+            show_example(terminal, dataset.examples.example(i), tokenizer)
         show_report(terminal, whole_report(dataset), dataset.dropped)
     if strict and dataset.report["warnings"]:
         console.say(f"{len(dataset.report['warnings'])} warnings, and --strict allows none:")
@@ -103,7 +103,7 @@ def run(
 def example_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
     """One JSON object per training example of the first epoch, in order before shuffling and packing."""
     for i in dataset.first_epoch.tolist():
-        example = dataset.examples.rendered(i)
+        example = dataset.examples.example(i)
         trained = [weight != 0 for weight in example.weights]
         plain = all(weight == 1 for weight in example.weights if weight)
         yield {
@@ -125,7 +125,7 @@ def whole_report(dataset: Dataset) -> dict[str, Any]:
     return {**dataset.report, "fingerprint": dataset.fingerprint, "packing": packing}
 
 
-def masked_spans(example: Rendered, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+def masked_spans(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     """The example's text in spans, each with whether it is trained."""
     pairs = zip(example.input_ids, example.weights, strict=True)
     return [
@@ -134,7 +134,7 @@ def masked_spans(example: Rendered, tokenizer: Tokenizer) -> list[tuple[str, boo
     ]
 
 
-def show_example(terminal: Console, example: Rendered, tokenizer: Tokenizer) -> None:
+def show_example(terminal: Console, example: Example, tokenizer: Tokenizer) -> None:
     """Prints one example; trained text stands in ⟦ ⟧, bold where the terminal can."""
     from rich.text import Text
 
@@ -148,7 +148,7 @@ def show_example(terminal: Console, example: Rendered, tokenizer: Tokenizer) -> 
     terminal.print()
 
 
-def title(example: Rendered, tokenizer: Tokenizer) -> str:
+def title(example: Example, tokenizer: Tokenizer) -> str:
     """Where an example comes from, what of it is trained, and how long it is."""
     trained = sum(weight != 0 for weight in example.weights)
     what = f"turns {', '.join(map(str, example.turns))}" if example.turns else "text"

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from qwentune.data.dataset import Dataset, prepare
+from qwentune.data.example import Example
 from qwentune.data.fim import cut
 from qwentune.data.formats import FORMATS
 from qwentune.data.formats.fim import parse
-from qwentune.data.render import Outcome, Rendered, Renderer, RenderOptions
+from qwentune.data.outcome import Outcome
+from qwentune.data.render import Renderer, RenderOptions
 from qwentune.data.sample import Code, Source
 from qwentune.data.schedule import Schedule
 from qwentune.data.tokenizer import Tokenizer, load_tokenizer
@@ -63,7 +65,7 @@ def marked(tokenizer: Tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
     return parts
 
 
-def trained(example: Rendered) -> list[int]:
+def trained(example: Example) -> list[int]:
     return [token for token, weight in zip(example.input_ids, example.weights, strict=True) if weight]
 
 

@@ -58,7 +58,7 @@ class Run:
     def last(self, *messages: dict[str, Any], **row: Any) -> tuple[str, str]:
         """Context and target of the last trained turn."""
         examples = self.prepared(*messages, **row).examples
-        example = examples.rendered(len(examples) - 1)
+        example = examples.example(len(examples) - 1)
         start, decode = example.spans[-1].start, self.tokenizer.decode
         return decode(example.input_ids[:start]), decode(example.input_ids[start:])
 

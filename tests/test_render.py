@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from qwentune.data.example import Example
 from qwentune.data.read import read_samples
-from qwentune.data.render import Rendered, Renderer, RenderOptions
+from qwentune.data.render import Renderer, RenderOptions
 from qwentune.data.template import ChatTemplate
 from qwentune.data.tokenizer import load_tokenizer
 from tests.dialogues import random_rows
@@ -25,7 +26,7 @@ def renderer_of(folder: Path, **options: object) -> Renderer:
     return Renderer(tokenizer, template, RenderOptions(max_tokens=1 << 20, **options))  # type: ignore[arg-type]
 
 
-def as_previewed(example: Rendered) -> dict[str, object]:
+def as_previewed(example: Example) -> dict[str, object]:
     plain = all(weight == 1 for weight in example.weights if weight)
     return {
         "turns": list(example.turns),

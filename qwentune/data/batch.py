@@ -111,7 +111,7 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
             return where, f"{these} carries no loss"
         batch = self[k]
         trained = Counter(map(int, batch["target"][batch["weight"] > 0]))
-        examples = [self.rows.examples.rendered(i) for row in rows for i in self.rows.examples_of(row)]
+        examples = [self.rows.examples.example(i) for row in rows for i in self.rows.examples_of(row)]
         ends = [example.input_ids[span.stop - 1] for example in examples for span in example.spans]
         num_ends = len(ends) if every_span_stops else sum(token in stops.values() for token in ends)
         num_stops = sum(trained[token] for token in stops.values())

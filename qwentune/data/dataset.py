@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from qwentune.data.checkpoint import cache_folder
 from qwentune.data.files import content_sha256, is_at_hand
+from qwentune.data.outcome import Dropped
 from qwentune.data.read import read_samples
-from qwentune.data.render import Dropped, Renderer, RenderOptions
+from qwentune.data.render import Renderer, RenderOptions
 from qwentune.data.report import Report, with_separate_examples
 from qwentune.data.rows import Rows, Trie, packed_rows
 from qwentune.data.sample import Source

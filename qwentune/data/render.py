@@ -10,11 +10,12 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 
 from qwentune.data.dialogue import Dialogue, RenderOptions, Turn
-from qwentune.data.fim import FillInTheMiddle, Form, Order
+from qwentune.data.example import DialogueExamples, Example, History, Span
+from qwentune.data.fim import FillInTheMiddle, Form
 from qwentune.data.grammar import Grammar, learn, same
+from qwentune.data.outcome import Dropped, Outcome
 from qwentune.data.pieces import Encoder, Piece, ids_of
 from qwentune.data.remarks import FILE_LEFT_OUT, UNREACHABLE, remarks
 from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, RowError, Sample, Source, Text
@@ -22,81 +23,12 @@ from qwentune.data.template import ChatTemplate, Mode
 from qwentune.data.tokenizer import Tokenizer
 from qwentune.errors import DataError, Problem
 
-__all__ = ["Dropped", "Outcome", "RenderOptions", "Rendered", "Renderer", "Span"]
+__all__ = ["RenderOptions", "Renderer"]
 
 CHUNK_SAMPLES = 256  # encoded together
 CHUNK_CHARACTERS = 2**22
 CHECKED_SHARE = 256  # one dialogue of so many is rendered by the rule as well
 NUM_CHECKED_FIRST = 8  # and so many at the beginning
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Tokens `start` to `stop` of an example carry loss with a weight; `turn` is the message, -1 for a text."""
-
-    start: int
-    stop: int
-    weight: float
-    turn: int
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """One training example: the tokens of its spans are trained, each predicted from what stands before it.
-
-    Of the earlier examples of its sample, the one `back` places before it begins most alike: `shared` tokens are the
-    same. Code is cut anew each epoch: an epoch trains the examples of one version, and those of version -1, which are
-    the same in every epoch.
-    """
-
-    source: Source
-    input_ids: list[int]
-    spans: tuple[Span, ...]
-    shared: int = 0
-    back: int = 1
-    version: int = -1
-
-    @property
-    def turns(self) -> tuple[int, ...]:
-        """The indices of the messages trained; empty for a text."""
-        return tuple(span.turn for span in self.spans if span.turn >= 0)
-
-    @property
-    def weights(self) -> list[float]:
-        """The loss weight of each token, 0 where it is context."""
-        weights = [0.0] * len(self.input_ids)
-        for span in self.spans:
-            weights[span.start : span.stop] = [span.weight] * (span.stop - span.start)
-        return weights
-
-
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """A turn (None: the whole row) that is not trained, and why."""
-
-    source: Source
-    turn: int | None
-    reason: str
-    num_tokens: int = 0
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What became of one sample: its examples, and everything that a report has to say about it."""
-
-    source: Source
-    examples: list[Rendered] = field(default_factory=list[Rendered])
-    problems: list[Problem] = field(default_factory=list[Problem])
-    dropped: list[Dropped] = field(default_factory=list[Dropped])
-    modes: list[Mode] = field(default_factory=list[Mode])  # one per trained turn
-    turns_with_reasoning: int = 0
-    unreachable_turns: int = 0
-    forged_control_tokens: int = 0  # control tokens spelled by texts of the row, encoded as plain text
-    rendering_tokens: int = 0  # of one rendering of the dialogue: what a naive trainer would process
-    orders: list[Order] = field(default_factory=list[Order])  # of code, one per example of the first epoch
-    remarks: list[str] = field(default_factory=list[str])  # what deserves a second look
-    identity: int = 0  # a hash, the same for samples that train the same
-    checked_turns: int = 0  # turns read off one rendering that the rule confirmed
 
 
 @dataclass(slots=True)
@@ -233,7 +165,7 @@ class Renderer:
             piece = ids[start : start + size]
             if len(piece) > 1:
                 span = Span(1, len(piece), 1.0, -1)
-                outcome.examples.append(Rendered(source, piece, (span,), version=version))
+                outcome.examples.append(Example(source, piece, (span,), version=version))
 
     def _add_code(self, sample: Code, forms: list[Form], encoded: dict[str, list[int]], outcome: Outcome) -> None:
         forged = self.tokenizer.control_pattern
@@ -251,7 +183,7 @@ class Renderer:
                 outcome.rendering_tokens += num_tokens if form.version <= 0 else 0
                 start = len(context) if self.options.fim.loss == "middle" else 1
                 span = Span(start, num_tokens, 1.0, -1)
-                outcome.examples.append(Rendered(sample.source, context + target, (span,), version=form.version))
+                outcome.examples.append(Example(sample.source, context + target, (span,), version=form.version))
             elif self.options.too_long == "error":
                 what = f"the row needs {num_tokens} tokens, more than data.max_tokens={self.options.max_tokens}"
                 raise RowError(what, "Raise data.max_tokens, or set data.too_long to drop.")
@@ -280,13 +212,13 @@ class Renderer:
         for ids in self.tokenizer.encode(texts):
             tokens = [*ids, self.tokenizer.end_of_text_id][-self.options.max_tokens :]
             outcome.rendering_tokens += len(tokens)
-            outcome.examples.append(Rendered(sample.source, tokens, ()))
+            outcome.examples.append(Example(sample.source, tokens, ()))
 
     def _add_turns(
         self, dialogue: Dialogue, turns: list[Turn], encoded: dict[str, list[int]], outcome: Outcome
     ) -> None:
-        histories = {key: _History.of(pieces, encoded) for key, pieces in _histories(turns).items()}
-        examples = _Examples(dialogue)
+        histories = {key: History.of(pieces, encoded) for key, pieces in _histories(turns).items()}
+        examples = DialogueExamples(dialogue)
         for turn in turns:
             context, target = ids_of(turn.context, encoded), ids_of(turn.target, encoded)
             history = histories[id(turn.history)]
@@ -304,7 +236,7 @@ class Renderer:
             examples.add(turn.index, history.ids, num_shared, context, target)
             outcome.modes.append(dialogue.mode(turn.index))
             outcome.turns_with_reasoning += dialogue.reasons(turn.index)
-        outcome.examples = examples.rendered()
+        outcome.examples = examples.finished()
 
     def _shortened(self, dialogue: Dialogue, i: int) -> tuple[list[int], list[int]] | None:
         # `drop_old_turns` takes whole exchanges from the front and renders anew, so that what is left is a dialogue
@@ -327,7 +259,7 @@ def _is_checked(source: Source, number: int) -> bool:
     return number < NUM_CHECKED_FIRST or zlib.crc32(str(source).encode()) % CHECKED_SHARE == 0
 
 
-def _identity(sample: Sample, examples: Sequence[Rendered]) -> int:
+def _identity(sample: Sample, examples: Sequence[Example]) -> int:
     if isinstance(sample, Code):  # each row is cut at other places
         return hash((sample.repo, sample.files, sample.cut))
     return hash(tuple((one.shared, one.back, *one.input_ids[one.shared :]) for one in examples))
@@ -341,76 +273,3 @@ def _histories(turns: Sequence[Turn]) -> dict[int, Sequence[Piece]]:
         if other is None or turn.num_history > other.num_history:
             longest[id(turn.history)] = turn
     return {key: turn.history[: turn.num_history] for key, turn in longest.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class _History:
-    """The ids of a rendering that contexts share; `ends[k]` counts the tokens of its first k pieces."""
-
-    ids: list[int]
-    ends: list[int]
-
-    @classmethod
-    def of(cls, pieces: Sequence[Piece], encoded: dict[str, list[int]]) -> _History:
-        sizes = (1 if isinstance(piece, int) else len(encoded[piece]) for piece in pieces)
-        return cls(ids_of(pieces, encoded), [0, *accumulate(sizes)])
-
-
-class _Examples:
-    """The examples of one dialogue, grown turn by turn."""
-
-    def __init__(self, dialogue: Dialogue) -> None:
-        self.dialogue = dialogue
-        self.ids: list[list[int]] = []
-        self.spans: list[list[Span]] = []
-        self.origins: list[tuple[int, int]] = []  # of each example, `shared` and `back`
-        self.alike: list[int] = []  # how many tokens each example before the last has in common with it
-        self.history: tuple[list[int], int] = ([], 0)  # what the last example begins with, and how much of it
-
-    def add(self, i: int, history: list[int], num_history: int, context: list[int], target: list[int]) -> None:
-        """Adds turn `i`, whose context is `num_history` tokens of `history` and then `context`."""
-        ids = history[:num_history]
-        ids += context
-        start, stop = len(ids), len(ids) + len(target)
-        ids += target
-        span = Span(start, stop, self.dialogue.messages[i].weight, self.dialogue.row_index(i))
-        known = min(num_history, self.history[1]) if history is self.history[0] else 0  # the same for both
-        last = self.ids[-1] if self.ids else []
-        if 0 < len(last) <= start and ids[known : len(last)] == last[known:]:
-            self.ids[-1] = ids
-            self.spans[-1].append(span)
-        else:
-            self._begin(ids, known)
-            self.spans.append([span])
-        self.history = history, num_history
-
-    def _begin(self, ids: list[int], known: int) -> None:
-        # Two examples that leave the last one at different tokens part where the first of them leaves it; only those
-        # that leave it at the same token may go on together.
-        shared = _num_common(ids, self.ids[-1], known) if self.ids else 0
-        alike = [
-            min(shared, earlier) if shared != earlier else _num_common(ids, other, shared)
-            for earlier, other in zip(self.alike, self.ids, strict=False)
-        ]
-        self.alike = [*alike, shared] if self.ids else []
-        most = max(self.alike, default=0)
-        back = next((k for k, count in enumerate(reversed(self.alike), 1) if count == most), 1)
-        self.origins.append((most, back))
-        self.ids.append(ids)
-
-    def rendered(self) -> list[Rendered]:
-        """The examples in the order of their turns."""
-        source = self.dialogue.conversation.source
-        return [
-            Rendered(source, ids, tuple(spans), shared, back)
-            for ids, spans, (shared, back) in zip(self.ids, self.spans, self.origins, strict=True)
-        ]
-
-
-def _num_common(one: Sequence[int], other: Sequence[int], known: int) -> int:
-    """How many tokens two examples have in common at their beginning; the first `known` are."""
-    low, high = known, min(len(one), len(other))
-    while low < high:  # comparing slices is quicker than token by token
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
-    return low

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qwentune.data.render import Dropped, Outcome
+from qwentune.data.outcome import Dropped, Outcome
 from qwentune.data.template import ChatTemplate
 from qwentune.data.tokenizer import Tokenizer
 

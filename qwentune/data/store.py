@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwentune.data.render import Rendered, Span
+from qwentune.data.example import Example, Span
 from qwentune.data.sample import Source
 
 DTYPES: dict[str, type[np.generic]] = {
@@ -119,14 +119,14 @@ class Examples:
         """Where the sample of example i stands."""
         return Source(self.file_names[int(self.files[i])], int(self.lines[i]))
 
-    def rendered(self, i: int) -> Rendered:
+    def example(self, i: int) -> Example:
         """Example i with its source."""
         spans = tuple(
             Span(int(self.starts[k]), int(self.stops[k]), float(self.weights[k]), int(self.turns[k]))
             for k in range(self.span_offsets[i], self.span_offsets[i + 1])
         )
         shared, back, version = int(self.shared[i]), int(self.back[i]), int(self.versions[i])
-        return Rendered(self.source(i), self.ids(i).tolist(), spans, shared, back, version)
+        return Example(self.source(i), self.ids(i).tolist(), spans, shared, back, version)
 
     def _summed(self, values: NDArray[Any]) -> NDArray[Any]:
         sums = np.concatenate([[0], np.cumsum(values)])
@@ -158,7 +158,7 @@ class ExampleWriter:
     ) -> None:
         self._stack.close()
 
-    def add(self, examples: Sequence[Rendered]) -> None:
+    def add(self, examples: Sequence[Example]) -> None:
         """Adds the examples of one sample."""
         values = self._values
         for example in examples:
