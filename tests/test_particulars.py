@@ -56,6 +56,9 @@ TEMPLATES = {
     "several tools": template(
         end="{% if tools and tools | length > 1 and m.role == 'assistant' and not loop.last %}…{% endif %}"
     ),
+    "an echo": template(
+        header="{% if m.role == 'assistant' and messages[loop.index0 - 1].content == m.content %}Again: {% endif %}"
+    ),
     "users counted": template(
         header="{% if m.role == 'assistant' and (loop.last or loop.index0 > messages | selectattr('role', 'equalto', "
         "'user') | list | length) %}[kept] {% endif %}"
@@ -81,6 +84,7 @@ def rows() -> list[dict[str, Any]]:
             ("user", "g"),
             ("assistant", "h"),
         ],
+        [*plain, ("user", "b"), ("assistant", "b"), *plain],
         [*plain, ("user", "a"), ("assistant", "b"), ("assistant", "c"), *plain],
     ]
     messages = [[{"role": role, "content": text} for role, text in said] for said in dialogues]
@@ -129,8 +133,10 @@ def test_words_looked_for(expression: str, within: set[str], whole: set[str]) ->
     assert particulars(tree) == Particulars(frozenset(within), frozenset(whole))
 
 
-@pytest.mark.parametrize("expression", ["messages | length > 8", "messages[-2:]", "loop.index0 % 2 == 0"])
-def test_templates_that_count_are_left_to_the_rule(expression: str) -> None:
+@pytest.mark.parametrize(
+    "expression", ["messages | length > 8", "messages[-2:]", "loop.index0 % 2 == 0", "m.a == n.a", "a in b"]
+)
+def test_templates_that_count_or_compare_are_left_to_the_rule(expression: str) -> None:
     assert particulars(jinja2.Environment().parse(f"{{{{ {expression} }}}}")) is None
 
 

@@ -34,7 +34,10 @@ class Particulars:
 
 
 def particulars(tree: nodes.Template) -> Particulars | None:
-    """The words that a parsed template looks for; None where it counts further than to one, or by a choice."""
+    """The words that a parsed template looks for.
+
+    None where it counts further than to one or by a choice, or compares two things that a dialogue brings.
+    """
     named = {id(keyword.value) for keyword in tree.find_all(nodes.Keyword)}  # such as an indentation
     for constant in tree.find_all(nodes.Const):
         if isinstance(constant.value, int | float) and constant.value not in _COUNTED and id(constant) not in named:
@@ -42,12 +45,24 @@ def particulars(tree: nodes.Template) -> Particulars | None:
     for applied in tree.find_all(nodes.Filter):
         if applied.name in ("length", "count") and isinstance(applied.node, nodes.Filter):  # some of the messages
             return None
+    if not all(map(_compares_with_known, tree.find_all(nodes.Compare))):
+        return None
     applied = {applied.name for applied in tree.find_all(nodes.Filter)}
     applied |= {call.node.attr for call in tree.find_all(nodes.Call) if isinstance(call.node, nodes.Getattr)}
     within, whole = {*_within(tree), *_compared(tree, as_given=False)}, {*_compared(tree, as_given=True)}
     if applied & {"lower", "upper", "capitalize", "title"}:
         return Particulars(frozenset(map(str.lower, within)), frozenset(map(str.lower, whole)), ignores_case=True)
     return Particulars(frozenset(within), frozenset(whole))
+
+
+def _compares_with_known(compared: nodes.Compare) -> bool:
+    """Whether a side of the comparison is a constant, or says at which message a loop is."""
+    operands = [compared.expr, *(operand.expr for operand in compared.ops)]
+    return any(isinstance(one, nodes.Const | nodes.List | nodes.Tuple) or _is_of_loop(one) for one in operands)
+
+
+def _is_of_loop(expression: nodes.Expr) -> bool:
+    return isinstance(expression, nodes.Getattr) and _names(expression.node) == {"loop"}
 
 
 def _within(tree: nodes.Template) -> Iterator[str]:
