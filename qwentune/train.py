@@ -305,8 +305,16 @@ class _Training:
                 "Training ended; the last checkpoint is kept.",
             ) from None
         if recorder is not None:
-            tuning, max_tokens = self.loaded.recipe.tuning, self.loaded.recipe.data.max_tokens
-            settings = settings_of(self.plan, tuning, max_tokens, self.device)
+            recipe = self.loaded.recipe
+            settings = settings_of(
+                self.plan,
+                self.spec,
+                tuning=recipe.tuning,
+                max_tokens=recipe.data.max_tokens,
+                batch=recipe.batch,
+                device=self.device,
+                learns_chat=recipe.data.has_turns,
+            )
             keep_profile([*recorder.latest], self.spec, settings, self.device, _library_versions())
         step = trainer.state.global_step
         if stop.agreed and step < self.schedule.num_steps:

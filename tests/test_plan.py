@@ -24,7 +24,7 @@ from qwentune.memory import HostMemory, PlanRequest, RunPlan, make_plan, pinned,
 from qwentune.memory.activations import layer_activations
 from qwentune.memory.adapters import ATTENTION, FEED_FORWARD, adapter_parameters
 from qwentune.memory.closed_form import base_weight_bytes, disk_bytes, phases
-from qwentune.memory.judge import judge, ran_out
+from qwentune.memory.judge import judge, ran_out, settings_of
 from qwentune.memory.roofline import step_seconds
 from qwentune.memory.search import MAX_FORWARD_TOKENS, fastest, usable_bytes
 from qwentune.memory.settings import GIB, MIB, Attention, Overheads, Settings, Sharding, device_overheads
@@ -619,18 +619,19 @@ def test_rows_that_are_trained_beside_adapters_are_counted(
             json.dumps({"r": 16, "target_modules": [*ATTENTION, *FEED_FORWARD], **adapter})
         )
         tuning["start_from"] = str(tmp_path)
+    step: dict[str, Any] = {
+        **{"tuning": Tuning.model_validate(tuning), "max_tokens": 1024, "batch": BatchOptions(micro_batch=1)},
+        **{"device": H200, "learns_chat": learns_chat},
+    }
     plan = judge(
         model_spec(model),
-        tuning=Tuning.model_validate(tuning),
-        max_tokens=1024,
-        batch=BatchOptions(micro_batch=1),
         precision=Precision(),
         memory=MemoryOptions(),
         output=OutputOptions(dir=str(tmp_path)),
-        device=H200,
         num_ranks=1,
-        learns_chat=learns_chat,
+        **step,
     )
+    assert settings_of(plan, model_spec(model), **step).trains_rows == counted
     head = 2 * QWEN3_8B.head_parameters
     assert (plan.phases["train_step"].terms["logits"] > 2 * head) == counted, "the head once more, and its gradient"
 

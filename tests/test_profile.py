@@ -26,7 +26,9 @@ from tests.warm import Warm
 SPEC, CARD = model_spec("Qwen/Qwen3-8B"), gpu_spec("h200")
 REQUEST = PlanRequest("lora", 2048, 16, optimizer_steps=1000)
 PLAN = make_plan(SPEC, CARD, REQUEST)
-SETTINGS = settings_of(PLAN, Tuning(kind="lora"), 2048, CARD)
+SETTINGS = settings_of(
+    PLAN, SPEC, tuning=Tuning(kind="lora"), max_tokens=2048, batch=BatchOptions(sequences_per_step=16), device=CARD
+)
 VERSIONS = {"torch": "2.13"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from qwentune.facts.launch import Sharding, sharding_of
 from qwentune.facts.models import ModelSpec
 from qwentune.facts.present import free_disk_bytes, free_host_bytes, installed_kernels, present_gpus, spills
 from qwentune.memory.adapters import ATTENTION, KNOWN
-from qwentune.memory.plan import RunPlan, calibrated, make_plan, pinned
+from qwentune.memory.plan import RunPlan, calibrated, chosen_settings, make_plan, pinned
 from qwentune.memory.profile import find_profile
 from qwentune.memory.search import Auto, Device, PlanRequest
 from qwentune.memory.settings import HostMemory, Settings
@@ -55,18 +55,9 @@ def judge(
 
     Raises UsageError where the batch cannot be shared among the ranks, or for an optimizer state that AdamW never has.
     """
-    trains_rows = _trains_rows(spec, tuning, learns_chat)
-    tuning = _continued(tuning)
     is_here = _is_here(device)
-    request = PlanRequest(
-        kind=tuning.kind,
-        max_tokens=max_tokens,
-        sequences_per_step=batch.sequences_per_step,
-        rank=tuning.rank,
-        targets=tuning.targets if isinstance(tuning.targets, str) else tuple(tuning.targets),
-        drops=tuning.kind != "full" and tuning.dropout > 0,
-        dora=tuning.kind != "full" and tuning.variant == "dora",
-        trains_rows=trains_rows,
+    request = replace(
+        _request(spec, tuning, max_tokens, batch, device, learns_chat),
         micro_batch=batch.micro_batch,
         gradient_checkpointing=memory.gradient_checkpointing,
         loss=memory.loss,
@@ -76,7 +67,6 @@ def judge(
         weights=precision.weights,
         adapters=precision.adapters,
         optimizer_state=precision.optimizer_state,
-        kernels=_kernels(device),
         headroom=memory.headroom,
         keep=output.keep,
         optimizer_steps=optimizer_steps,
@@ -97,20 +87,38 @@ def judge(
     return calibrated(plan, find_profile(spec, tuning.kind, device))
 
 
-def settings_of(plan: RunPlan, tuning: Tuning, max_tokens: int, device: Device) -> Settings:
+def settings_of(
+    plan: RunPlan,
+    spec: ModelSpec,
+    *,
+    tuning: Tuning,
+    max_tokens: int,
+    batch: BatchOptions,
+    device: Device,
+    learns_chat: bool = True,
+) -> Settings:
     """The settings of the training step that the plan chose, or judged again."""
-    tuning, kernels = _continued(tuning), _kernels(device)
-    return Settings(
+    request = _request(spec, tuning, max_tokens, batch, device, learns_chat)
+    return chosen_settings(replace(request, num_gpus=plan.gpus), plan.choices)
+
+
+def _request(
+    spec: ModelSpec, tuning: Tuning, max_tokens: int, batch: BatchOptions, device: Device, learns_chat: bool
+) -> PlanRequest:
+    """What the tuning fixes of a step on that device, with every choice of the plan still open."""
+    trains_rows = _trains_rows(spec, tuning, learns_chat)
+    tuning = _continued(tuning)
+    has_adapters = tuning.kind != "full"
+    return PlanRequest(
         kind=tuning.kind,
         max_tokens=max_tokens,
-        num_ranks=plan.gpus,
+        sequences_per_step=batch.sequences_per_step,
         rank=tuning.rank,
         targets=tuning.targets if isinstance(tuning.targets, str) else tuple(tuning.targets),
-        drops=tuning.kind != "full" and tuning.dropout > 0,
-        dora=tuning.kind != "full" and tuning.variant == "dora",
-        fuses_delta_rule="fla" in kernels,
-        fuses_convolution="causal_conv1d" in kernels,
-        **asdict(plan.choices),
+        drops=has_adapters and tuning.dropout > 0,
+        dora=has_adapters and tuning.variant == "dora",
+        trains_rows=trains_rows,
+        kernels=_kernels(device),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import cast
 
@@ -165,6 +165,23 @@ def pinned(request: PlanRequest, choices: Choices) -> PlanRequest:
         weights=choices.weights,
         adapters=choices.adapters,
         optimizer_state=choices.optimizer_state,
+    )
+
+
+def chosen_settings(request: PlanRequest, choices: Choices) -> Settings:
+    """The settings of a training step of that request with what a plan chose."""
+    return Settings(
+        kind=request.kind,
+        max_tokens=request.max_tokens,
+        num_ranks=request.num_gpus,
+        rank=request.rank,
+        targets=request.targets,
+        drops=request.drops,
+        dora=request.dora,
+        trains_rows=request.trains_rows,
+        fuses_delta_rule="fla" in request.kernels,
+        fuses_convolution="causal_conv1d" in request.kernels,
+        **asdict(choices),
     )
 
 
