@@ -288,22 +288,19 @@ class _Training:
         """Trains until nothing is left to do; the exit code where a signal stopped it before that, else None."""
         from torch import OutOfMemoryError
 
-        from qwentune.memory.judge import ran_out, settings_of
+        from qwentune.memory.judge import settings_of
         from qwentune.memory.profile import keep_profile
         from qwentune.training.progress import Recorder
 
         recorder = Recorder(self.folder, self.schedule.num_steps, start.step) if self.ranks.leads else None
-        trainer, stop = self._trainer(base, start.checkpoint, checkpoints, facts, recorder)
+        trainer = None
         try:
+            trainer, stop = self._trainer(base, start.checkpoint, checkpoints, facts, recorder)
             with recorder or nullcontext():
                 trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint.folder))
-        except OutOfMemoryError as error:
-            raise DoesNotFitError(
-                ran_out(
-                    self.plan, f"step {trainer.state.global_step + 1}", str(error), self.loaded.recipe.data.max_tokens
-                ),
-                "Training ended; the last checkpoint is kept.",
-            ) from None
+        except OutOfMemoryError as error:  # whose traceback keeps alive what its frames hold
+            closing = "Training ended; the last checkpoint is kept."
+            raise DoesNotFitError(self._ran_out(trainer, error), closing) from None
         if recorder is not None:
             recipe = self.loaded.recipe
             settings = settings_of(
@@ -322,6 +319,22 @@ class _Training:
             console.say(f"saved step {step}; continue with: {shlex.join(self.request.command)}")
             return stop.exit_code
         return None
+
+    def _ran_out(self, trainer: SftTrainer | None, error: Exception) -> Problem:
+        """Out of memory in words, with what this rank holds of it at that moment; without a trainer it still loads."""
+        from qwentune.memory.judge import ran_out
+        from qwentune.training.held import held_bytes
+
+        device, max_tokens = self.ranks.device, self.loaded.recipe.data.max_tokens
+        if trainer is None:
+            held = held_bytes(None, None, device)
+            return ran_out(self.plan, "loading", str(error), max_tokens, phase="load", held=held)
+        model: Any = trainer.model
+        held = held_bytes(model, trainer.optimizer, device)
+        phase = "train_step" if model.training else "evaluate"
+        return ran_out(
+            self.plan, f"step {trainer.state.global_step + 1}", str(error), max_tokens, phase=phase, held=held
+        )
 
     def _open(self, held: ExitStack, checkpoints: Checkpoints, facts: dict[str, Any]) -> Start:
         """Takes the run folder, finds where to begin and writes what is known before step 1; on rank 0 only."""

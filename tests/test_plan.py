@@ -726,9 +726,16 @@ def test_gpu_hours_grow_with_the_steps_and_are_unknown_without_them() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "words"), [(2048, "though the plan fits"), (32768, "as the plan said it would")])
-def test_memory_that_ran_out_is_told_as_the_plan_had_it(tokens: int, words: str) -> None:
+def test_memory_that_ran_out_is_told_as_the_plan_had_it_beside_what_was_held(tokens: int, words: str) -> None:
     plan = make_plan(QWEN3_8B, RTX_4090, PlanRequest("lora", tokens, 16))
-    assert words in str(ran_out(plan, "step 3", "CUDA out of memory.", tokens))
+    held = {"weights": 15 * GIB, "adapters": 2**26, "gradients": 0, "optimizer": 0, "rest": 7 * GIB, "peak": 23 * GIB}
+    said = str(ran_out(plan, "step 3", "CUDA out of memory.", tokens, held=held))
+    assert words in said
+    planned = plan.phases["train_step"].terms
+    assert re.search(rf"weights +{planned['weights'] / MIB:.1f} +15360\.0\n", said)
+    assert re.search(rf"gradients +{planned['gradients'] / MIB:.1f} +0\.0\n", said)
+    assert re.search(r"activations, logits, temporaries, workspaces +\d+\.\d +7168\.0\n", said)
+    assert re.search(rf"allocator +{planned['allocator'] / MIB:.1f} +-\n", said), "which nobody measured"
 
 
 def test_too_few_steps_are_warned_of() -> None:

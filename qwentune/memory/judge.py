@@ -15,7 +15,7 @@ from qwentune.facts.launch import Sharding, sharding_of
 from qwentune.facts.models import ModelSpec
 from qwentune.facts.present import free_disk_bytes, free_host_bytes, installed_kernels, present_gpus, spills
 from qwentune.memory.adapters import ATTENTION, KNOWN
-from qwentune.memory.plan import RunPlan, calibrated, chosen_settings, make_plan, pinned
+from qwentune.memory.plan import Choices, RunPlan, calibrated, chosen_settings, make_plan, pinned
 from qwentune.memory.profile import find_profile
 from qwentune.memory.search import Auto, Device, PlanRequest
 from qwentune.memory.settings import HostMemory, Settings
@@ -250,24 +250,51 @@ def compared(plan: RunPlan, measured: Mapping[str, int]) -> str:
     return said
 
 
-def ran_out(plan: RunPlan, where: str, said: str, max_tokens: int) -> Problem:
-    """A GPU whose memory ran out, mostly although the plan fits: the plan's terms, what torch said, what to lower."""
-    terms = plan.phases["train_step"].terms
-    reckoned = ", ".join(f"{name} {_gib(size)}" for name, size in terms.items() if size >= 2**27)
-    choices = plan.choices
+def ran_out(
+    plan: RunPlan, where: str, said: str, max_tokens: int, *, phase: str = "train_step", held: Mapping[str, int]
+) -> Problem:
+    """A device whose memory ran out, mostly although the plan fits: what torch said, and what to lower.
+
+    The plan's terms of the `phase` stand beside the bytes that the rank `held` by term when it ran out.
+    """
+    fixes = [*_beside(plan.phases[phase].terms, held), *_lower(plan.choices, phase, max_tokens)]
+    expected = "though the plan fits" if plan.fits else "as the plan said it would"
+    what = f"the GPU's memory ran out, {expected}: {said.splitlines()[0]}"
+    return Problem(where, what, "\n    ".join(fixes))
+
+
+def _lower(choices: Choices, phase: str, max_tokens: int) -> list[str]:
+    if phase == "load":
+        return ["The same command goes on when other programs have left the GPU; nvidia-smi lists them."]
     lower = [
         *([f"batch.micro_batch={choices.micro_batch // 2}"] if choices.micro_batch % 2 == 0 else []),
         *(["memory.gradient_checkpointing=true"] if choices.gradient_checkpointing is not True else []),
         *(["memory.loss=supervised"] if choices.loss == "full" else []),
     ]
-    fixes = [
-        f"The plan reckoned {reckoned or _gib(plan.peak_bytes)}. The same command goes on with one of:",
+    return [
+        "The same command goes on with one of:",
         *(f"{override} --allow-change {override.partition('=')[0]}" for override in lower),
         f"data.max_tokens={max_tokens // 2} --fresh",
     ]
-    expected = "though the plan fits" if plan.fits else "as the plan said it would"
-    what = f"the GPU's memory ran out, {expected}: {said.splitlines()[0]}"
-    return Problem(where, what, "\n    ".join(fixes))
+
+
+def _beside(planned: Mapping[str, int], held: Mapping[str, int]) -> list[str]:
+    """A table of the terms in MiB; what is not told apart when measured is one row."""
+    rows = [(name, planned[name], held.get(name)) for name in ("weights", "adapters", "gradients", "optimizer")]
+    rest = ("activations", "logits", "temporaries", "workspaces")
+    rows.append((", ".join(rest), sum(planned[name] for name in rest), held.get("rest")))
+    allocated = sum(planned.values()) - planned["allocator"] - planned["context"]
+    rows.append(("all that torch hands out, at most", allocated, held.get("peak")))
+    rows.append(("allocator", planned["allocator"], held.get("allocator")))
+    lines = [f"{'MiB':<44}{'plan':>9}{'held':>9}"]
+    for name, plan_bytes, held_bytes in rows:
+        if plan_bytes or held_bytes:
+            lines.append(f"{name:<44}{_mib(plan_bytes):>9}{'-' if held_bytes is None else _mib(held_bytes):>9}")
+    return lines
+
+
+def _mib(number: int) -> str:
+    return f"{number / 2**20:.1f}"
 
 
 def _gib(number: int) -> str:

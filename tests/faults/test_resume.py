@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -284,25 +285,49 @@ import torch
 from qwentune.training.trainer import ExactResume
 step = ExactResume.training_step
 def exhausted(self, *args, **kwargs):
+    loss = step(self, *args, **kwargs)
     if self.state.global_step == 4:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    return step(self, *args, **kwargs)
+    return loss
 ExactResume.training_step = exhausted
 """
 
 
-@pytest.mark.fault("G46", "out of memory: the step, what to lower, exit 4; the last checkpoint is kept and resumes")
+@pytest.mark.fault("G46", "out of memory: plan and truth by term, what to lower, exit 4; the last checkpoint resumes")
 def test_out_of_memory_keeps_the_checkpoint_and_says_what_to_lower(tmp_path: Path, warm: Warm, model: Path) -> None:
     recipe = recipe_of(tmp_path, model)
     ended = warm.train(recipe, code=OUT_OF_MEMORY + TRAIN)
     assert ended.code == 4, ended.said
     assert "step 5  the GPU's memory ran out" in ended.said
-    assert "The plan reckoned" in ended.said
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())["phases"]["train_step"]["terms"]
+    # The plan's worst moment is at the head, the step has gone backward when it runs out.
+    held = {"weights": plan["weights"], "optimizer": plan["optimizer"], "gradients": plan["weights"]}
+    for term, size in held.items():
+        row = re.search(rf"{term} +([\d.]+) +([\d.]+)\n", ended.said)
+        assert row is not None, ended.said
+        assert float(row[1]) == round(plan[term] / 2**20, 1)
+        assert float(row[2]) == pytest.approx(size / 2**20, abs=0.06)
     mend = "batch.micro_batch=2 --allow-change batch.micro_batch"
     assert mend in ended.said
     again = warm.train(recipe, *mend.split())
     assert again.code == 0, again.said
     assert "from step 4" in again.said
+
+
+OUT_OF_MEMORY_LOADING = """
+import torch
+from qwentune.model import load
+def exhausted(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+load.load_model = exhausted
+"""
+
+
+@pytest.mark.fault("G46", "out of memory while weights are loaded: what the plan had for it, exit 4")
+def test_out_of_memory_while_loading_is_no_bug(tmp_path: Path, warm: Warm, model: Path) -> None:
+    ended = warm.train(recipe_of(tmp_path, model), code=OUT_OF_MEMORY_LOADING + TRAIN)
+    assert ended.code == 4, ended.said
+    assert "loading  the GPU's memory ran out" in ended.said
 
 
 WITHOUT_A_PROBE = """
@@ -339,6 +364,7 @@ def test_an_unfinished_run_is_not_exported(tmp_path: Path, warm: Warm, model: Pa
 
 FAKE_WANDB = """
 import os
+import re
 def init(*args, **kwargs):
     with open(os.environ["SEEN"], "a") as file:
         file.write(os.environ["WANDB_RUN_ID"] + " " + os.environ["WANDB_RESUME"] + chr(10))
