@@ -701,9 +701,31 @@ def test_a_plan_survives_json() -> None:
     values = json.loads(json.dumps(plan.to_json()))
     assert RunPlan.from_json(values) == plan
     contract = "schema fits gpu gpus usable_bytes peak_bytes allocated_peak_bytes limiting_phase phases choices"
-    contract += " optimizer_steps gpu_hours host_bytes disk_bytes mends profile"
+    contract += " optimizer_steps gpu_hours host_bytes host_phases disk_bytes mends profile"
     assert set(values) == set(contract.split())
     assert set(values["mends"][0]) == {"change", "saves_bytes", "overrides"}
+
+
+def test_a_plan_that_an_earlier_version_stored_is_read() -> None:
+    values = make_plan(QWEN3_8B, RTX_4090, PlanRequest("qlora", 2048, 16)).to_json()
+    del values["host_phases"]
+    assert RunPlan.from_json(values).host_phases == {}
+
+
+def test_host_memory_is_told_by_phase_and_a_merge_in_it_refuses_no_run() -> None:
+    request = PlanRequest("qlora", 2048, 16, host_free_bytes=8 * GIB)
+    plan = make_plan(QWEN3_8B, RTX_4090, request)
+    assert plan.fits
+    assert list(plan.host_phases) == list(plan.phases)
+    assert plan.host_bytes == plan.host_phases["train_step"] < request.host_free_bytes  # type: ignore[operator]
+    base = 4 * QWEN3_8B.parameters
+    assert base < plan.host_phases["merge"] < 1.1 * base, "the base in fp32"
+    text = " ".join(render_plan(plan, 36).split())
+    assert f"host 3.00 GiB ({plan.host_phases['merge'] / GIB:.2f} to merge the adapters)" in text
+    full = make_plan(QWEN3_8B, H200, PlanRequest("full", 2048, 16, num_gpus=8, sharding="fsdp2"))
+    assert full.host_phases["save"] == full.host_bytes > full.host_phases["train_step"]
+    assert full.host_phases["merge"] == 0
+    assert "merge the" not in render_plan(full, 36)
 
 
 def test_a_damaged_plan_is_refused_with_every_fault() -> None:

@@ -19,7 +19,7 @@ from qwentune.memory.activations import (
     mask_bytes,
 )
 from qwentune.memory.adapters import adapter_parameters, adapts_head
-from qwentune.memory.settings import GIB, MIB, Overheads, Settings
+from qwentune.memory.settings import GIB, MIB, HostMemory, Overheads, Settings, device_overheads
 
 # Two fp32 gradients and the log-softmax, with the model's outputs dropped (transformers 5).
 FULL_LOSS_BYTES_PER_LOGIT = 12
@@ -128,10 +128,16 @@ def state_bytes(spec: ModelSpec, settings: Settings) -> int:
     return 8 * unquantised + round((2 + 8 / 256) * (trained - unquantised))
 
 
-def host_bytes(spec: ModelSpec, settings: Settings) -> int:
-    """Bytes of host memory that the ranks of one machine need beside their GPUs, the page cache left out."""
+def host_bytes(spec: ModelSpec, settings: Settings) -> dict[str, int]:
+    """Bytes of host memory by phase that one machine needs beside its GPUs, the page cache left out.
+
+    Its ranks train at once; adapters are merged later, by one process without a GPU.
+    """
+    running = settings.num_ranks * (HOST_BYTES_PER_RANK + offloaded_bytes(spec, settings))
     gathered = base_weight_bytes(spec, settings) if settings.is_sharded and settings.kind == "full" else 0
-    return settings.num_ranks * (HOST_BYTES_PER_RANK + offloaded_bytes(spec, settings)) + gathered
+    merging = _with_overheads(_merge(spec, settings), settings, device_overheads(HostMemory(0))).total
+    phases = dict.fromkeys(("load", "train_step", "evaluate", "save", "resume"), running)
+    return {**phases, "save": running + gathered, "merge": merging}
 
 
 def offloaded_bytes(spec: ModelSpec, settings: Settings) -> int:
@@ -340,14 +346,14 @@ def _largest_tensor_bytes(spec: ModelSpec, settings: Settings) -> int:
 
 
 def _merge(spec: ModelSpec, settings: Settings) -> Terms:
-    """The base in fp32, the adapters, and one module's update; full tuning has nothing to merge."""
+    """The base in fp32, the adapters, one module's update and its sum; full tuning has nothing to merge."""
     if settings.kind == "full":
         return Terms()
     largest = max(spec.hidden_size * spec.dense_intermediate, spec.expert_parameters_per_layer)
     return Terms(
         weights=4 * spec.parameters,
         adapters=settings.trained_bytes * adapter_parameters(spec, settings),
-        temporaries=4 * largest,
+        temporaries=2 * 4 * largest,
     )
 
 

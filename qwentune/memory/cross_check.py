@@ -112,5 +112,9 @@ def _with_phases(plan: RunPlan, traced: Mapping[str, Terms], usable: int, on_gpu
         limiting_phase=plan.limiting_phase if is_short_elsewhere else limiting,
         phases=phases,
         host_bytes=plan.host_bytes + (0 if on_gpu else (peak - plan.peak_bytes) * plan.gpus),
+        host_phases={
+            name: size + (0 if on_gpu else (phases[name].total - plan.phases[name].total) * plan.gpus)
+            for name, size in plan.host_phases.items()
+        },
         mends=() if fits else plan.mends,
     )

@@ -80,9 +80,14 @@ def _explanation(plan: RunPlan, num_layers: int) -> tuple[str, str]:
         f"Micro-batch {choices.micro_batch} × accumulation {choices.accumulation}, {recomputed} of {num_layers} "
         f"layers recomputed{sharding}: {reason}, {peak}.{run}",
         f"Loss {choices.loss}, attention {choices.attention}, weights {choices.weights},{adapters} optimizer "
-        f"{choices.optimizer_state}; host {_gib(plan.host_bytes)} GiB, "
+        f"{choices.optimizer_state}; host {_gib(plan.host_bytes)} GiB{_merging(plan)}, "
         f"disk {_gib(plan.disk_bytes)} GiB.",
     )
+
+
+def _merging(plan: RunPlan) -> str:
+    merging = plan.host_phases.get("merge", 0)
+    return f" ({_gib(merging)} to merge the adapters)" if merging else ""
 
 
 def _basis(profile: Profile | None) -> str:

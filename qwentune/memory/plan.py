@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from typing import cast
 
@@ -24,6 +24,7 @@ from qwentune.memory.search import (
     burden,
     candidates,
     fastest,
+    host_phases,
     needed_host_bytes,
     shortages,
     usable_bytes,
@@ -61,7 +62,9 @@ class RunPlan:
     """A plan as `plan --json` prints it, per rank.
 
     `limiting_phase` is the phase with the highest peak, or "host" or "disk" where only that does not suffice.
-    `gpu` is "cpu" for a run on the CPU. `gpu_hours` are the roofline's, times the factor of a `profile`.
+    `gpu` is "cpu" for a run on the CPU. `host_bytes` is what a run needs of the machine's memory, all ranks together;
+    `host_phases` are its phases, where a merge beside GPUs may take more. `gpu_hours` are the roofline's, times the
+    factor of a `profile`.
     """
 
     schema: int
@@ -80,6 +83,7 @@ class RunPlan:
     disk_bytes: int
     mends: tuple[Mend, ...]
     profile: Profile | None = None
+    host_phases: dict[str, int] = field(default_factory=dict[str, int])
 
     def to_json(self) -> dict[str, Json]:
         """The plan as JSON values."""
@@ -142,6 +146,7 @@ def make_plan(spec: ModelSpec, gpu: Device, request: PlanRequest) -> RunPlan:
         host_bytes=needed_host_bytes(spec, gpu, chosen),
         disk_bytes=disk_bytes(spec, chosen.settings, request.keep),
         mends=find_mends(spec, gpu, request, chosen) if missing else (),
+        host_phases=host_phases(spec, gpu, chosen),
     )
 
 

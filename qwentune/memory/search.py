@@ -233,12 +233,20 @@ def fastest(spec: ModelSpec, device: Device, request: PlanRequest) -> Candidate 
     )
 
 
+def host_phases(spec: ModelSpec, device: Device, candidate: Candidate) -> dict[str, int]:
+    """Host memory of all ranks of one machine by phase; for a CPU run that is everything. One process merges."""
+    settings = candidate.settings
+    if not isinstance(device, HostMemory):
+        return host_bytes(spec, settings)
+    offloaded = offloaded_bytes(spec, settings)
+    each = {name: terms.total + offloaded for name, terms in candidate.phases.items()}
+    return {name: size * (1 if name == "merge" else settings.num_ranks) for name, size in each.items()}
+
+
 def needed_host_bytes(spec: ModelSpec, device: Device, candidate: Candidate) -> int:
-    """Host memory of all ranks of one machine; for a CPU run that is everything."""
-    if isinstance(device, HostMemory):
-        settings = candidate.settings
-        return (candidate.peak_bytes + offloaded_bytes(spec, settings)) * settings.num_ranks
-    return host_bytes(spec, candidate.settings)
+    """Host memory that a run needs; beside GPUs not that of a merge, which servers of adapters do without."""
+    phases = host_phases(spec, device, candidate)
+    return max(size for name, size in phases.items() if name != "merge" or isinstance(device, HostMemory))
 
 
 def shortages(spec: ModelSpec, device: Device, request: PlanRequest, candidate: Candidate) -> list[str]:
