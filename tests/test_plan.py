@@ -682,6 +682,15 @@ def test_fewer_checkpoints_mend_a_full_disk() -> None:
     needed = disk_bytes(QWEN3_8B, LORA, keep=3)
     plan = make_plan(QWEN3_8B, H200, PlanRequest("lora", 2048, 16, disk_free_bytes=needed - 1))
     assert plan.mends[0].overrides == ("output.keep=1",)
+    assert plan.mends[0].saves_bytes == needed - disk_bytes(QWEN3_8B, LORA, keep=1)
+
+
+def test_a_mend_of_a_short_host_says_what_it_saves_there() -> None:
+    spec, request = model_spec("Qwen/Qwen3-4B"), PlanRequest("full", 2048, 16, sharding="zero2-offload")
+    plan = make_plan(spec, RTX_4090, replace(request, host_free_bytes=32 * GIB))
+    lora = next(mend for mend in plan.mends if "tuning.kind=lora" in mend.overrides)
+    mended = make_plan(spec, RTX_4090, replace(apply_overrides(request, lora.overrides), host_free_bytes=32 * GIB))
+    assert lora.saves_bytes == plan.host_bytes - mended.host_bytes
 
 
 @given(kinds, st.sampled_from([QWEN3_8B, MOE]), st.sampled_from([RTX_4090, HostMemory(64 * GIB)]))

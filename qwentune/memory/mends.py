@@ -9,7 +9,16 @@ from itertools import combinations
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.facts.launch import Sharding
-from qwentune.memory.search import Candidate, Device, PlanRequest, leanest, request_problems, shortages
+from qwentune.memory.closed_form import disk_bytes
+from qwentune.memory.search import (
+    Candidate,
+    Device,
+    PlanRequest,
+    leanest,
+    needed_host_bytes,
+    request_problems,
+    shortages,
+)
 
 _MAX_MENDS = 6
 _FEWEST_TOKENS = 256
@@ -18,7 +27,11 @@ _OFFLOADING: tuple[Sharding, ...] = ("zero2-offload", "zero3-offload")
 
 @dataclass(frozen=True, slots=True)
 class Mend:
-    """A change that fits: in words, in bytes saved at the peak, and as overrides to paste after the recipe."""
+    """A change that fits: in words, in bytes saved, and as overrides to paste after the recipe.
+
+    Saved are bytes of what is short: the device at the peak, the host, or the disk. Both sides are as lean as can be; a
+    plan then spends what was saved on speed.
+    """
 
     change: str
     saves_bytes: int
@@ -38,6 +51,8 @@ def find_mends(spec: ModelSpec, device: Device, request: PlanRequest, current: C
     A change is offered alone where that suffices, else together with those that cost nothing but speed, else in
     pairs.
     """
+    short_of = shortages(spec, device, request, current)[0]
+    needed = _needed(spec, device, request, current, short_of)
     free = list(_free_changes(request))
     costly = list(_costly_changes(device, request))
     mends: list[Mend] = []
@@ -57,7 +72,7 @@ def find_mends(spec: ModelSpec, device: Device, request: PlanRequest, current: C
             if not shortages(spec, device, mended, found):
                 text = ", ".join(change.text for change in changes)
                 overrides = tuple(override for change in changes for override in change.overrides)
-                saved = max(0, current.peak_bytes - found.peak_bytes)
+                saved = max(0, needed - _needed(spec, device, mended, found, short_of))
                 mends.append(Mend(text, saved, overrides))
                 return True
         return False
@@ -73,6 +88,12 @@ def find_mends(spec: ModelSpec, device: Device, request: PlanRequest, current: C
         if len(mends) < _MAX_MENDS:
             offer_with_free(*pair)
     return tuple(mends[:_MAX_MENDS])
+
+
+def _needed(spec: ModelSpec, device: Device, request: PlanRequest, candidate: Candidate, place: str) -> int:
+    if place == "disk":
+        return disk_bytes(spec, candidate.settings, request.keep)
+    return needed_host_bytes(spec, device, candidate) if place == "host" else candidate.peak_bytes
 
 
 def _variants(ladder: Sequence[Sequence[_Change]]) -> Iterator[tuple[_Change, ...]]:
