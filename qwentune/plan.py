@@ -31,7 +31,7 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     from qwentune.facts.models import model_spec
     from qwentune.facts.towers import tower_remark
     from qwentune.memory import render_plan
-    from qwentune.memory.judge import device_of, judge, kernel_remark, spill_remark
+    from qwentune.memory.judge import device_of, ecc_remark, judge, kernel_remark, spill_remark
     from qwentune.recipe import load_recipe
 
     # A mend that is pasted after the command counts: the last override of a key does.
@@ -43,7 +43,9 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     recipe = load_recipe(recipe_path, overrides).recipe
     device, count, sharding = device_of(recipe.hardware, here=False)
     spec = model_spec(recipe.model, packing=recipe.data.packing)
-    for remark in filter(None, (tower_remark(spec), kernel_remark(spec, device), spill_remark(device))):
+    for remark in filter(
+        None, (tower_remark(spec), kernel_remark(spec, device), ecc_remark(device), spill_remark(device))
+    ):
         console.say(remark)
     verdict = judge(
         spec,

@@ -63,7 +63,7 @@ def run(
     from qwentune.facts.models import model_spec, refuse_untrainable
     from qwentune.facts.towers import tower_remark
     from qwentune.memory import render_plan
-    from qwentune.memory.judge import device_of, judge, kernel_remark, refusal
+    from qwentune.memory.judge import device_of, ecc_remark, judge, kernel_remark, refusal
     from qwentune.recipe import load_recipe
     from qwentune.training.run_folder import RunFolder
 
@@ -73,7 +73,7 @@ def run(
     launch = recipe.hardware.launch
     spec = model_spec(recipe.model, packing=recipe.data.packing)
     refuse_untrainable(spec)
-    for remark in filter(None, (tower_remark(spec), kernel_remark(spec, device))):
+    for remark in filter(None, (tower_remark(spec), kernel_remark(spec, device), ecc_remark(device))):
         console.say(remark)
     plan = judge(
         spec,

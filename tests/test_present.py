@@ -12,23 +12,27 @@ from qwentune.facts import present
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.models import model_spec
 from qwentune.facts.present import present_gpus
-from qwentune.memory.judge import device_of, judge, spill_remark
+from qwentune.memory.judge import device_of, ecc_remark, judge, spill_remark
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
 
-RTX_4090 = "0, GPU-a, NVIDIA GeForce RTX 4090, 24564, 9000, 8.9"
+RTX_4090 = "0, GPU-a, NVIDIA GeForce RTX 4090, 24564, 9000, 8.9, Disabled, [N/A]"
 
 
 def driver(monkeypatch: pytest.MonkeyPatch, folder: Path, *rows: str) -> None:
-    """Puts an nvidia-smi on the path that answers with these rows."""
+    """Puts an nvidia-smi on the path that answers with these rows, or with a file of the folder for -L and -q -x."""
     program = folder / "nvidia-smi"
-    program.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join(rows) + "\nEND\n")
+    rows_asked = "\n".join(rows)
+    program.write_text(
+        '#!/bin/sh\ncase "$1" in\n'
+        f"-L) cat {folder}/listed;; -q) cat {folder}/details.xml;;\n*) cat <<'END'\n{rows_asked}\nEND\n;;\nesac\n"
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def test_free_memory_of_a_gpu_that_is_here_beats_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    driver(monkeypatch, tmp_path, RTX_4090, "1, GPU-b, NVIDIA GeForce RTX 4090, 24564, 24000, 8.9")
+    driver(monkeypatch, tmp_path, RTX_4090, "1, GPU-b, NVIDIA GeForce RTX 4090, 24564, 24000, 8.9, [N/A], [N/A]")
     found = present_gpus()
     assert found is not None
     assert (found.spec.name, found.spec.total_bytes, found.count) == ("rtx-4090", 9000 * 2**20, 2)
@@ -48,11 +52,87 @@ def test_free_memory_of_a_gpu_that_is_here_beats_the_table(monkeypatch: pytest.M
 def test_a_gpu_that_shares_the_hosts_memory_is_judged_by_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str
 ) -> None:
-    driver(monkeypatch, tmp_path, f"0, GPU-a, NVIDIA GB10, {said}, {said}, 12.1")
+    driver(monkeypatch, tmp_path, f"0, GPU-a, NVIDIA GB10, {said}, {said}, 12.1, [N/A], [N/A]")
     monkeypatch.setattr(present, "free_host_bytes", lambda: 100 * 2**30)
     found = present_gpus()
     assert found is not None
     assert (found.spec.name, found.spec.total_bytes) == ("NVIDIA GB10", 100 * 2**30)
+
+
+LISTED = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-a)
+  MIG 3g.20gb     Device  0: (UUID: MIG-1-a)
+  MIG 1g.5gb      Device  1: (UUID: MIG-2-b)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-b)
+"""
+DETAILS = """<?xml version="1.0" ?>
+<!DOCTYPE nvidia_smi_log SYSTEM "nvsmi_device_v12.dtd">
+<nvidia_smi_log><gpu id="00000000:07:00.0"><uuid>GPU-a</uuid>
+<fb_memory_usage><total>40960 MiB</total><free>N/A</free></fb_memory_usage><mig_devices>
+<mig_device>
+<index>0</index><fb_memory_usage><total>20096 MiB</total><free>19000 MiB</free></fb_memory_usage></mig_device>
+<mig_device>
+<index>1</index><fb_memory_usage><total>4864 MiB</total><free>4800 MiB</free></fb_memory_usage></mig_device>
+</mig_devices></gpu></nvidia_smi_log>
+"""
+SLICED = (
+    "0, GPU-a, NVIDIA A100-SXM4-40GB, 40960, [N/A], 8.0, Enabled, Enabled",
+    "1, GPU-b, NVIDIA A100-SXM4-40GB, 40960, 40000, 8.0, Enabled, Disabled",
+)
+
+
+@pytest.mark.parametrize(
+    ("visible", "name", "free_mib", "count"),
+    [
+        (None, "a100-40gb MIG 3g.20gb", 19000, 1),
+        ("MIG-2", "a100-40gb MIG 1g.5gb", 4800, 1),
+        ("0", "a100-40gb MIG 3g.20gb", 19000, 1),
+        ("1", "a100-40gb", 40000, 1),
+    ],
+)
+def test_of_a_gpu_that_is_cut_into_slices_a_process_has_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, visible: str | None, name: str, free_mib: int, count: int
+) -> None:
+    driver(monkeypatch, tmp_path, *SLICED)
+    (tmp_path / "listed").write_text(LISTED)
+    (tmp_path / "details.xml").write_text(DETAILS)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = present_gpus()
+    assert found is not None
+    assert (found.spec.name, found.spec.total_bytes, found.count) == (name, free_mib * 2**20, count)
+    whole, part = gpu_spec("a100-40gb"), {"3g.20gb": 3 / 7, "1g.5gb": 1 / 7}.get(name.split()[-1], 1)
+    assert found.spec.fp32_tflops == pytest.approx(whole.fp32_tflops * part)
+
+
+@pytest.mark.parametrize("details", ["", DETAILS.replace("MiB", "units")])
+def test_a_slice_whose_memory_nobody_tells_has_what_its_name_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, details: str
+) -> None:
+    driver(monkeypatch, tmp_path, *SLICED)
+    (tmp_path / "listed").write_text(LISTED)
+    (tmp_path / "details.xml").write_text(details)
+    found = present_gpus()
+    assert found is not None
+    assert found.spec.total_bytes == 20 * 10**9 < 20096 * 2**20
+
+
+def test_a_gpu_that_is_cut_into_no_slice_yet_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    driver(monkeypatch, tmp_path, SLICED[0])
+    (tmp_path / "listed").write_text(LISTED.splitlines()[0] + "\n")
+    assert present_gpus() is None
+
+
+def test_ecc_is_said_where_it_takes_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    driver(monkeypatch, tmp_path, "0, GPU-a, NVIDIA RTX A6000, 46068, 45000, 8.6, Enabled, [N/A]")
+    found = present_gpus()
+    assert found is not None
+    assert "ECC is on" in ecc_remark(found.spec)
+    assert "44.43 GiB" in ecc_remark(gpu_spec("rtx-6000-ada")), "the table's row is one with ECC on"
+    assert not ecc_remark(gpu_spec("rtx-4090"))
+    driver(monkeypatch, tmp_path, SLICED[1])
+    stacked = present_gpus()
+    assert stacked is not None
+    assert not ecc_remark(stacked.spec), "ECC takes nothing of stacked memory"
 
 
 def test_a_full_gpu_under_windows_is_said_to_spill(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ class GpuSpec:
 
     `total_bytes` is torch's `total_memory` on Linux, a little below the number on the box. `bf16_tflops` is the dense
     tensor rate with fp32 accumulation, None where the hardware has no bf16; `fp32_tflops` the plain fp32 rate;
-    `bandwidth_gb_per_second` counts 10^9 bytes.
+    `bandwidth_gb_per_second` counts 10^9 bytes. `has_ecc` says whether a card that is here has ECC on; None for a row
+    of the table, whose memory was read as `source` says.
     """
 
     name: str
@@ -26,6 +27,12 @@ class GpuSpec:
     bandwidth_gb_per_second: float
     compute_capability: tuple[int, int]
     source: str
+    has_ecc: bool | None = None
+
+    @property
+    def has_hbm(self) -> bool:
+        """Whether its memory is stacked (HBM), of which ECC takes nothing; it takes a sixteenth of GDDR."""
+        return self.compute_capability in ((7, 0), (8, 0), (9, 0), (10, 0), (10, 3))
 
     @property
     def has_bf16(self) -> bool:

@@ -15,10 +15,11 @@ from pathlib import Path
 import psutil
 
 from qwentune.facts.gpus import GPUS, GpuSpec, gpu_spec
+from qwentune.facts.mig import first_visible, sliced, slices
 
 MIB = 2**20
 KERNELS = ("fla", "causal_conv1d")  # that transformers takes for hybrids by itself: the delta rule, its convolution
-QUERY = "index,uuid,name,memory.total,memory.free,compute_cap"
+QUERY = "index,uuid,name,memory.total,memory.free,compute_cap,ecc.mode.current,mig.mode.current"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +31,36 @@ class PresentGpus:
 
 
 def present_gpus() -> PresentGpus | None:
-    """The machine's NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves visible; None where there is no driver or no GPU."""
+    """The machine's NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves visible; None where there is no driver or no GPU.
+
+    Of GPUs that are cut into slices (MIG) a process sees one slice.
+    """
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
-    command = [program, f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines() if line.count(",") == 5]
+    answer = _asked(program, f"--query-gpu={QUERY}", "--format=csv,noheader,nounits")
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines()]
+    rows = [row for row in rows if len(row) == len(QUERY.split(","))]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        wanted = [device.strip() for device in visible.split(",") if device.strip()]
+    wanted = None if visible is None else [device.strip() for device in visible.split(",") if device.strip()]
+    if any(row[7] == "Enabled" for row in rows):
+        part = first_visible(slices(_asked(program, "-L")), wanted)
+        if part is not None:
+            whole = next(row for row in rows if row[0] == part.gpu_index)
+            return PresentGpus(sliced(_spec(whole), part, _asked(program, "-q", "-x")), 1)
+    # A GPU that is cut into no slice yet is seen by nobody.
+    rows = [row for row in rows if row[7] != "Enabled"]
+    if wanted is not None:
         rows = [row for row in rows if any(row[0] == device or row[1].startswith(device) for device in wanted)]
-    if answer.returncode != 0 or not rows:
+    if not rows:
         return None
-    _, _, name, total, _, capability = rows[0]
-    free_bytes = min(_bytes(row[4]) for row in rows)
-    return PresentGpus(replace(_named(name, _bytes(total), capability), total_bytes=free_bytes), len(rows))
+    return PresentGpus(replace(_spec(rows[0]), total_bytes=min(_bytes(row[4]) for row in rows)), len(rows))
+
+
+def _asked(program: str, *arguments: str) -> str:
+    """What nvidia-smi says; nothing where it fails."""
+    answer = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=30, check=False)
+    return answer.stdout if answer.returncode == 0 else ""
 
 
 def spills() -> bool:
@@ -85,6 +100,11 @@ def _held_bytes(folder: Path) -> int:
 def _bytes(mib: str) -> int:
     """The bytes of a number of MiB; GPUs that share the host's memory give none."""
     return int(mib) * MIB if mib.isdecimal() else free_host_bytes()
+
+
+def _spec(row: list[str]) -> GpuSpec:
+    _, _, name, total, _, capability, ecc, _ = row
+    return replace(_named(name, _bytes(total), capability), has_ecc=ecc == "Enabled")
 
 
 def _named(name: str, total_bytes: int, capability: str) -> GpuSpec:

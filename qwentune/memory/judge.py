@@ -139,6 +139,18 @@ def kernel_remark(spec: ModelSpec, device: Device) -> str:
     )
 
 
+def ecc_remark(device: Device) -> str:
+    """What ECC takes of the GPU's memory, in words; empty where it takes nothing or is not known."""
+    if isinstance(device, HostMemory) or device.has_hbm:
+        return ""
+    if device.has_ecc:
+        return "ECC is on; it takes about a sixteenth of this GPU's memory, which is not in the bytes below."
+    if device.has_ecc is None and "ECC" in device.source:
+        read, gib = device.source.partition(";")[0], device.total_bytes / 2**30
+        return f"{device.name} is planned with {gib:.2f} GiB ({read}); one that is here is judged by its own."
+    return ""
+
+
 def spill_remark(device: Device) -> str:
     """What a full GPU does here, in words; empty where it ends the run."""
     if isinstance(device, HostMemory) or not spills():
