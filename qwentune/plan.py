@@ -29,9 +29,8 @@ def plan(
 def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | None, as_json: bool, trace: bool) -> int:
     """Prints the plan; the exit code says whether it fits."""
     from qwentune.facts.models import model_spec
-    from qwentune.facts.towers import tower_remark
     from qwentune.memory import render_plan
-    from qwentune.memory.judge import device_of, ecc_remark, judge, kernel_remark, spill_remark
+    from qwentune.memory.judge import device_of, judge, remarks
     from qwentune.recipe import load_recipe
 
     # A mend that is pasted after the command counts: the last override of a key does.
@@ -40,12 +39,11 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
         *([] if gpus is None else [f"hardware.count={gpus}"]),
         *overrides,
     ]
-    recipe = load_recipe(recipe_path, overrides).recipe
+    loaded = load_recipe(recipe_path, overrides)
+    recipe = loaded.recipe
     device, count, sharding = device_of(recipe.hardware, here=False)
     spec = model_spec(recipe.model, packing=recipe.data.packing)
-    for remark in filter(
-        None, (tower_remark(spec), kernel_remark(spec, device), ecc_remark(device), spill_remark(device))
-    ):
+    for remark in remarks(spec, device, recipe.data.max_tokens, loaded.origins["data.max_tokens"]):
         console.say(remark)
     verdict = judge(
         spec,

@@ -61,19 +61,19 @@ def run(
     """
     from qwentune.facts.launch import launch_file, uses_deepspeed
     from qwentune.facts.models import model_spec, refuse_untrainable
-    from qwentune.facts.towers import tower_remark
     from qwentune.memory import render_plan
-    from qwentune.memory.judge import device_of, ecc_remark, judge, kernel_remark, refusal
+    from qwentune.memory.judge import device_of, judge, refusal, remarks
     from qwentune.recipe import load_recipe
     from qwentune.training.run_folder import RunFolder
 
-    recipe = load_recipe(recipe_path, overrides).recipe
+    loaded = load_recipe(recipe_path, overrides)
+    recipe = loaded.recipe
     folder = RunFolder(Path(recipe.output.dir))
     device, count, sharding = device_of(recipe.hardware, here=True)
     launch = recipe.hardware.launch
     spec = model_spec(recipe.model, packing=recipe.data.packing)
     refuse_untrainable(spec)
-    for remark in filter(None, (tower_remark(spec), kernel_remark(spec, device), ecc_remark(device))):
+    for remark in remarks(spec, device, recipe.data.max_tokens, loaded.origins["data.max_tokens"]):
         console.say(remark)
     plan = judge(
         spec,

@@ -13,7 +13,7 @@ import pytest
 
 from qwentune.errors import UsageError
 from qwentune.facts.gpus import GPUS, gpu_spec
-from qwentune.facts.models import MODELS, config_of, model_spec
+from qwentune.facts.models import MODELS, config_of, length_remark, model_spec
 from qwentune.facts.towers import tower_remark, training_problems
 from qwentune.model.load import load_model
 
@@ -302,3 +302,21 @@ def test_the_configuration_of_a_model_is_read_back_as_the_same_model(tmp_path: P
     # What stands beside the configuration tells these, and whether there is another tower.
     beside = {name: getattr(spec, name) for name in ("id", "kind", "licence", "source", "tower_of")}
     assert replace(read, **beside) == spec
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        ({}, 4096),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}}, 16384),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "rope_theta": 1e6}}, 8192),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 4096),
+    ],
+)
+def test_a_length_beyond_the_model_s_positions_is_said(tmp_path: Path, rope: dict[str, object], positions: int) -> None:
+    spec = model_spec(write_folder(tmp_path / "m", {**QWEN3_CONFIG, "max_position_embeddings": 4096, **rope}))
+    assert spec.max_positions == positions
+    assert not length_remark(spec, positions, "recipe.yaml:7")
+    said = length_remark(spec, positions + 1, "recipe.yaml:7")
+    assert said.startswith(f"recipe.yaml:7  data.max_tokens: {positions + 1}, but {tmp_path / 'm'} has {positions} ")
+    assert f"Use data.max_tokens={positions}," in said

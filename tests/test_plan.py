@@ -544,6 +544,19 @@ def test_a_mend_that_is_pasted_after_the_options_counts(tmp_path: Path, capsys: 
     assert (values["gpus"], values["choices"]["sharding"]) == (4, "fsdp2")
 
 
+def test_a_row_longer_than_the_model_s_positions_is_remarked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: Qwen/Qwen3-4B\ntuning: {kind: lora}\ndata:\n  train: [{path: x.jsonl}]\n  max_tokens: 65536\n"
+    )
+    run_plan(str(recipe), [], "h200", 1, as_json=True, trace=False)
+    assert f"{recipe}:5  data.max_tokens: 65536, but Qwen/Qwen3-4B has 40960 positions" in capsys.readouterr().err
+    run_plan(str(recipe), ["data.max_tokens=40960"], "h200", 1, as_json=True, trace=False)
+    assert "positions" not in capsys.readouterr().err
+
+
 def test_an_adapter_on_the_head_makes_all_logits_at_once() -> None:
     request = PlanRequest("lora", 4096, 16, targets=("q_proj", "lm_head"))
     plan = make_plan(QWEN3_8B, H200, request)

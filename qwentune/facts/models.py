@@ -68,6 +68,18 @@ def refuse_untrainable(spec: ModelSpec) -> None:
         raise UsageError(problems)
 
 
+def length_remark(spec: ModelSpec, max_tokens: int, where: str) -> str:
+    """That `data.max_tokens`, said at `where`, is more than the model's positions, in words; empty where it is not."""
+    if max_tokens <= spec.max_positions:
+        return ""
+    what = (
+        f"data.max_tokens: {max_tokens}, but {spec.id} has {spec.max_positions} positions; what an example has beyond"
+    )
+    what += " them is read at positions that the model never saw"
+    fix = f"Use data.max_tokens={spec.max_positions}, or a copy of the checkpoint whose config.json has rope_scaling."
+    return str(Problem(where, what, fix))
+
+
 def config_of(spec: ModelSpec) -> dict[str, object]:
     """The dimensions of a decoder as its config.json has them."""
     config: dict[str, object] = {
@@ -157,11 +169,23 @@ class _Config:
         value = self.values.get(key, default)
         return value if isinstance(value, bool) else default
 
+    def nested(self, key: str) -> dict[str, object]:
+        value = self.values.get(key)
+        return cast("dict[str, object]", value) if isinstance(value, dict) else {}
+
+    @property
+    def max_positions(self) -> int:
+        known = self.number("max_position_embeddings")
+        rope = {**self.nested("rope_parameters"), **self.nested("rope_scaling")}
+        factor, original = rope.get("factor"), rope.get("original_max_position_embeddings") or known
+        if not isinstance(factor, int | float) or not isinstance(original, int):
+            return known
+        return max(known, int(factor * original))  # YaRN and its like stretch what was trained
+
     @property
     def rope_theta(self) -> float:
         # transformers 5 writes rope_parameters, older versions rope_theta.
-        nested = self.values.get("rope_parameters")
-        value = cast("dict[str, object]", nested).get("rope_theta") if isinstance(nested, dict) else None
+        value = self.nested("rope_parameters").get("rope_theta")
         value = self.values.get("rope_theta") if value is None else value
         return float(value) if isinstance(value, int | float) else 1e4
 
@@ -208,7 +232,7 @@ def _from_folder(folder: Path, packing: bool) -> ModelSpec:
         head_dim=config.number("head_dim", max(1, hidden_size // num_heads)),
         vocab_rows=config.number("vocab_size"),
         tied=config.flag("tie_word_embeddings", False),
-        max_positions=config.number("max_position_embeddings"),
+        max_positions=config.max_positions,
         rope_theta=config.rope_theta,
         qkv_bias=config.flag("attention_bias" if is_qwen3 else "qkv_bias", not is_qwen3),
         qk_norm=is_qwen3,

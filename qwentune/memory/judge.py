@@ -12,8 +12,9 @@ from qwentune.data.sample import Json
 from qwentune.errors import Problem, UsageError
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.launch import Sharding, sharding_of
-from qwentune.facts.models import ModelSpec
+from qwentune.facts.models import ModelSpec, length_remark
 from qwentune.facts.present import free_disk_bytes, free_host_bytes, installed_kernels, present_gpus, spills
+from qwentune.facts.towers import tower_remark
 from qwentune.memory.adapters import ATTENTION, KNOWN
 from qwentune.memory.plan import Choices, RunPlan, calibrated, chosen_settings, make_plan, pinned
 from qwentune.memory.profile import find_profile
@@ -125,6 +126,18 @@ def _request(
 def _kernels(device: Device) -> frozenset[str]:
     """What is installed here is taken to be installed where another GPU runs too."""
     return frozenset() if isinstance(device, HostMemory) else installed_kernels()
+
+
+def remarks(spec: ModelSpec, device: Device, max_tokens: int, where: str) -> list[str]:
+    """What is to be said of model and device beside the plan; `where` says `data.max_tokens`."""
+    every = (
+        tower_remark(spec),
+        length_remark(spec, max_tokens, where),
+        kernel_remark(spec, device),
+        ecc_remark(device),
+        spill_remark(device),
+    )
+    return [remark for remark in every if remark]
 
 
 def kernel_remark(spec: ModelSpec, device: Device) -> str:
