@@ -183,7 +183,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     )
     if not plan.fits and not request.force_memory:
         raise DoesNotFitError(refusal(plan))
-    _refuse_what_is_not_here(recipe, plan, ranks)
+    _refuse_what_is_not_here(recipe, plan)
 
     tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))
     template = chat_template(recipe.data, tokenizer)
@@ -512,16 +512,12 @@ def _state(exit_code: int) -> State:
     return "interrupted" if exit_code == EXIT_INTERRUPTED else "preempted"
 
 
-def _refuse_what_is_not_here(recipe: Recipe, plan: RunPlan, ranks: Ranks) -> None:
+def _refuse_what_is_not_here(recipe: Recipe, plan: RunPlan) -> None:
     """Raises UsageError with everything that the recipe names and this machine does not have."""
     problems: list[Problem] = []
     if plan.choices.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         fix = "Install flash-attn, or leave memory.attention at auto."
         problems.append(Problem("memory.attention", "flash_attention_2 is not installed", fix))
-    if plan.choices.attention == "flex_attention" and ranks.device.type != "cuda":
-        problems.append(
-            Problem("memory.attention", "flex_attention trains on a GPU only", "Leave memory.attention at auto.")
-        )
     for tracker in recipe.output.report_to:
         if find_spec(tracker) is None:
             problems.append(Problem("output.report_to", f"{tracker} is not installed", f"pip install {tracker}"))

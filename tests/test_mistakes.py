@@ -148,10 +148,10 @@ def test_a_missing_data_file_is_answered_with_the_nearest(tmp_path: Path, qwen3_
 
 def test_what_this_machine_does_not_have_is_named_all_at_once(tmp_path: Path, qwen3_folder: Path) -> None:
     write_recipe(tmp_path, qwen3_folder)
-    asked = ("memory.attention=flex_attention", "output.report_to=[trackio]", "hardware.gpu=cpu")
+    asked = ("tuning.kind=lora", "tuning.start_from=nowhere", "output.report_to=[trackio]", "hardware.gpu=cpu")
     refused = run(tmp_path, "qwentune.train", "recipe.yaml", *asked)
     assert_is_refused(refused, 2)
-    assert "memory.attention  flex_attention trains on a GPU only" in refused.stderr
+    assert "tuning.start_from  'nowhere' holds no adapter" in refused.stderr
     assert "output.report_to  trackio is not installed" in refused.stderr
 
 

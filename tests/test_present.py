@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from qwentune.errors import UsageError
 from qwentune.facts import present
-from qwentune.facts.gpus import gpu_spec
+from qwentune.facts.gpus import GpuSpec, gpu_spec
 from qwentune.facts.models import model_spec
 from qwentune.facts.present import present_gpus
+from qwentune.memory import HostMemory
 from qwentune.memory.judge import device_of, ecc_remark, judge, spill_remark
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
 
@@ -141,17 +145,30 @@ def test_a_full_gpu_under_windows_is_said_to_spill(monkeypatch: pytest.MonkeyPat
     assert "spills" in spill_remark(gpu_spec("rtx-4090"))
 
 
-@pytest.mark.parametrize(("gpu", "weights"), [("t4", "auto"), ("h200", "fp32")])
-def test_flash_attention_in_fp32_is_refused_before_weights_are_read(tmp_path: Path, gpu: str, weights: Any) -> None:
-    with pytest.raises(UsageError, match=r"memory\.attention.*fp32"):
-        judge(
-            model_spec("Qwen/Qwen3-0.6B"),
-            tuning=Tuning(kind="lora"),
-            max_tokens=1024,
-            batch=BatchOptions(),
-            precision=Precision(weights=weights),
-            memory=MemoryOptions(attention="flash_attention_2"),
-            output=OutputOptions(dir=str(tmp_path)),
-            device=gpu_spec(gpu),
-            num_ranks=1,
-        )
+@pytest.mark.parametrize(
+    ("attention", "weights", "device", "words"),
+    [
+        ("flash_attention_2", "auto", gpu_spec("t4"), "fp32"),
+        ("flash_attention_2", "fp32", gpu_spec("h200"), "fp32"),
+        ("flash_attention_2", "bf16", gpu_spec("t4"), "t4 has 7.5"),
+        ("flash_attention_2", "bf16", HostMemory(2**36), "trains on a GPU only"),
+        ("flex_attention", "auto", gpu_spec("t4"), "needs compute capability 8.0 (Ampere), and t4 has 7.5"),
+        ("flex_attention", "auto", HostMemory(2**36), "trains on a GPU only"),
+    ],
+)
+def test_an_attention_kernel_that_does_not_run_is_refused_before_weights_are_read(
+    tmp_path: Path, attention: Any, weights: Any, device: GpuSpec | HostMemory, words: str
+) -> None:
+    step: dict[str, Any] = {"tuning": Tuning(kind="lora"), "max_tokens": 1024, "batch": BatchOptions(), "num_ranks": 1}
+    step |= {"output": OutputOptions(dir=str(tmp_path)), "precision": Precision(weights=weights), "device": device}
+    with pytest.raises(UsageError, match=r"memory\.attention.*" + re.escape(words)):
+        judge(model_spec("Qwen/Qwen3-0.6B"), memory=MemoryOptions(attention=attention), **step)
+    assert judge(model_spec("Qwen/Qwen3-0.6B"), memory=MemoryOptions(), **step).choices.attention in (
+        ("sdpa",) if isinstance(device, HostMemory) or device.name == "t4" else ("flex_attention",)
+    )
+
+
+def test_torch_still_refuses_flex_attention_on_a_cpu() -> None:
+    query = torch.zeros(1, 1, 16, 16, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="backward on CPU"):
+        flex_attention(query, query, query)

@@ -84,7 +84,7 @@ def judge(
 
         plan = cross_checked(spec, device, request, plan, tell)
     _refuse_state_of_another_dtype(plan, tuning)
-    _refuse_kernel_of_another_dtype(plan)
+    _refuse_kernel_that_does_not_run(plan, device)
     return calibrated(plan, find_profile(spec, tuning.kind, device))
 
 
@@ -211,10 +211,24 @@ def _refuse_state_of_another_dtype(plan: RunPlan, tuning: Tuning) -> None:
         raise UsageError(Problem("precision.optimizer_state", what, fix))
 
 
-def _refuse_kernel_of_another_dtype(plan: RunPlan) -> None:
-    if plan.choices.attention == "flash_attention_2" and plan.choices.weights != "bf16":
-        what = f"flash_attention_2, which computes in 16 bits, but the weights are {plan.choices.weights}"
+def _refuse_kernel_that_does_not_run(plan: RunPlan, device: Device) -> None:
+    """Flash kernels compute in 16 bits; FlexAttention goes backward on GPUs alone, through Triton.
+
+    Source: torch 2.13's `_validate_device` in nn/attention/flex_attention.py; Triton's README (compute capability 8.0
+    and up; Turing went with 3.3, triton-lang/triton#5066, and torch has needed that since 2.7).
+    """
+    choices, fix = plan.choices, "Leave it at auto, or take sdpa."
+    if choices.attention == "flash_attention_2" and choices.weights != "bf16":
+        what = f"flash_attention_2, which computes in 16 bits, but the weights are {choices.weights}"
         raise UsageError(Problem("memory.attention", what, "Leave it at auto, or set precision.weights=bf16."))
+    if choices.attention not in ("flash_attention_2", "flex_attention"):
+        return
+    if isinstance(device, HostMemory):
+        raise UsageError(Problem("memory.attention", f"{choices.attention} trains on a GPU only", fix))
+    if device.compute_capability < (8, 0):
+        capability = ".".join(map(str, device.compute_capability))
+        what = f"{choices.attention} needs compute capability 8.0 (Ampere), and {device.name} has {capability}"
+        raise UsageError(Problem("memory.attention", what, fix))
 
 
 def changes_the_plan(allowed: Sequence[str]) -> bool:
