@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,7 @@ from qwentune import console
 from qwentune.errors import EXIT_OK, DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
+    from qwentune.data.dataset import Dataset
     from qwentune.recipe import Recipe
 
 
@@ -45,6 +47,7 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     spec = model_spec(recipe.model, packing=recipe.data.packing)
     for remark in remarks(spec, device, recipe.data.max_tokens, loaded.origins["data.max_tokens"]):
         console.say(remark)
+    steps, expansion_factor = _of_data(recipe)
     verdict = judge(
         spec,
         tuning=recipe.tuning,
@@ -56,10 +59,11 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
         device=device,
         num_ranks=count,
         sharding=sharding,
-        optimizer_steps=_optimizer_steps(recipe),
+        optimizer_steps=steps,
         learns_chat=recipe.data.has_turns,
         tell=console.say if trace else None,
     )
+    verdict = replace(verdict, expansion_factor=expansion_factor)
     if as_json:
         print(json.dumps(verdict.to_json(), indent=2))
     else:
@@ -68,16 +72,25 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     return EXIT_OK if verdict.fits else DoesNotFitError.exit_code
 
 
-def _optimizer_steps(recipe: Recipe) -> int | None:
-    """The steps of the run where they are known without rendering the data."""
-    if recipe.optimizer.max_steps is not None:
-        return recipe.optimizer.max_steps
+def _of_data(recipe: Recipe) -> tuple[int | None, float | None]:
+    """The steps of the run and its expansion factor, where they are known without rendering the data."""
+    dataset = _rendered(recipe)
+    steps = recipe.optimizer.max_steps
+    if dataset is None:
+        return steps, None
+    if steps is None:
+        from qwentune.data.schedule import Schedule
+
+        steps = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed).num_steps
+    return steps, dataset.report["expansion_factor"]
+
+
+def _rendered(recipe: Recipe) -> Dataset | None:
     from qwentune.data.checkpoint import cache_folder, checkpoint_folder
 
     if not (cache_folder() / "data").is_dir():  # no data was rendered yet; the rest takes its time
         return None
     from qwentune.data.dataset import chat_template, prepared
-    from qwentune.data.schedule import Schedule
     from qwentune.data.tokenizer import load_tokenizer
 
     try:
@@ -85,13 +98,7 @@ def _optimizer_steps(recipe: Recipe) -> int | None:
     except UsageError:  # it was not fetched yet
         return None
     template = chat_template(recipe.data, tokenizer)
-    shares = recipe.memory.shares_prefixes
-    dataset = prepared(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=shares)
-    return (
-        None
-        if dataset is None
-        else Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed).num_steps
-    )
+    return prepared(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=recipe.memory.shares_prefixes)
 
 
 if __name__ == "__main__":

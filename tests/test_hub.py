@@ -179,7 +179,7 @@ def test_what_is_no_hub_dataset(path: str) -> None:
     assert not is_hub_dataset(path)
 
 
-def test_a_plan_counts_the_steps_of_a_hub_model_whose_tokenizer_and_data_are_at_hand(tmp_path: Path) -> None:
+def test_a_plan_counts_the_steps_and_tokens_of_a_hub_model_whose_tokenizer_and_data_are_at_hand(tmp_path: Path) -> None:
     snapshots = tmp_path / "hf" / "hub" / "models--Qwen--Qwen3-8B"
     write_checkpoint(snapshots / "snapshots" / "0", "qwen3")
     (snapshots / "refs").mkdir()
@@ -197,8 +197,11 @@ def test_a_plan_counts_the_steps_of_a_hub_model_whose_tokenizer_and_data_are_at_
         return json.loads(ended.stdout)
 
     planned = ("qwentune.plan", str(recipe), "--gpu", "h200")
-    assert said(*planned)["optimizer_steps"] is None
-    said("qwentune.preview", str(recipe))
-    steps = said(*planned)["optimizer_steps"]
+    unknown = said(*planned)
+    assert unknown["optimizer_steps"] is unknown["expansion_factor"] is None
+    report = said("qwentune.preview", str(recipe))
+    plan = said(*planned)
+    steps = plan["optimizer_steps"]
     assert steps > 0
+    assert plan["expansion_factor"] == report["expansion_factor"] > 1
     assert said(*planned, "optimizer.epochs=2")["optimizer_steps"] == 2 * steps

@@ -723,7 +723,7 @@ def test_a_plan_survives_json() -> None:
     values = json.loads(json.dumps(plan.to_json()))
     assert RunPlan.from_json(values) == plan
     contract = "schema fits gpu gpus usable_bytes peak_bytes allocated_peak_bytes limiting_phase phases choices"
-    contract += " optimizer_steps gpu_hours host_bytes host_phases disk_bytes mends profile"
+    contract += " optimizer_steps gpu_hours host_bytes host_phases disk_bytes mends profile expansion_factor"
     assert set(values) == set(contract.split())
     assert set(values["mends"][0]) == {"change", "saves_bytes", "overrides"}
 
@@ -780,6 +780,13 @@ def test_memory_that_ran_out_is_told_as_the_plan_had_it_beside_what_was_held(tok
     assert re.search(rf"gradients +{planned['gradients'] / MIB:.1f} +0\.0\n", said)
     assert re.search(r"activations, logits, temporaries, workspaces +\d+\.\d +7168\.0\n", said)
     assert re.search(rf"allocator +{planned['allocator'] / MIB:.1f} +-\n", said), "which nobody measured"
+
+
+def test_what_the_data_costs_beside_one_rendering_is_drawn_where_it_is_known() -> None:
+    plan = make_plan(QWEN3_8B, H200, PlanRequest("lora", 2048, 16))
+    assert "one rendering" not in render_plan(plan, 36)
+    text = " ".join(render_plan(replace(plan, expansion_factor=1.42), 36).split())
+    assert "The data costs 1.42 times the tokens of one rendering." in text
 
 
 def test_too_few_steps_are_warned_of() -> None:

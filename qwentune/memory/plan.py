@@ -64,7 +64,8 @@ class RunPlan:
     `limiting_phase` is the phase with the highest peak, or "host" or "disk" where only that does not suffice.
     `gpu` is "cpu" for a run on the CPU. `host_bytes` is what a run needs of the machine's memory, all ranks together;
     `host_phases` are its phases, where a merge beside GPUs may take more. `gpu_hours` are the roofline's, times the
-    factor of a `profile`.
+    factor of a `profile`. `expansion_factor` says how many tokens the model is given for each of one rendering of the
+    data, None where that has not been counted.
     """
 
     schema: int
@@ -84,6 +85,7 @@ class RunPlan:
     mends: tuple[Mend, ...]
     profile: Profile | None = None
     host_phases: dict[str, int] = field(default_factory=dict[str, int])
+    expansion_factor: float | None = None
 
     def to_json(self) -> dict[str, Json]:
         """The plan as JSON values."""
