@@ -41,6 +41,8 @@ from qwentune.training.reports import Report
 from qwentune.training.signals import StoppedEarlyError, stoppable, watch_launcher
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -48,8 +50,9 @@ if TYPE_CHECKING:
     from qwentune.data.schedule import Schedule
     from qwentune.data.tokenizer import Tokenizer
     from qwentune.facts.architecture import ModelSpec
+    from qwentune.facts.launch import Sharding
     from qwentune.memory.plan import RunPlan
-    from qwentune.memory.search import Device
+    from qwentune.memory.search import Auto, Device
     from qwentune.recipe import LoadedRecipe, Recipe
     from qwentune.training.checkpoints import Checkpoint, Checkpoints
     from qwentune.training.progress import Recorder
@@ -152,7 +155,9 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     from qwentune.facts.gpus import GpuSpec
     from qwentune.facts.models import model_spec, refuse_untrainable
     from qwentune.memory.judge import changes_the_plan, device_of, judge, refusal
+    from qwentune.recipe import load_recipe
     from qwentune.training.ranks import Ranks, expand_segments
+    from qwentune.training.relaunch import relaunched
 
     expand_segments()
     recipe = loaded.recipe
@@ -165,24 +170,35 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     is_first_start_on_gpu = stored is None and isinstance(device, GpuSpec)
     spec = model_spec(recipe.model, packing=recipe.data.packing)
     refuse_untrainable(spec)
-    plan = judge(
-        spec,
-        tuning=recipe.tuning,
-        max_tokens=recipe.data.max_tokens,
-        batch=recipe.batch,
-        precision=recipe.precision,
-        memory=recipe.memory,
-        output=recipe.output,
-        device=device,
-        num_ranks=ranks.num_ranks,
-        sharding=ranks.sharding,
-        learns_chat=recipe.data.has_turns,
-        stored=stored,
-        fresh=request.fresh,
-        tell=(lambda said: console.say(said) if ranks.leads else None) if is_first_start_on_gpu else None,
-    )
+
+    def judged(recipe: Recipe, num_ranks: int, sharding: Sharding | Auto, **options: Any) -> RunPlan:
+        return judge(
+            spec,
+            tuning=recipe.tuning,
+            max_tokens=recipe.data.max_tokens,
+            batch=recipe.batch,
+            precision=recipe.precision,
+            memory=recipe.memory,
+            output=recipe.output,
+            device=device,
+            num_ranks=num_ranks,
+            sharding=sharding,
+            learns_chat=recipe.data.has_turns,
+            fresh=request.fresh,
+            **options,
+        )
+
+    tell = (lambda said: console.say(said) if ranks.leads else None) if is_first_start_on_gpu else None
+    plan = judged(recipe, ranks.num_ranks, ranks.sharding, stored=stored, tell=tell)
     if not plan.fits and not request.force_memory:
-        raise DoesNotFitError(refusal(plan))
+        if reports.FOLDER in os.environ:  # pasted after `qwentune train`, which launches
+            raise DoesNotFitError(refusal(plan))
+        arguments = [*request.command[2:], *["--fresh"] * request.fresh]
+
+        def mended(overrides: Sequence[str], num_ranks: int, sharding: Sharding | Auto) -> RunPlan:
+            return judged(load_recipe(request.recipe, [*request.overrides, *overrides]).recipe, num_ranks, sharding)
+
+        raise DoesNotFitError(refusal(plan, lambda mend: relaunched(mend, arguments, ranks.num_ranks, mended)))
     _refuse_what_is_not_here(recipe, plan)
 
     tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))

@@ -74,7 +74,7 @@ def _explanation(plan: RunPlan, num_layers: int) -> tuple[str, str]:
     if plan.optimizer_steps is not None:
         run = f" {plan.optimizer_steps} steps"
         run += f", about {plan.gpu_hours:.2g} GPU-hours {_basis(plan.profile)}." if plan.gpu_hours is not None else "."
-    if plan.expansion_factor is not None:
+    if plan.expansion_factor is not None and round(plan.expansion_factor, 2) != 1:
         run += f" The data costs {plan.expansion_factor:.2f} times the tokens of one rendering."
     has_adapters = plan.phases["train_step"].terms["adapters"] > 0
     adapters = f" adapters {choices.adapters}," if has_adapters else ""

@@ -16,6 +16,7 @@ from qwentune.facts.models import ModelSpec, length_remark
 from qwentune.facts.present import free_disk_bytes, free_host_bytes, installed_kernels, present_gpus, spills
 from qwentune.facts.towers import tower_remark
 from qwentune.memory.adapters import ATTENTION, KNOWN
+from qwentune.memory.mends import Mend
 from qwentune.memory.plan import Choices, RunPlan, calibrated, chosen_settings, make_plan, pinned
 from qwentune.memory.profile import find_profile
 from qwentune.memory.search import Auto, Device, PlanRequest
@@ -263,14 +264,18 @@ def _is_here(device: Device) -> bool:
     return present is not None and present.spec.name == device.name
 
 
-def refusal(plan: RunPlan) -> list[Problem]:
-    """Why the plan does not fit, and the cheapest changes that do, as overrides to paste."""
+def _overrides(mend: Mend) -> str:
+    return " ".join(mend.overrides)
+
+
+def refusal(plan: RunPlan, pasted: Callable[[Mend], str] = _overrides) -> list[Problem]:
+    """Why the plan does not fit, and the cheapest changes that do, as overrides to paste or what `pasted` makes."""
     needed, usable = plan.peak_bytes / 2**30, plan.usable_bytes / 2**30
     shortage = {
         "host": f"needs {plan.host_bytes / 2**30:.1f} GiB of host memory",
         "disk": f"needs {plan.disk_bytes / 2**30:.1f} GiB of disk",
     }.get(plan.limiting_phase, f"needs {needed:.1f} of {usable:.1f} GiB in the phase {plan.limiting_phase}")
-    fixes = [f"{mend.change}: {' '.join(mend.overrides)}" for mend in plan.mends[:3]]
+    fixes = [f"{mend.change}: {pasted(mend)}" for mend in plan.mends[:3]]
     return [Problem(plan.gpu, f"the run does not fit: it {shortage}", "\n    ".join(fixes))]
 
 
