@@ -649,6 +649,41 @@ def test_rows_that_are_trained_beside_adapters_are_counted(
     assert (plan.phases["train_step"].terms["logits"] > 2 * head) == counted, "the head once more, and its gradient"
 
 
+@pytest.mark.parametrize(
+    ("model", "learns_chat", "attention", "branches"),
+    [
+        ("Qwen/Qwen3-8B", True, "sdpa", True),
+        ("Qwen/Qwen3-8B-Base", True, "sdpa", True),
+        ("Qwen/Qwen3-8B", False, "sdpa", False),
+        ("Qwen/Qwen3-8B", True, "flex_attention", False),
+        ("Qwen/Qwen2.5-7B-Instruct", True, "sdpa", False),
+        ("Qwen/Qwen3.5-9B", True, "sdpa", False),
+    ],
+)
+def test_masks_of_rows_whose_history_is_rewritten_are_counted(
+    tmp_path: Path, model: str, learns_chat: bool, attention: Any, branches: bool
+) -> None:
+    spec = model_spec(model)
+    plan = judge(
+        spec,
+        tuning=Tuning(kind="lora"),
+        max_tokens=4096,
+        batch=BatchOptions(micro_batch=1),
+        precision=Precision(),
+        memory=MemoryOptions(attention=attention),
+        output=OutputOptions(dir=str(tmp_path)),
+        device=H200,
+        num_ranks=1,
+        learns_chat=learns_chat,
+    )
+    request = PlanRequest("lora", 4096, 16, micro_batch=1, attention=attention, trains_rows=spec.kind == "base")
+    without = make_plan(spec, H200, request).phases["train_step"].terms["activations"]
+    masks = plan.phases["train_step"].terms["activations"] - without
+    assert (masks > 0) == branches
+    if branches:
+        assert masks == pytest.approx(2 * 4096**2 / 2, rel=0.11), "bf16, of each query the keys before it"
+
+
 @pytest.mark.parametrize(("key", "pins"), [("tuning.dropout", {"drops": True}), ("tuning.variant", {"dora": True})])
 def test_what_peft_cannot_do_to_experts_is_refused(key: str, pins: dict[str, bool]) -> None:
     request = PlanRequest("lora", 1024, 16, **pins)  # type: ignore[arg-type]

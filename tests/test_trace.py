@@ -30,6 +30,7 @@ from qwentune.memory.meta_step import (
 )
 from qwentune.memory.settings import Overheads, Settings
 from qwentune.memory.trace import live_bytes, peak
+from qwentune.model import attention
 from qwentune.model.attention import IMPLEMENTATIONS
 
 NO_OVERHEADS = Overheads(context_bytes=0, workspace_bytes=0, allocator_fraction=0.0, allocator_bytes=0)
@@ -174,6 +175,30 @@ def test_other_settings_agree_too(changes: dict[str, Any], monkeypatch: pytest.M
     assert traced_peak(spec, settings).allocated == pytest.approx(measured_bytes(spec, settings), rel=0.005)
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize(
+    ("changes", "evaluates"),
+    [
+        ({"max_tokens": 900}, False),
+        ({"gradient_checkpointing": False, "kind": "full", "max_tokens": 900}, False),
+        ({"gradient_checkpointing": 2, "max_tokens": 1200, "micro_batch": 1}, False),
+        ({"max_tokens": 1200, "micro_batch": 1}, True),
+    ],
+    ids=str,
+)
+def test_a_real_step_of_rows_that_branch_takes_what_the_trace_says(
+    changes: dict[str, Any], evaluates: bool, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, spec = replace(SETTINGS, branches=True, on_cpu=on_cpu, **changes), tiny("Qwen/Qwen3-8B")
+    if not on_cpu:  # the CPU does as a GPU does
+        whole = attention.tree_by_tree
+        monkeypatch.setattr(attention, "tree_by_tree", lambda *args, copies: whole(*args, copies=False))
+    traced = (traced_evaluation if evaluates else traced_peak)(spec, settings).allocated
+    assert traced == pytest.approx(measured_bytes(spec, settings, evaluates=evaluates), rel=0.005)
+    straight = (traced_evaluation if evaluates else traced_peak)(spec, replace(settings, branches=False)).allocated
+    assert traced > 1.02 * straight
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("loss", ["supervised", "full"])
 def test_a_real_evaluation_on_the_cpu_takes_what_the_trace_says(kind: str, loss: str) -> None:
@@ -230,6 +255,8 @@ def test_the_closed_form_agrees_with_the_trace(name: str, changes: dict[str, Any
     "changes",
     [
         {"attention": "sdpa", "max_tokens": 16384, "micro_batch": 1},  # whose mask would be a fifth of all
+        {"attention": "sdpa", "max_tokens": 16384, "micro_batch": 1, "weights": "bf16", "branches": True},
+        {"attention": "sdpa", "max_tokens": 4096, "gradient_checkpointing": False, "branches": True, "on_cpu": True},
         {"attention": "flash_attention_2", "max_tokens": 512, "weights": "bf16"},
         {"attention": "eager", "max_tokens": 4096, "gradient_checkpointing": False, "weights": "bf16"},
         pytest.param({"attention": "eager", "max_tokens": 4096}, marks=pytest.mark.slow),

@@ -24,6 +24,7 @@ from qwentune.memory.adapters import (
 from qwentune.memory.settings import Settings
 
 _FP32 = 4
+CHUNK_TOKENS = 384  # queries under one mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +173,36 @@ def forward_bytes(spec: ModelSpec, settings: Settings) -> int:
 
 
 def mask_bytes(spec: ModelSpec, settings: Settings) -> int:
-    """Bytes of the boolean mask that eager attention makes of a batch.
+    """Bytes of the masks that attention makes of a batch once for all layers.
 
-    SDPA takes rows that do not branch without one; of a branching row it sees 384 queries at a time.
+    Eager attention makes one of booleans. SDPA takes rows that do not branch without one; of a branching row it sees
+    so many queries at a time, with what is added to their scores, and a number for each key.
     """
-    return settings.forward_tokens**2 if settings.attention == "eager" else 0
+    if settings.attention == "eager":
+        return settings.forward_tokens**2
+    if not _sees_chunks(settings):
+        return 0
+    chunks = [(stop - start, stop) for start, stop in _chunks(settings)]
+    return settings.micro_batch * sum((settings.weight_bytes * queries + 8) * keys for queries, keys in chunks)
+
+
+def _sees_chunks(settings: Settings) -> bool:
+    return settings.attention == "sdpa" and settings.branches
+
+
+def _chunks(settings: Settings) -> list[tuple[int, int]]:
+    """Where each chunk of a row's queries begins and ends; its keys may be all before the end."""
+    tokens = settings.max_tokens
+    return [(start, min(start + CHUNK_TOKENS, tokens)) for start in range(0, tokens, CHUNK_TOKENS)]
+
+
+def _copied_keys(spec: ModelSpec, settings: Settings) -> int:
+    """Per token: on a CPU each chunk keeps a copy of the keys and values that it sees, in place of those of the row."""
+    if not (_sees_chunks(settings) and settings.on_cpu):
+        return 0
+    keys = sum(stop for _, stop in _chunks(settings))
+    copied = 2 * (settings.weight_bytes * spec.query_size + 8) * keys
+    return copied // settings.max_tokens - 2 * settings.weight_bytes * spec.query_size
 
 
 def _norms(spec: ModelSpec, settings: Settings) -> int:
@@ -232,7 +258,7 @@ def _attention(spec: ModelSpec, settings: Settings) -> int:
     if settings.attention in ("sdpa", "eager"):
         # With a mask these take keys and values repeated for every query head.
         total += 2 * width * (query - kv)
-    return total + _scores(spec, settings)
+    return total + _scores(spec, settings) + _copied_keys(spec, settings)
 
 
 def _delta_rule(settings: Settings, linear: LinearAttentionSpec) -> int:

@@ -48,7 +48,7 @@ def cross_checked(
 
 
 def _traced_phases(spec: ModelSpec, device: Device, request: PlanRequest, plan: RunPlan) -> dict[str, Terms]:
-    settings = chosen_settings(request, plan.choices)
+    settings = chosen_settings(request, plan.choices, device)
     if settings.sharding != "none":  # gradients stay between steps
         settings = replace(settings, accumulation=max(2, settings.accumulation))
     shared, alone = (

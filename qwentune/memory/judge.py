@@ -101,7 +101,7 @@ def settings_of(
 ) -> Settings:
     """The settings of the training step that the plan chose, or judged again."""
     request = _request(spec, tuning, max_tokens, batch, device, learns_chat)
-    return chosen_settings(replace(request, num_gpus=plan.gpus), plan.choices)
+    return chosen_settings(replace(request, num_gpus=plan.gpus), plan.choices, device)
 
 
 def _request(
@@ -120,6 +120,7 @@ def _request(
         drops=has_adapters and tuning.dropout > 0,
         dora=has_adapters and tuning.variant == "dora",
         trains_rows=trains_rows,
+        branches=learns_chat and _rewrites_history(spec),
         kernels=_kernels(device),
     )
 
@@ -181,6 +182,16 @@ def _started_from(tuning: Tuning) -> dict[str, Any] | None:
     if tuning.kind == "full" or tuning.start_from is None or not config.is_file():
         return None
     return json.loads(config.read_bytes())
+
+
+def _rewrites_history(spec: ModelSpec) -> bool:
+    """Whether the model's chat template makes several examples of a dialogue, whose shared beginnings stand once.
+
+    Templates of models that think drop old reasoning; those of Qwen3's base models are the same. Hybrids take every
+    example for itself.
+    """
+    thinks = spec.kind in ("hybrid", "thinking") or (spec.kind == "base" and spec.model_type.startswith("qwen3"))
+    return thinks and spec.linear_attention is None
 
 
 def _trains_rows(spec: ModelSpec, tuning: Tuning, learns_chat: bool) -> bool:

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
 from peft.tuners.lora import dora
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.integrations.sdpa_attention import repeat_kv
 
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.models import config_of
@@ -28,7 +27,7 @@ from qwentune.memory.replay import BLOCKS_OF_A_KIND, Recording, depth, record
 from qwentune.memory.settings import Settings
 from qwentune.memory.trace import Bytes, Step, peak, trace
 from qwentune.model.adapters import add_adapters
-from qwentune.model.attention import IMPLEMENTATIONS, Visibility
+from qwentune.model.attention import IMPLEMENTATIONS, Visibility, tree_by_tree
 from qwentune.model.head import LossHead
 from qwentune.model.load import DTYPES, recompute_layers
 from qwentune.recipe import Tuning
@@ -148,6 +147,7 @@ def meta_network(config: PreTrainedConfig, settings: Settings, num_layers: int) 
     dtype = DTYPES[settings.weights]
     _register_probes()
     attention = IMPLEMENTATIONS["eager"] if settings.attention == "eager" else _PROBES[settings.attention]
+    attention += "_on_cpu" if settings.attention == "sdpa" and settings.on_cpu else ""
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         if settings.kind == "qlora":
@@ -168,7 +168,7 @@ def meta_batch(settings: Settings) -> dict[str, Tensor]:
         "predict_from": flat,
         "target": flat,
         "weight": flat.float(),
-        "trees": torch.tensor([[settings.max_tokens, 0]] * settings.micro_batch),
+        "trees": torch.tensor([[settings.max_tokens, settings.branches]] * settings.micro_batch, dtype=torch.int64),
     }
 
 
@@ -245,19 +245,22 @@ def fused_dropout() -> Iterator[None]:
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Saves q, k, v, the output and a fp32 log-sum per query and head, as flash, cuDNN and FlexAttention do."""
+    """Saves q, k, v, the output and a fp32 log-sum per query and head, as flash, cuDNN and FlexAttention do.
+
+    So do the kernels that take a mask, beside the mask.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         output = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, output, q.new_empty(q.shape[:3], dtype=torch.float32))
+        ctx.save_for_backward(q, k, v, output, q.new_empty(q.shape[:3], dtype=torch.float32), mask)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, _, logsum = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, _, logsum, _ = ctx.saved_tensors
         delta = torch.empty_like(logsum)  # noqa: F841 - alive beside the three gradients
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 
 # No more of a kernel's name, for transformers refuses some to some models, and looks for a kernel where it reads flash.
@@ -266,21 +269,21 @@ _PROBES = {"sdpa": "traced_sdpa", "flex_attention": "traced_flex", "flash_attent
 
 @cache
 def _register_probes() -> None:
-    for kernel, name in _PROBES.items():
-        AttentionInterface.register(name, _repeated_attention if kernel == "sdpa" else _grouped_attention)
+    for name in _PROBES.values():
+        AttentionInterface.register(name, _grouped_attention)
+    AttentionInterface.register(_PROBES["sdpa"], partial(_repeated_attention, copies=False))
+    AttentionInterface.register(_PROBES["sdpa"] + "_on_cpu", partial(_repeated_attention, copies=True))
 
 
 def _grouped_attention(_module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    return _FlashAttention.apply(q, k, v).transpose(1, 2).contiguous(), None
+    return _FlashAttention.apply(q, k, v, None).transpose(1, 2).contiguous(), None
 
 
 def _repeated_attention(
-    _module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: Any, visibility: Visibility, **__: Any
+    _module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: Any, visibility: Visibility, copies: bool, **__: Any
 ) -> tuple[Tensor, None]:
-    groups = q.shape[1] // k.shape[1]
-    sizes = [size for size, _ in visibility.trees]
-    spans = zip(*(x.split(sizes, 2) for x in (q, repeat_kv(k, groups), repeat_kv(v, groups))), strict=True)
-    return torch.cat([_FlashAttention.apply(*span) for span in spans], dim=2).transpose(1, 2).contiguous(), None
+    output = tree_by_tree(_FlashAttention.apply, q, k, v, visibility, None, copies=copies)
+    return output.transpose(1, 2).contiguous(), None
 
 
 class _FourBitProduct(torch.autograd.Function):

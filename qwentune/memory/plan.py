@@ -175,7 +175,7 @@ def pinned(request: PlanRequest, choices: Choices) -> PlanRequest:
     )
 
 
-def chosen_settings(request: PlanRequest, choices: Choices) -> Settings:
+def chosen_settings(request: PlanRequest, choices: Choices, device: Device) -> Settings:
     """The settings of a training step of that request with what a plan chose."""
     return Settings(
         kind=request.kind,
@@ -186,6 +186,8 @@ def chosen_settings(request: PlanRequest, choices: Choices) -> Settings:
         drops=request.drops,
         dora=request.dora,
         trains_rows=request.trains_rows,
+        branches=request.branches,
+        on_cpu=not isinstance(device, GpuSpec),
         fuses_delta_rule="fla" in request.kernels,
         fuses_convolution="causal_conv1d" in request.kernels,
         **asdict(choices),

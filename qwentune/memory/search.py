@@ -37,6 +37,7 @@ MAX_FORWARD_TOKENS = 65536
 class PlanRequest:
     """What a recipe asks for, as far as it decides bytes and seconds; "auto" leaves the choice to the plan.
 
+    `branches` says that rows may hold examples that share beginnings.
     `kernels` are the packages of fused kernels for hybrids that the run will find. `sharding` is what the launch file
     gives. `optimizer_steps` is None where the data has not been counted.
     `host_free_bytes` and `disk_free_bytes` are what the system says, None where it is not judged. `headroom` is the
@@ -51,6 +52,7 @@ class PlanRequest:
     drops: bool = False
     dora: bool = False
     trains_rows: bool = False
+    branches: bool = False
     micro_batch: int | Auto = "auto"
     gradient_checkpointing: bool | int | Auto = "auto"
     loss: Loss | Auto = "auto"
@@ -307,6 +309,8 @@ def _candidate(
         drops=request.drops,
         dora=request.dora,
         trains_rows=request.trains_rows,
+        branches=request.branches,
+        on_cpu=isinstance(device, HostMemory),
         fuses_delta_rule="fla" in request.kernels,
         fuses_convolution="causal_conv1d" in request.kernels,
     )

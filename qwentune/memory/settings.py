@@ -26,7 +26,8 @@ class Settings:
     `gradient_checkpointing` is a claim about all layers, or the number of layers that are recomputed. `loss` "full"
     holds all logits; "supervised" computes the loss in chunks of positions and recomputes their logits backward.
     `rank`, `targets`, `drops` (dropout on the adapters' inputs), `dora` and `trains_rows` (some rows of embedding and
-    head are trained too) count only for adapters. Hybrids run the delta rule and the convolution before it in torch, or
+    head are trained too) count only for adapters. `branches` says that rows may hold examples that share beginnings,
+    `on_cpu` that the step runs on a CPU. Hybrids run the delta rule and the convolution before it in torch, or
     fused by flash-linear-attention and causal-conv1d.
     """
 
@@ -47,6 +48,8 @@ class Settings:
     drops: bool = False
     dora: bool = False
     trains_rows: bool = False
+    branches: bool = False
+    on_cpu: bool = False
     fuses_delta_rule: bool = False
     fuses_convolution: bool = False
 

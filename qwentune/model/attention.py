@@ -44,7 +44,7 @@ class Visibility:
     visible_until: Tensor
     depths: Tensor
     trees: tuple[tuple[int, bool], ...]
-    _chunks: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _chunks: dict[tuple[int, int | None, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _blocks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     @classmethod
@@ -62,15 +62,20 @@ class Visibility:
         allowed = (k <= q) & (q < self.visible_until[k])
         return allowed if window is None else allowed & (self.depths[q] - self.depths[k] < window)
 
-    def chunk(self, tree: int, start: int, stop: int, window: int | None) -> tuple[Tensor, Tensor]:
-        """The keys that tokens `start` to `stop` of the tree that begins at `tree` may need, and their mask."""
-        found = self._chunks.get((start, window))
+    def chunk(self, tree: int, start: int, stop: int, window: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The keys that tokens `start` to `stop` of the tree that begins at `tree` may need, and their mask.
+
+        The mask is what is added to the scores, 0 or -inf: of booleans SDPA would make such a mask in every layer, and
+        autograd would keep each.
+        """
+        found = self._chunks.get((start, window, dtype))
         if found is None:
-            at = torch.arange(stop, device=self.visible_until.device)
-            keys = at[tree:]
-            if not at.is_cuda:  # counting them would wait for a GPU
-                keys = keys[self.visible_until[tree:stop] > start]
-            found = self._chunks[start, window] = keys, self.allowed(at[start:], keys, window)
+            at = keys = torch.arange(tree, stop, device=self.visible_until.device)
+            if at.device.type == "cpu":  # counting them would wait for a GPU
+                keys = at[self.visible_until[tree:stop] > start]
+            hidden = ~self.allowed(at[start - tree :], keys, window)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill_(hidden, -torch.inf)
+            found = self._chunks[start, window, dtype] = keys, mask
         return found
 
     def blocks(self, window: int | None) -> BlockMask:
@@ -115,7 +120,26 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, window: int | None, **options: Any) -> Tensor:
-    """SDPA tree by tree, so that no mask spans two dialogues."""
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
+
+    return tree_by_tree(attend, q, k, v, visibility, window, copies=q.device.type == "cpu")
+
+
+def tree_by_tree(
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visibility: Visibility,
+    window: int | None,
+    *,
+    copies: bool,
+) -> Tensor:
+    """Attention in which no mask spans two dialogues; `attend` takes queries, keys, values and a mask, None if causal.
+
+    With `copies` a chunk of queries gets a copy of the keys that it needs, else a view of all before it.
+    """
     # The kernels that take grouped heads together with a mask, or in fp32, hold all scores.
     k, v = _for_every_query_head(q, k), _for_every_query_head(q, v)
     outputs: list[Tensor] = []
@@ -124,12 +148,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, window: int |
     tree = 0
     for (size, branches), (q, k, v) in zip(visibility.trees, spans, strict=True):
         if not branches and (window is None or size <= window):
-            outputs.append(functional.scaled_dot_product_attention(q, k, v, is_causal=True, **options))
+            outputs.append(attend(q, k, v, None))
         else:
             for start, chunk in zip(range(0, size, CHUNK_TOKENS), q.split(CHUNK_TOKENS, 2), strict=True):
-                keys, mask = visibility.chunk(tree, tree + start, tree + start + chunk.shape[2], window)
-                seen = (x[:, :, : len(keys)] if x.is_cuda else x.index_select(2, keys - tree) for x in (k, v))
-                outputs.append(functional.scaled_dot_product_attention(chunk, *seen, attn_mask=mask, **options))
+                keys, mask = visibility.chunk(tree, tree + start, tree + start + chunk.shape[2], window, q.dtype)
+                seen_k, seen_v = (x.index_select(2, keys - tree) if copies else x[:, :, : len(keys)] for x in (k, v))
+                outputs.append(attend(chunk, seen_k, seen_v, mask))
         tree += size
     return torch.cat(outputs, dim=2)
 
