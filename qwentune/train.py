@@ -154,7 +154,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     from qwentune.data.tokenizer import load_tokenizer
     from qwentune.facts.gpus import GpuSpec
     from qwentune.facts.models import model_spec, refuse_untrainable
-    from qwentune.memory.judge import changes_the_plan, device_of, judge, refusal
+    from qwentune.memory.judge import changes_the_plan, device_of, refusal
     from qwentune.recipe import load_recipe
     from qwentune.training.ranks import Ranks, expand_segments
     from qwentune.training.relaunch import relaunched
@@ -170,24 +170,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     is_first_start_on_gpu = stored is None and isinstance(device, GpuSpec)
     spec = model_spec(recipe.model, packing=recipe.data.packing)
     refuse_untrainable(spec)
-
-    def judged(recipe: Recipe, num_ranks: int, sharding: Sharding | Auto, **options: Any) -> RunPlan:
-        return judge(
-            spec,
-            tuning=recipe.tuning,
-            max_tokens=recipe.data.max_tokens,
-            batch=recipe.batch,
-            precision=recipe.precision,
-            memory=recipe.memory,
-            output=recipe.output,
-            device=device,
-            num_ranks=num_ranks,
-            sharding=sharding,
-            learns_chat=recipe.data.has_turns,
-            fresh=request.fresh,
-            **options,
-        )
-
+    judged = partial(_judged, spec, device, fresh=request.fresh)
     tell = (lambda said: console.say(said) if ranks.leads else None) if is_first_start_on_gpu else None
     plan = judged(recipe, ranks.num_ranks, ranks.sharding, stored=stored, tell=tell)
     if not plan.fits and not request.force_memory:
@@ -214,6 +197,36 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     ranks.join(plan.choices.weights)  # only now: no rank may wait for another that still renders
     plan = ranks.agree(lambda: plan)  # each judged by the memory that it saw
     return _Training(request, loaded, ranks, folder, spec, device, plan, tokenizer, text, dataset, schedule).run()
+
+
+def _judged(
+    spec: ModelSpec,
+    device: Device,
+    recipe: Recipe,
+    num_ranks: int,
+    sharding: Sharding | Auto,
+    *,
+    fresh: bool,
+    **options: Any,
+) -> RunPlan:
+    """The plan of a recipe for so many processes that share so much."""
+    from qwentune.memory.judge import judge
+
+    return judge(
+        spec,
+        tuning=recipe.tuning,
+        max_tokens=recipe.data.max_tokens,
+        batch=recipe.batch,
+        precision=recipe.precision,
+        memory=recipe.memory,
+        output=recipe.output,
+        device=device,
+        num_ranks=num_ranks,
+        sharding=sharding,
+        learns_chat=recipe.data.has_turns,
+        fresh=fresh,
+        **options,
+    )
 
 
 @dataclass(frozen=True)
@@ -339,17 +352,29 @@ class _Training:
     def _ran_out(self, trainer: SftTrainer | None, error: Exception) -> Problem:
         """Out of memory in words, with what this rank holds of it at that moment; without a trainer it still loads."""
         from qwentune.memory.judge import ran_out
+        from qwentune.recipe import load_recipe
         from qwentune.training.held import held_bytes
 
-        device, max_tokens = self.ranks.device, self.loaded.recipe.data.max_tokens
-        if trainer is None:
-            held = held_bytes(None, None, device)
-            return ran_out(self.plan, "loading", str(error), max_tokens, phase="load", held=held)
-        model: Any = trainer.model
-        held = held_bytes(model, trainer.optimizer, device)
-        phase = "train_step" if model.training else "evaluate"
+        request, recipe, ranks = self.request, self.loaded.recipe, self.ranks
+        model: Any = None if trainer is None else trainer.model
+        where, phase = "loading", "load"
+        if trainer is not None:
+            where = f"step {trainer.state.global_step + 1}"
+            phase = "train_step" if model.training else "evaluate"
+
+        def judged(overrides: Sequence[str]) -> RunPlan:
+            changed = load_recipe(request.recipe, [*request.overrides, *overrides]).recipe
+            return _judged(self.spec, self.device, changed, ranks.num_ranks, ranks.sharding, fresh=request.fresh)
+
         return ran_out(
-            self.plan, f"step {trainer.state.global_step + 1}", str(error), max_tokens, phase=phase, held=held
+            self.plan,
+            where,
+            str(error),
+            max_tokens=recipe.data.max_tokens,
+            headroom=recipe.memory.headroom,
+            phase=phase,
+            held=held_bytes(model, None if trainer is None else trainer.optimizer, ranks.device),
+            judged=judged,
         )
 
     def _open(self, held: ExitStack, checkpoints: Checkpoints, facts: dict[str, Any]) -> Start:

@@ -260,11 +260,13 @@ def apply_overrides(request: PlanRequest, overrides: tuple[str, ...]) -> PlanReq
         "precision.weights": "weights",
         "precision.optimizer_state": "optimizer_state",
         "output.keep": "keep",
+        "memory.headroom": "headroom",
     }
     changes: dict[str, object] = {}
     for override in overrides:
         key, _, text = override.partition("=")
-        changes[fields[key]] = int(text) if text.isdigit() else {"true": True}.get(text, text)
+        number = float(text) if "." in text else int(text) if text.isdigit() else None
+        changes[fields[key]] = {"true": True}.get(text, text) if number is None else number
     return replace(request, **changes)  # type: ignore[arg-type]
 
 
@@ -804,17 +806,60 @@ def test_gpu_hours_grow_with_the_steps_and_are_unknown_without_them() -> None:
     assert hours[2] is None
 
 
+def told_of(plan: RunPlan, request: PlanRequest, held: dict[str, int], phase: str = "train_step") -> str:
+    """What is said when a 4090's memory ran out in a run of that plan."""
+    return str(
+        ran_out(
+            plan,
+            "step 3",
+            "CUDA out of memory.",
+            max_tokens=request.max_tokens,
+            headroom=request.headroom,
+            phase=phase,
+            held=held,
+            judged=lambda overrides: make_plan(QWEN3_8B, RTX_4090, apply_overrides(request, tuple(overrides))),
+        )
+    )
+
+
 @pytest.mark.parametrize(("tokens", "words"), [(2048, "though the plan fits"), (32768, "as the plan said it would")])
 def test_memory_that_ran_out_is_told_as_the_plan_had_it_beside_what_was_held(tokens: int, words: str) -> None:
-    plan = make_plan(QWEN3_8B, RTX_4090, PlanRequest("lora", tokens, 16))
+    request = PlanRequest("lora", tokens, 16)
+    plan = make_plan(QWEN3_8B, RTX_4090, request)
     held = {"weights": 15 * GIB, "adapters": 2**26, "gradients": 0, "optimizer": 0, "rest": 7 * GIB, "peak": 23 * GIB}
-    said = str(ran_out(plan, "step 3", "CUDA out of memory.", tokens, held=held))
+    said = told_of(plan, request, held)
     assert words in said
     planned = plan.phases["train_step"].terms
     assert re.search(rf"weights +{planned['weights'] / MIB:.1f} +15360\.0\n", said)
     assert re.search(rf"gradients +{planned['gradients'] / MIB:.1f} +0\.0\n", said)
     assert re.search(r"activations, logits, temporaries, workspaces +\d+\.\d +7168\.0\n", said)
     assert re.search(rf"allocator +{planned['allocator'] / MIB:.1f} +-\n", said), "which nobody measured"
+
+
+@pytest.mark.parametrize("phase", ["train_step", "evaluate"])
+@pytest.mark.parametrize("missed", [0, GIB, 4 * GIB, 12 * GIB])
+def test_what_is_offered_when_memory_ran_out_leaves_free_what_the_plan_missed(missed: int, phase: str) -> None:
+    request = PlanRequest("lora", 2048, 16, loss="full")
+    plan = make_plan(QWEN3_8B, RTX_4090, request)
+    terms = plan.phases[phase].terms
+    planned = sum(terms.values()) - terms["allocator"] - terms["context"]
+    said = told_of(plan, request, {"peak": planned + missed}, phase)
+    offered = re.findall(r"^ +(\S+=\S+.*) --(?:fresh|allow-change \S+)$", said, re.MULTILINE)
+    for overrides in offered:
+        anew = make_plan(QWEN3_8B, RTX_4090, apply_overrides(request, tuple(overrides.split())))
+        assert anew.fits
+        assert anew.peak_bytes + missed <= plan.usable_bytes
+        assert anew.phases[phase].total < plan.phases[phase].total
+    assert bool(offered) != ("Nothing that can be lowered alone suffices" in said)
+    assert all(("memory.headroom=" in overrides) == (missed > 0) for overrides in offered)
+    assert bool(offered) == (missed < 12 * GIB), "the weights alone take 15"
+
+
+def test_memory_that_ran_out_while_loading_is_not_mended_by_the_step() -> None:
+    request = PlanRequest("lora", 2048, 16)
+    said = told_of(make_plan(QWEN3_8B, RTX_4090, request), request, {}, "load")
+    assert "when other programs have left the GPU" in said
+    assert "batch." not in said
 
 
 def test_what_the_data_costs_beside_one_rendering_is_drawn_where_it_is_known() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from qwentune.facts.present import free_disk_bytes, free_host_bytes, installed_k
 from qwentune.facts.towers import tower_remark
 from qwentune.memory.adapters import ATTENTION, KNOWN
 from qwentune.memory.mends import Mend
-from qwentune.memory.plan import Choices, RunPlan, calibrated, chosen_settings, make_plan, pinned
+from qwentune.memory.plan import RunPlan, calibrated, chosen_settings, make_plan, pinned
 from qwentune.memory.profile import find_profile
 from qwentune.memory.search import Auto, Device, PlanRequest
 from qwentune.memory.settings import HostMemory, Settings
@@ -306,31 +307,73 @@ def compared(plan: RunPlan, measured: Mapping[str, int]) -> str:
 
 
 def ran_out(
-    plan: RunPlan, where: str, said: str, max_tokens: int, *, phase: str = "train_step", held: Mapping[str, int]
+    plan: RunPlan,
+    where: str,
+    said: str,
+    *,
+    max_tokens: int,
+    headroom: float,
+    phase: str,
+    held: Mapping[str, int],
+    judged: Callable[[Sequence[str]], RunPlan],
 ) -> Problem:
     """A device whose memory ran out, mostly although the plan fits: what torch said, and what to lower.
 
-    The plan's terms of the `phase` stand beside the bytes that the rank `held` by term when it ran out.
+    The plan's terms of the `phase` stand beside the bytes that the rank `held` by term when it ran out. `judged` is the
+    plan that the recipe gets anew with more overrides; a change is offered where that also leaves free what this plan
+    missed.
     """
-    fixes = [*_beside(plan.phases[phase].terms, held), *_lower(plan.choices, phase, max_tokens)]
+    fixes = _beside(plan.phases[phase].terms, held)
+    if phase == "load":
+        fixes.append("The same command goes on when other programs have left the GPU; nvidia-smi lists them.")
+    elif lower := _lower(plan, phase, max_tokens, headroom, held, judged):
+        fixes += ["The same command goes on with one of:", *lower]
+    else:
+        fixes.append("Nothing that can be lowered alone suffices; `qwentune plan` tells what would fit.")
     expected = "though the plan fits" if plan.fits else "as the plan said it would"
     what = f"the GPU's memory ran out, {expected}: {said.splitlines()[0]}"
     return Problem(where, what, "\n    ".join(fixes))
 
 
-def _lower(choices: Choices, phase: str, max_tokens: int) -> list[str]:
-    if phase == "load":
-        return ["The same command goes on when other programs have left the GPU; nvidia-smi lists them."]
-    lower = [
-        *([f"batch.micro_batch={choices.micro_batch // 2}"] if choices.micro_batch % 2 == 0 else []),
-        *(["memory.gradient_checkpointing=true"] if choices.gradient_checkpointing is not True else []),
-        *(["memory.loss=supervised"] if choices.loss == "full" else []),
+def _lower(
+    plan: RunPlan,
+    phase: str,
+    max_tokens: int,
+    headroom: float,
+    held: Mapping[str, int],
+    judged: Callable[[Sequence[str]], RunPlan],
+) -> list[str]:
+    """What can be pasted after the command, each of it with a plan that takes less in that phase."""
+    terms, choices = plan.phases[phase].terms, plan.choices
+    planned = sum(terms.values()) - terms["allocator"] - terms["context"]
+    missed = max(0, held.get("peak", 0) - planned)
+    more = headroom + missed / max(1, plan.usable_bytes)
+    # Without it a plan made anew would fill again what a change has freed.
+    free = (f"memory.headroom={math.ceil(100 * more) / 100:g}",) if missed else ()
+    offered = [
+        *([(free, "--allow-change plan")] if free else []),
+        *(
+            ((override, *free), f"--allow-change {override.partition('=')[0]}")
+            for applies, override in (
+                (choices.micro_batch % 2 == 0, f"batch.micro_batch={choices.micro_batch // 2}"),
+                (choices.gradient_checkpointing is not True, "memory.gradient_checkpointing=true"),
+                (choices.loss == "full", "memory.loss=supervised"),
+            )
+            if applies
+        ),
+        *(((f"data.max_tokens={max_tokens >> halvings}", *free), "--fresh") for halvings in range(1, 4)),
     ]
-    return [
-        "The same command goes on with one of:",
-        *(f"{override} --allow-change {override.partition('=')[0]}" for override in lower),
-        f"data.max_tokens={max_tokens // 2} --fresh",
-    ]
+    if more >= 1:
+        return []
+    lower: list[str] = []
+    for overrides, flags in offered:
+        if flags == "--fresh" and lower and lower[-1].endswith("--fresh"):  # the longest that suffices
+            break
+        anew = judged(overrides)
+        takes_less = anew.phases[phase].total < plan.phases[phase].total
+        if anew.fits and takes_less and anew.peak_bytes + missed <= plan.usable_bytes:
+            lower.append(f"{' '.join(overrides)} {flags}")
+    return lower
 
 
 def _beside(planned: Mapping[str, int], held: Mapping[str, int]) -> list[str]:
