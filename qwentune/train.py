@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from qwentune.facts.launch import Sharding
     from qwentune.memory.plan import RunPlan
     from qwentune.memory.search import Auto, Device
+    from qwentune.model.sharded import Shards
     from qwentune.recipe import LoadedRecipe, Recipe
     from qwentune.training.checkpoints import Checkpoint, Checkpoints
     from qwentune.training.progress import Recorder
@@ -453,7 +454,7 @@ class _Training:
             seed=recipe.seed,
             on_gpu=ranks.device.type == "cuda",
         )
-        model = self._model(base, checkpoint)
+        model, shards = self._model(base, checkpoint)
         minutes = recipe.output.save_every_minutes
         stop = StopOnSignal(None if minutes is None else minutes * 60)
         stop.install()
@@ -475,20 +476,30 @@ class _Training:
             checkpoint_facts={"run": facts, "plan": self.plan.to_json(), "versions": _library_versions()},
             recorder=recorder,
             output=recipe.output,
+            shards=shards,
         )
         configure(trainer.accelerator, model)
         trainer.add_callback(Probe(trainer, self._measured))
         return trainer, stop
 
-    def _model(self, base: Path, checkpoint: Checkpoint | None) -> PreTrainedModel | PeftModel:
-        """The network to train; a full one is built from the checkpoint, adapters are loaded onto the base."""
+    def _model(self, base: Path, checkpoint: Checkpoint | None) -> tuple[PreTrainedModel | PeftModel, Shards | None]:
+        """The network to train; a full one is built from the checkpoint, adapters are loaded onto the base.
+
+        Under FSDP2 it is hollow, and this rank's rows of the weights stand beside it.
+        """
         from transformers import set_seed
 
         from qwentune.model.adapters import add_adapters, load_adapters
         from qwentune.model.attention import IMPLEMENTATIONS
         from qwentune.model.load import load_model, recompute_layers
+        from qwentune.model.sharded import Shards
 
         tuning, choices = self.loaded.recipe.tuning, self.plan.choices
+        is_old = tuple(int(part) for part in version("transformers").split(".")[:2]) < (5, 23)
+        if is_old and choices.sharding.startswith("zero3") and self.spec.moe is not None:
+            console.say(
+                "warning: each rank fuses all experts in host memory; transformers from 5.23 on does it layer by layer"
+            )
         full = tuning.kind == "full"
         set_seed(self.loaded.recipe.seed)
         model = load_model(
@@ -497,15 +508,17 @@ class _Training:
             four_bit=tuning.kind == "qlora",
             attention=IMPLEMENTATIONS[choices.attention],
             device=self.ranks.device,
+            sharded=self.ranks.shards_weights,
         )
+        shards = Shards(model) if self.ranks.shards_weights else None
         recompute_layers(model, choices.gradient_checkpointing)
         if full:
-            return model
+            return model, shards
         if checkpoint is not None:
-            return load_adapters(model, checkpoint.folder, choices.adapters, tuning)
+            return load_adapters(model, checkpoint.folder, choices.adapters, tuning), shards
         if tuning.start_from is not None:
-            return load_adapters(model, Path(tuning.start_from), choices.adapters)
-        return add_adapters(model, tuning, choices.adapters, self._untaught_tokens())
+            return load_adapters(model, Path(tuning.start_from), choices.adapters), shards
+        return add_adapters(model, tuning, choices.adapters, self._untaught_tokens(), shards), shards
 
     def _untaught_tokens(self) -> list[int]:
         """The control tokens of the data whose rows a base model never learnt; none for one that was taught to chat."""

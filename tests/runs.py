@@ -31,6 +31,8 @@ def logged_then_killed(self, row):
 Recorder.logged = logged_then_killed
 console.main(train.train)
 """
+# accelerate is told to shard on a CPU.
+FSDP2 = "from tests.fsdp2 import pretend; pretend()\n"
 
 
 def write_recipe(folder: Path, model: Path | str, **sections: Any) -> Path:
@@ -63,13 +65,16 @@ def train(
 ) -> subprocess.CompletedProcess[str]:
     """Trains in a process of its own, killed with kill -9 after step `kill_at`; under accelerate with a launch file.
 
-    With `largest_file_bytes` a larger file cannot be written, as on a full disk.
+    With `largest_file_bytes` a larger file cannot be written, as on a full disk. FSDP2 really shards.
     """
     module = ["-m", "qwentune.train"]
+    shards = launch is not None and Path(launch).stem == "fsdp2"
     if kill_at is not None:
         script = recipe.parent / "kill_at.py"
-        script.write_text(KILL_AT)
+        script.write_text(FSDP2 + KILL_AT if shards else KILL_AT)
         module = [str(script), str(kill_at)]
+    elif shards:
+        module = ["tests/fsdp2.py"]
     launcher = [] if launch is None else ["-m", "accelerate.commands.launch", "--config_file", launch]
     command = [sys.executable, *launcher, *module]
     limit = None

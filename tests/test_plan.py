@@ -575,11 +575,21 @@ def test_offloaded_states_that_the_host_cannot_hold_are_refused() -> None:
 
 
 @pytest.mark.parametrize("sharding", ["zero3", "fsdp2"])
-def test_each_gpu_loads_all_weights_before_it_keeps_its_share(sharding: str) -> None:
-    plan = make_plan(QWEN3_8B, H200, PlanRequest("full", 4096, 16, num_gpus=8, sharding=sharding))  # type: ignore[arg-type]
-    whole = 2 * QWEN3_8B.parameters
-    assert plan.phases["load"].terms["weights"] == whole
-    assert plan.phases["save"].terms["weights"] == whole // 8
+def test_each_gpu_loads_its_share_of_sharded_weights(sharding: Sharding) -> None:
+    plan = make_plan(QWEN3_8B, H200, PlanRequest("full", 4096, 16, num_gpus=8, sharding=sharding))
+    share = -(-2 * QWEN3_8B.parameters // 8)
+    assert plan.phases["load"].terms["weights"] == plan.phases["save"].terms["weights"] == share
+    gathered = 2 * QWEN3_8B.head_parameters if sharding == "zero3" else 0  # FSDP2 reads rows alone
+    assert plan.phases["load"].terms["temporaries"] == gathered
+
+
+@pytest.mark.parametrize("sharding", ["zero3", "fsdp2"])
+def test_a_mixture_of_235_billion_is_tuned_on_eight_gpus(sharding: Sharding) -> None:
+    spec = model_spec("Qwen/Qwen3-235B-A22B")
+    plan = make_plan(spec, H200, PlanRequest("lora", 2048, 8, num_gpus=8, sharding=sharding))
+    assert plan.fits
+    assert 2 * spec.parameters // 8 < plan.phases["load"].total < 0.6 * plan.usable_bytes
+    assert plan.host_bytes < 200 * GIB  # although all processes share one host's
 
 
 @pytest.mark.parametrize(

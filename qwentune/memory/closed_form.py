@@ -134,10 +134,16 @@ def host_bytes(spec: ModelSpec, settings: Settings) -> dict[str, int]:
     Its ranks train at once; adapters are merged later, by one process without a GPU.
     """
     running = settings.num_ranks * (HOST_BYTES_PER_RANK + offloaded_bytes(spec, settings))
-    gathered = base_weight_bytes(spec, settings) if settings.is_sharded and settings.kind == "full" else 0
+    loading = saving = running
+    if settings.is_sharded and settings.kind == "full":
+        saving += base_weight_bytes(spec, settings)
+    if settings.is_sharded and settings.uses_deepspeed:  # what rank 0 fuses
+        loading += settings.weight_bytes * spec.expert_parameters_per_layer
+    elif settings.is_sharded:  # FSDP2 shares adapters out when all are there
+        loading += settings.num_ranks * settings.trained_bytes * adapter_parameters(spec, settings)
     merging = _with_overheads(_merge(spec, settings), settings, device_overheads(HostMemory(0))).total
     phases = dict.fromkeys(("load", "train_step", "evaluate", "save", "resume"), running)
-    return {**phases, "save": running + gathered, "merge": merging}
+    return {**phases, "load": loading, "save": saving, "resume": loading, "merge": merging}
 
 
 def offloaded_bytes(spec: ModelSpec, settings: Settings) -> int:
@@ -316,7 +322,13 @@ def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
 
 
 def _load(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
-    """Every rank reads all weights before they are shared among the ranks."""
+    """Every rank reads all weights, or its share where the weights are sharded, which stay its own from then on."""
+    if settings.is_sharded:
+        adapters = static.adapters
+        if settings.uses_deepspeed and settings.kind != "full":  # made whole, and shared out with the optimizer
+            adapters = settings.trained_bytes * adapter_parameters(spec, settings)
+        loading = _sharded_loading_bytes(spec, settings)
+        return replace(static, adapters=adapters, optimizer=0, temporaries=loading)
     loading = _loading_bytes(spec, settings)
     if settings.uses_deepspeed and not settings.is_sharded:
         # The rank's share is copied once before it becomes fp32.
@@ -330,6 +342,21 @@ def _loading_bytes(spec: ModelSpec, settings: Settings) -> int:
     fused = settings.weight_bytes * spec.expert_parameters_per_layer
     original = 2 * spec.hidden_size * spec.dense_intermediate if settings.kind == "qlora" else 0
     return max(fused, original)
+
+
+def _sharded_loading_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """One layer's own experts while they are fused; or a tensor that is gathered.
+
+    DeepSpeed gathers each, or one layer's experts, to be filled by rank 0. Under FSDP2 DoRA begins with the norms of
+    whole matrices, and trained rows are taken from the whole embedding and head.
+    """
+    experts = settings.weight_bytes * spec.expert_parameters_per_layer
+    matrix = settings.weight_bytes * spec.hidden_size * max(spec.dense_intermediate, spec.query_outputs)
+    embedding = settings.weight_bytes * spec.head_parameters
+    if settings.uses_deepspeed:  # a tied head is made, and let go of when all is there
+        return max(experts, matrix, embedding) + (_share(embedding, settings.num_ranks) if spec.tied else 0)
+    gathered = (matrix if settings.dora else 0, embedding if settings.trains_rows else 0)
+    return max(_share(experts, settings.num_ranks), *gathered)
 
 
 def _gather_bytes(spec: ModelSpec, settings: Settings) -> int:

@@ -8,15 +8,24 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from transformers import PreTrainedModel
 
 from qwentune.errors import Problem, RecipeError
 from qwentune.facts.architecture import FUSED_ADAPTED_EXPERTS
 from qwentune.model.load import DTYPES
+from qwentune.model.sharded import Shards
 from qwentune.recipe import Tuning
 
 
-def add_adapters(model: PreTrainedModel, tuning: Tuning, dtype: str, trained_tokens: Sequence[int] = ()) -> PeftModel:
+def add_adapters(
+    model: PreTrainedModel,
+    tuning: Tuning,
+    dtype: str,
+    trained_tokens: Sequence[int] = (),
+    shards: Shards | None = None,
+) -> PeftModel:
     """The model with new adapters; `trained_tokens` are ids whose embedding and head rows are trained too.
 
     A base model never learnt the rows of its chat tokens, and adapters on the projections alone leave them so: it
@@ -37,7 +46,10 @@ def add_adapters(model: PreTrainedModel, tuning: Tuning, dtype: str, trained_tok
         # The plain list form trains no head row on untied models.
         trainable_token_indices=(tokens if tied else {"embed_tokens": tokens, "lm_head": tokens}) if tokens else None,
     )
-    return _cast(get_peft_model(model, config, autocast_adapter_dtype=False), dtype)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    if shards is not None:
+        _begin_anew(adapted, shards)
+    return _cast(adapted, dtype)
 
 
 def load_adapters(model: PreTrainedModel, folder: Path, dtype: str, tuning: Tuning | None = None) -> PeftModel:
@@ -52,6 +64,19 @@ def load_adapters(model: PreTrainedModel, folder: Path, dtype: str, tuning: Tuni
         model, str(folder), config=config, is_trainable=True, autocast_adapter_dtype=False
     )
     return _cast(adapted, dtype)
+
+
+def _begin_anew(model: PeftModel, shards: Shards) -> None:
+    """Lets PEFT derive anew what it took from hollow weights: DoRA's norms, and the rows of trained tokens."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and layer.lora_magnitude_vector:
+            with shards.whole(layer.get_base_layer()):
+                for name, variant in layer.lora_variant.items():
+                    variant.init(layer, name)
+        elif isinstance(layer, TrainableTokensLayer):
+            with shards.whole(layer.get_base_layer()):
+                for name, tokens in layer.token_indices.items():
+                    layer.update_layer(name, token_indices=tokens, tied_adapter=layer.tied_adapter)
 
 
 def _cast(model: PeftModel, dtype: str) -> PeftModel:

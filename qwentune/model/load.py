@@ -7,14 +7,24 @@ import os
 import shutil
 import tempfile
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from qwentune.data.checkpoint import BUILTIN, checkpoint_folder
 from qwentune.errors import Problem, ResumeError, UsageError
+from qwentune.model.sharded import no_warm_up, sharding
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUILTIN_SEED = 20250428
@@ -53,8 +63,9 @@ def load_model(
     four_bit: bool = False,
     attention: str = "sdpa",  # or one of `IMPLEMENTATIONS`
     device: torch.device | None = None,
+    sharded: bool = False,
 ) -> PreTrainedModel:
-    """The causal language model of `folder`, its cache off, every key of it loaded.
+    """The causal language model of `folder`, its cache off, every key of it loaded; `sharded` only this rank's rows.
 
     Raises ResumeError where a key of the model is missing from the files: transformers would train on from an initial
     value and only log it.
@@ -67,11 +78,16 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[dtype],
         )
-    if device is not None and device.type != "cpu":
+    # ZeRO-3 gives each rank its part by itself, and only where no device is named.
+    if device is not None and device.type != "cpu" and not is_deepspeed_zero3_enabled():
         options["device_map"] = {"": device}
-    options["config"] = decoder_config(folder)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    model, info = loaded
+    config = options["config"] = decoder_config(folder)
+    loader: Any = AutoModelForCausalLM
+    if sharded:
+        known: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+        loader = sharding(known[type(config)], device or torch.device("cpu"))
+    with no_warm_up() if sharded else nullcontext():
+        model, info = loader.from_pretrained(folder, output_loading_info=True, **options)
     lost = {name: sorted(map(str, info.get(name, ()))) for name in ("missing_keys", "mismatched_keys", "error_msgs")}
     problems = [
         Problem(str(folder), f"{name.replace('_', ' ')}: {', '.join(keys[:5])}{' …' if len(keys) > 5 else ''}")
@@ -82,6 +98,7 @@ def load_model(
         raise ResumeError(problems, "These weights are not the model's.")
     if four_bit:
         keep_four_bit_exact(model)
+    _keep_rotary_exact(model)
     model.config.use_cache = False
     return model
 
@@ -107,6 +124,16 @@ def keep_four_bit_exact(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _keep_rotary_exact(model: PreTrainedModel) -> None:
+    """Makes rotary frequencies anew in fp32, where transformers before 5.23 has them in bf16 under ZeRO-3."""
+    for module in model.modules():
+        old: Any = getattr(module, "inv_freq", None)
+        if isinstance(old, torch.Tensor) and old.dtype != torch.float32:
+            fresh: Any = type(module)(module.config)
+            for name, buffer in fresh.named_buffers():
+                module.register_buffer(name, buffer.to(old.device), persistent=False)
 
 
 def silence_loading() -> None:

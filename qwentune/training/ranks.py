@@ -62,6 +62,15 @@ class Ranks:
         on_gpu = torch.cuda.is_available() and not self.on_cpu
         return torch.device("cuda", local) if on_gpu else torch.device("cpu")
 
+    @property
+    def shards_weights(self) -> bool:
+        """Whether FSDP2 shards this run, once the ranks have joined; on a CPU accelerate runs DDP in its place."""
+        from accelerate import PartialState
+        from accelerate.utils import DistributedType
+
+        kinds = (DistributedType.NO, DistributedType.MULTI_CPU)
+        return self.sharding == "fsdp2" and PartialState().distributed_type not in kinds
+
     def join(self, weights: str) -> None:
         """Makes the process group, on the CPU's gloo where there is no GPU; `weights` is the dtype of the plan."""
         is_deepspeed = uses_deepspeed(self.sharding)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -20,6 +21,7 @@ from qwentune.data.batch import Batch, EvalBatches, TrainBatches
 from qwentune.durable import remove
 from qwentune.errors import NotFiniteError, Problem, UserError
 from qwentune.model.head import LossHead
+from qwentune.model.sharded import Shards
 from qwentune.recipe import OptimizerOptions, OutputOptions
 from qwentune.training.best import has_stopped_improving
 from qwentune.training.checkpoints import Checkpoints
@@ -52,6 +54,7 @@ class ExactResume(_Mixed):
         checkpoint_facts: Mapping[str, Any],
         recorder: Recorder | None,
         output: OutputOptions,
+        shards: Shards | None = None,
         **options: Any,
     ) -> None:
         super().__init__(eval_dataset=eval_batches, **options)
@@ -65,6 +68,7 @@ class ExactResume(_Mixed):
         self.checkpoint_facts = dict(checkpoint_facts)
         self.recorder = recorder
         self.output = output
+        self.shards = shards
         self.report = Report()
         self.report.listen()
         self._first_bad_step: Tensor | None = None
@@ -108,8 +112,21 @@ class ExactResume(_Mixed):
         self.accelerator.backward(loss, **kwargs)
         return loss.detach()
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.shards is None:
+            return super().create_optimizer(model)
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        plugin.set_auto_wrap_policy(self.model)  # before layers go by other names, which accelerate would not find
+        self.shards.lay_in(cast(nn.Module, self.model))
+        optimizer = super().create_optimizer(model)
+        self._trained = [group["params"][:] for group in optimizer.param_groups]
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         chosen: Any = optimizer or self.optimizer
+        # accelerate has looked for each parameter by its address, and those of which a rank has no row share one.
+        for group, parameters in zip(chosen.param_groups, self._trained, strict=False):
+            group["params"] = parameters
         self._settings = [{name: group[name] for name in ("betas", "weight_decay")} for group in chosen.param_groups]
         self.lr_scheduler: Any = LambdaLR(chosen, self.learning_rate_factor)
         self._created_lr_scheduler = True
@@ -280,9 +297,19 @@ class ExactResume(_Mixed):
             what = f"{len(bad)} weights are not finite and are not saved, the first: {bad[0]}"
             raise NotFiniteError(Problem(f"step {self.state.global_step}", what))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.is_fsdp_enabled and hasattr(self.model, "peft_config"):
+            # The stock method gathers the frozen base in one rank's host memory too.
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+            self._save(output_dir, get_model_state_dict(cast(nn.Module, self.model), options=options))
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # The stock method adds a pickle of the arguments.
         assert output_dir is not None
+        if not self.args.should_save:  # every rank comes here, and only the first has the gathered weights
+            return
         model: Any = self.model
         unwrapped: Any = self.accelerator.unwrap_model(model)
         save_weights(unwrapped, Path(output_dir), state_dict)
@@ -329,6 +356,7 @@ class ExactResume(_Mixed):
 
     _has_ended: bool = False
     _published_step: int | None = None
+    _trained: Sequence[list[nn.Parameter]] = ()
     _window_first_step: int = 0
 
 

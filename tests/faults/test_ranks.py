@@ -370,6 +370,8 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "zero2": {"output": {"save_every_steps": 4}},
     "zero2-offload": {"output": {"save_every_steps": 4}},
     "zero3-offload": {"output": {"save_every_steps": 4}},
+    "fsdp2": {"output": {"save_every_steps": 4}},
+    "fsdp2 ": {"output": {"save_every_steps": 4}, "tuning": {"kind": "lora", "rank": 1, "alpha": 8, "dropout": 0.1}},
 }  # fmt: skip
 
 
@@ -378,7 +380,7 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
 def test_two_killed_ranks_end_like_undisturbed_ones(tmp_path: Path, launch: str) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
     recipe = write_recipe(tmp_path, model, optimizer={"max_steps": 8}, batch={"micro_batch": 1}, **TWO_RANKS[launch])
-    file = f"launch/{launch}.yaml"
+    file = f"launch/{launch.strip()}.yaml"
     run = tmp_path / "run"
     whole = train(recipe, launch=file)
     assert whole.returncode == 0, whole.stderr

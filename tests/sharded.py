@@ -1,0 +1,130 @@
+"""Loads a checkpoint in shards on several ranks of one machine and proves them; for a process that may fork.
+
+`prove(NUM_RANKS, FOLDER)`: the shards are the rows of the weights as they are loaded whole, bit for bit, the model says
+what the whole one says, and no rank ever held more than its share of the weights and of one more tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from qwentune.memory.trace import LiveStorage
+from qwentune.model.load import load_model
+from qwentune.model.sharded import Shards
+
+STRANGE = 2**16  # bytes of whatever else is there: rotary frequencies, and what a rank without experts reads for one
+
+
+class RealStorage(LiveStorage):
+    """Leaves out tensors without data, and views of a mapped file, whose pages are the system's to keep or drop."""
+
+    def _add(self, tensor: torch.Tensor, term: str) -> None:
+        local: Any = getattr(tensor, "_local_tensor", tensor)
+        if local.device.type != "meta":
+            super()._add(local, term)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.set_.source_Storage:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        mapped = func(*args, **(kwargs or {}))
+        self._terms[weakref.ref(mapped.untyped_storage(), self.released)] = "mapped", 0
+        return mapped
+
+
+def prove(num_ranks: int, folder: Path, zero3: bool = False) -> None:
+    """Forks the ranks; raises where one fails."""
+    meeting, run = f"file://{tempfile.mkdtemp()}/ranks", _prove_zero3 if zero3 else _prove
+    children = [_fork(lambda rank=rank: run(rank, num_ranks, meeting, folder)) for rank in range(num_ranks)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0] * num_ranks, codes
+
+
+def _fork(run: Any) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            run()
+            os._exit(0)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+    return child
+
+
+def _prove(rank: int, num_ranks: int, meeting: str, folder: Path) -> None:
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # a mode sees one thread
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_ranks)
+    whole = load_model(folder, dtype="bf16")
+    weights = dict(whole.named_parameters())
+    live = RealStorage()
+    with live:
+        model = load_model(folder, dtype="bf16", sharded=True)
+        shards = Shards(model)
+        assert not any(parameter.untyped_storage().nbytes() > 4 for parameter in model.parameters())
+        shards.lay_in(model)
+    peak = sum(live.moments[""].values())
+
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    assert parameters.keys() == weights.keys()  # a tied head is none of its own
+    for name, parameter in parameters.items():
+        assert parameter.requires_grad
+        assert torch.equal(parameter.to_local(), rows(weights[name], rank, num_ranks)), name
+    buffers = dict(whole.named_buffers())
+    assert buffers
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+
+    share = sum(rows(weight, rank, num_ranks).nbytes for weight in weights.values())
+    largest = max(weight.nbytes for weight in weights.values())
+    assert share < peak <= share + largest // num_ranks + STRANGE
+
+
+def _prove_zero3(rank: int, num_ranks: int, meeting: str, folder: Path) -> None:
+    """DeepSpeed gathers one tensor after another, and rank 0 fills it."""
+    import deepspeed
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_ranks)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    deepspeed.init_distributed("gloo")
+    whole = load_model(folder, dtype="bf16")
+    weights = dict(whole.named_parameters())
+    asked = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}
+    alive = HfDeepSpeedConfig(asked)
+    live = RealStorage()
+    with live:
+        model = load_model(folder, dtype="bf16")
+    assert alive.is_zero3()
+    assert dict(model.named_parameters()).keys() == weights.keys()
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            assert torch.equal(parameter.data, weights[name]), name
+    buffers = dict(whole.named_buffers())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+    share = sum(weight.nbytes for weight in weights.values()) // num_ranks
+    largest = max(weight.nbytes for weight in weights.values())
+    fused = sum(weight.nbytes for name, weight in weights.items() if ".layers.0.mlp.experts." in name)
+    # Rank 0 fuses one layer's experts in host memory, in the fp32 of the files; a tied head is let go of at the end.
+    beside = largest + largest // num_ranks + (4 * fused if rank == 0 else fused)
+    assert share < sum(live.moments[""].values()) <= share + beside + STRANGE
+
+
+def rows(weight: nn.Parameter, rank: int, num_ranks: int) -> torch.Tensor:
+    """What a rank holds of a weight."""
+    parts = weight.detach().chunk(num_ranks)
+    return parts[rank] if rank < len(parts) else weight.detach()[:0]
