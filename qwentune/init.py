@@ -104,7 +104,8 @@ def draft(model: str, spec: ModelSpec, files: Sequence[Seen], gpu: str | None, p
     """
     from qwentune.facts.launch import offloads
     from qwentune.facts.packing import packing_problems
-    from qwentune.memory.judge import device_of, judge, refusal
+    from qwentune.memory.judge import device_of, judge
+    from qwentune.memory.shortage import refusal
     from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
     from qwentune.recipe.schema import EPOCHS, FULL_LEARNING_RATE, LEARNING_RATE, WITHOUT_TURNS
 

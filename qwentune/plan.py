@@ -32,7 +32,8 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     """Prints the plan; the exit code says whether it fits."""
     from qwentune.facts.models import model_spec
     from qwentune.memory import render_plan
-    from qwentune.memory.judge import device_of, judge, remarks
+    from qwentune.memory.judge import device_of, judge_recipe
+    from qwentune.memory.remarks import remarks
     from qwentune.recipe import load_recipe
 
     # A mend that is pasted after the command counts: the last override of a key does.
@@ -48,19 +49,13 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     for remark in remarks(spec, device, recipe.data.max_tokens, loaded.origins["data.max_tokens"]):
         console.say(remark)
     steps, expansion_factor = _of_data(recipe)
-    verdict = judge(
+    verdict = judge_recipe(
         spec,
-        tuning=recipe.tuning,
-        max_tokens=recipe.data.max_tokens,
-        batch=recipe.batch,
-        precision=recipe.precision,
-        memory=recipe.memory,
-        output=recipe.output,
+        recipe,
         device=device,
         num_ranks=count,
         sharding=sharding,
         optimizer_steps=steps,
-        learns_chat=recipe.data.has_turns,
         tell=console.say if trace else None,
     )
     verdict = replace(verdict, expansion_factor=expansion_factor)

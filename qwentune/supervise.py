@@ -62,7 +62,9 @@ def run(
     from qwentune.facts.launch import launch_file, uses_deepspeed
     from qwentune.facts.models import model_spec, refuse_untrainable
     from qwentune.memory import render_plan
-    from qwentune.memory.judge import device_of, judge, refusal, remarks
+    from qwentune.memory.judge import device_of, judge_recipe
+    from qwentune.memory.remarks import remarks
+    from qwentune.memory.shortage import refusal
     from qwentune.recipe import load_recipe
     from qwentune.training.run_folder import RunFolder
 
@@ -75,18 +77,12 @@ def run(
     refuse_untrainable(spec)
     for remark in remarks(spec, device, recipe.data.max_tokens, loaded.origins["data.max_tokens"]):
         console.say(remark)
-    plan = judge(
+    plan = judge_recipe(
         spec,
-        tuning=recipe.tuning,
-        max_tokens=recipe.data.max_tokens,
-        batch=recipe.batch,
-        precision=recipe.precision,
-        memory=recipe.memory,
-        output=recipe.output,
+        recipe,
         device=device,
         num_ranks=count,
         sharding=sharding,
-        learns_chat=recipe.data.has_turns,
         stored=None if replan else folder.stored_plan(),
         fresh=fresh,
     )

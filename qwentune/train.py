@@ -6,83 +6,38 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
-import shlex
 import sys
-from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from contextlib import suppress
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qwentune import console
 from qwentune.errors import (
-    EXIT_BUG,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
     DoesNotFitError,
-    LostRankError,
-    NotFiniteError,
     Problem,
     RecipeError,
-    ResumeError,
     RunInUseError,
     UsageError,
     UserError,
 )
 from qwentune.training import reports
 from qwentune.training.reports import Report
-from qwentune.training.signals import StoppedEarlyError, stoppable, watch_launcher
+from qwentune.training.request import Request
+from qwentune.training.signals import stoppable, watch_launcher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-    from qwentune.data.dataset import Dataset
-    from qwentune.data.schedule import Schedule
-    from qwentune.data.tokenizer import Tokenizer
-    from qwentune.facts.architecture import ModelSpec
     from qwentune.facts.launch import Sharding
     from qwentune.memory.plan import RunPlan
-    from qwentune.memory.search import Auto, Device
-    from qwentune.model.sharded import Shards
+    from qwentune.memory.search import Auto
     from qwentune.recipe import LoadedRecipe, Recipe
-    from qwentune.training.checkpoints import Checkpoint, Checkpoints
-    from qwentune.training.progress import Recorder
-    from qwentune.training.ranks import Ranks
-    from qwentune.training.run_folder import RunFolder, State
-    from qwentune.training.start import Start
-    from qwentune.training.stop import StopOnSignal
-    from qwentune.training.trainer import SftTrainer
-
-# What gloo says on the ranks that are left; NCCL ends their processes itself.
-SIGNS_OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks for beside the recipe."""
-
-    recipe: str
-    overrides: tuple[str, ...] = ()
-    resume: str = "auto"
-    fresh: bool = False
-    allow_change: tuple[str, ...] = ()
-    force_memory: bool = False
-
-    @property
-    def command(self) -> list[str]:
-        """The command that continues this run."""
-        flags = [flag for key in self.allow_change for flag in ("--allow-change", key)]
-        return ["qwentune", "train", self.recipe, *self.overrides, *flags, *["--force-memory"] * self.force_memory]
+    from qwentune.training.run_folder import RunFolder
 
 
 def train(
@@ -153,12 +108,15 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     from qwentune.data.read import refuse_untrained
     from qwentune.data.schedule import Schedule
     from qwentune.data.tokenizer import load_tokenizer
+    from qwentune.exporting.publish import publish
     from qwentune.facts.gpus import GpuSpec
     from qwentune.facts.models import model_spec, refuse_untrainable
-    from qwentune.memory.judge import changes_the_plan, device_of, refusal
+    from qwentune.memory.judge import changes_the_plan, device_of, judge_recipe
+    from qwentune.memory.shortage import refusal
     from qwentune.recipe import load_recipe
     from qwentune.training.ranks import Ranks, expand_segments
     from qwentune.training.relaunch import relaunched
+    from qwentune.training.run import Run
 
     expand_segments()
     recipe = loaded.recipe
@@ -171,16 +129,17 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     is_first_start_on_gpu = stored is None and isinstance(device, GpuSpec)
     spec = model_spec(recipe.model, packing=recipe.data.packing)
     refuse_untrainable(spec)
-    judged = partial(_judged, spec, device, fresh=request.fresh)
     tell = (lambda said: console.say(said) if ranks.leads else None) if is_first_start_on_gpu else None
-    plan = judged(recipe, ranks.num_ranks, ranks.sharding, stored=stored, tell=tell)
+    judged = partial(judge_recipe, spec, device=device, fresh=request.fresh)
+    plan = judged(recipe, num_ranks=ranks.num_ranks, sharding=ranks.sharding, stored=stored, tell=tell)
     if not plan.fits and not request.force_memory:
         if reports.FOLDER in os.environ:  # pasted after `qwentune train`, which launches
             raise DoesNotFitError(refusal(plan))
         arguments = [*request.command[2:], *["--fresh"] * request.fresh]
 
         def mended(overrides: Sequence[str], num_ranks: int, sharding: Sharding | Auto) -> RunPlan:
-            return judged(load_recipe(request.recipe, [*request.overrides, *overrides]).recipe, num_ranks, sharding)
+            changed = load_recipe(request.recipe, [*request.overrides, *overrides]).recipe
+            return judged(changed, num_ranks=num_ranks, sharding=sharding)
 
         raise DoesNotFitError(refusal(plan, lambda mend: relaunched(mend, arguments, ranks.num_ranks, mended)))
     _refuse_what_is_not_here(recipe, plan)
@@ -197,373 +156,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     text = None if template is None else template.text
     ranks.join(plan.choices.weights)  # only now: no rank may wait for another that still renders
     plan = ranks.agree(lambda: plan)  # each judged by the memory that it saw
-    return _Training(request, loaded, ranks, folder, spec, device, plan, tokenizer, text, dataset, schedule).run()
-
-
-def _judged(
-    spec: ModelSpec,
-    device: Device,
-    recipe: Recipe,
-    num_ranks: int,
-    sharding: Sharding | Auto,
-    *,
-    fresh: bool,
-    **options: Any,
-) -> RunPlan:
-    """The plan of a recipe for so many processes that share so much."""
-    from qwentune.memory.judge import judge
-
-    return judge(
-        spec,
-        tuning=recipe.tuning,
-        max_tokens=recipe.data.max_tokens,
-        batch=recipe.batch,
-        precision=recipe.precision,
-        memory=recipe.memory,
-        output=recipe.output,
-        device=device,
-        num_ranks=num_ranks,
-        sharding=sharding,
-        learns_chat=recipe.data.has_turns,
-        fresh=fresh,
-        **options,
-    )
-
-
-@dataclass(frozen=True)
-class _Training:
-    """The part of the walk that needs torch; one object only so that its steps need not hand everything on."""
-
-    request: Request
-    loaded: LoadedRecipe
-    ranks: Ranks
-    folder: RunFolder
-    spec: ModelSpec
-    device: Device
-    plan: RunPlan
-    tokenizer: Tokenizer
-    template: str | None
-    dataset: Dataset
-    schedule: Schedule
-
-    def run(self) -> int:
-        """Joins the ranks, finds where to begin, trains, publishes."""
-        from qwentune.data.checkpoint import BUILTIN
-        from qwentune.model.fingerprint import weights_fingerprint
-        from qwentune.model.load import silence_loading, weights_folder
-        from qwentune.training.checkpoints import Checkpoints
-        from qwentune.training.start import run_facts
-
-        recipe = self.loaded.recipe
-        silence_loading()
-        if recipe.model.startswith(BUILTIN):  # transformers writes its random weights on rank 0 alone
-            self.ranks.agree(lambda: weights_folder(recipe.model))
-        base = weights_folder(recipe.model, recipe.revision)
-        facts = run_facts(
-            recipe.model_dump(mode="json", by_alias=True),
-            data=self.dataset.content,
-            template=self.template,
-            tokenizer=self.tokenizer.fingerprint,
-            base=weights_fingerprint(base),
-            num_ranks=self.ranks.num_ranks,
-            choices=asdict(self.plan.choices),
-        )
-        checkpoints = Checkpoints(self.folder.path, recipe.output.keep)
-        with ExitStack() as held:
-            try:
-                start = self.ranks.agree(lambda: self._open(held, checkpoints, facts))
-            except OSError as error:
-                raise self._explained(error) or error from None
-            for message in start.messages:
-                console.say(message)
-            if start.complete:
-                return EXIT_OK
-            try:
-                stopped = None if start.trained else self._train(start, base, checkpoints, facts)
-                if stopped is not None:
-                    return stopped
-                self._publish(checkpoints, base)
-            except StoppedEarlyError as stopped:
-                self._status(_state(stopped.exit_code), stopped.exit_code, "a signal, before the next step", start.step)
-                raise
-            except Exception as error:
-                failure = self._explained(error)
-                code = failure.exit_code if failure else EXIT_BUG
-                reason = str(failure.problems[0]) if failure else f"{type(error).__name__}: {error}"
-                if failure and not self.ranks.leads and not isinstance(failure, NotFiniteError | LostRankError):
-                    # Rank 0 may know no more than that a rank was lost.
-                    console.say(f"rank {self.ranks.rank}: {failure}", by_any_rank=True)
-                with suppress(OSError):  # the disk may be full
-                    self._status("failed", code, reason)
-                raise failure or error from None
-        console.say(f"done: {self.folder.path}\ntry   qwentune chat {self.folder.path}")
-        return EXIT_OK
-
-    def _explained(self, error: Exception) -> UserError | None:
-        """The error in words for the user; None for a bug."""
-        from qwentune.training.disk import disk_error, is_about
-
-        if isinstance(error, UserError):
-            return error
-        if self.ranks.num_ranks > 1 and any(sign in str(error) for sign in SIGNS_OF_A_LOST_RANK):
-            return LostRankError(Problem("", "another rank was lost; the last checkpoint is kept"))
-        if isinstance(error, UnpicklingError):
-            what = f"a checkpoint holds a pickle of something else than numbers: {str(error).splitlines()[0]}"
-            return ResumeError(Problem(str(self.folder.path), what, "It was not run. Take an earlier checkpoint."))
-        if is_about(error, self.folder.path):
-            return disk_error(error, self.folder.path, "the run folder cannot be written")
-        return None
-
-    def _train(self, start: Start, base: Path, checkpoints: Checkpoints, facts: dict[str, Any]) -> int | None:
-        """Trains until nothing is left to do; the exit code where a signal stopped it before that, else None."""
-        from torch import OutOfMemoryError
-
-        from qwentune.memory.judge import settings_of
-        from qwentune.memory.profile import keep_profile
-        from qwentune.training.progress import Recorder
-
-        recorder = Recorder(self.folder, self.schedule.num_steps, start.step) if self.ranks.leads else None
-        trainer = None
-        try:
-            trainer, stop = self._trainer(base, start.checkpoint, checkpoints, facts, recorder)
-            with recorder or nullcontext():
-                trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint.folder))
-        except OutOfMemoryError as error:  # whose traceback keeps alive what its frames hold
-            closing = "Training ended; the last checkpoint is kept."
-            raise DoesNotFitError(self._ran_out(trainer, error), closing) from None
-        if recorder is not None:
-            recipe = self.loaded.recipe
-            settings = settings_of(
-                self.plan,
-                self.spec,
-                tuning=recipe.tuning,
-                max_tokens=recipe.data.max_tokens,
-                batch=recipe.batch,
-                device=self.device,
-                learns_chat=recipe.data.has_turns,
-            )
-            keep_profile([*recorder.latest], self.spec, settings, self.device, _library_versions())
-        step = trainer.state.global_step
-        if stop.agreed and step < self.schedule.num_steps:
-            self._status(_state(stop.exit_code), stop.exit_code, f"signal {stop.agreed}: saved at step {step}", step)
-            console.say(f"saved step {step}; continue with: {shlex.join(self.request.command)}")
-            return stop.exit_code
-        return None
-
-    def _ran_out(self, trainer: SftTrainer | None, error: Exception) -> Problem:
-        """Out of memory in words, with what this rank holds of it at that moment; without a trainer it still loads."""
-        from qwentune.memory.judge import ran_out
-        from qwentune.recipe import load_recipe
-        from qwentune.training.held import held_bytes
-
-        request, recipe, ranks = self.request, self.loaded.recipe, self.ranks
-        model: Any = None if trainer is None else trainer.model
-        where, phase = "loading", "load"
-        if trainer is not None:
-            where = f"step {trainer.state.global_step + 1}"
-            phase = "train_step" if model.training else "evaluate"
-
-        def judged(overrides: Sequence[str]) -> RunPlan:
-            changed = load_recipe(request.recipe, [*request.overrides, *overrides]).recipe
-            return _judged(self.spec, self.device, changed, ranks.num_ranks, ranks.sharding, fresh=request.fresh)
-
-        return ran_out(
-            self.plan,
-            where,
-            str(error),
-            max_tokens=recipe.data.max_tokens,
-            headroom=recipe.memory.headroom,
-            phase=phase,
-            held=held_bytes(model, None if trainer is None else trainer.optimizer, ranks.device),
-            judged=judged,
-        )
-
-    def _open(self, held: ExitStack, checkpoints: Checkpoints, facts: dict[str, Any]) -> Start:
-        """Takes the run folder, finds where to begin and writes what is known before step 1; on rank 0 only."""
-        from qwentune.memory.judge import changes_the_plan
-        from qwentune.recipe import resolved_yaml
-        from qwentune.training.run_folder import LOG
-        from qwentune.training.start import choose_start, move_aside
-
-        if self.request.fresh and (aside := move_aside(self.folder)) is not None:
-            console.say(f"moved the old run to {aside}")
-        held.enter_context(self.folder.lock())
-        start = choose_start(
-            self.folder,
-            checkpoints,
-            facts,
-            resume=self.request.resume,
-            allowed=[*self.request.allow_change, *(["plan"] if changes_the_plan(self.request.allow_change) else [])],
-            num_steps=self.schedule.num_steps,
-            patience=self.loaded.recipe.output.early_stopping,
-            versions=_library_versions(),
-        )
-        if not start.complete:
-            self.folder.rewind(start.step)
-            console.log_to(self.folder.path / LOG)
-            self.folder.write("recipe.yaml", self.loaded.text)
-            self.folder.write("recipe.resolved.yaml", resolved_yaml(self.loaded.recipe, self.loaded.origins))
-            self.folder.write("plan.json", json.dumps(self.plan.to_json(), indent=2) + "\n")
-            self.folder.write("data_report.json", json.dumps(self.dataset.report, indent=2, ensure_ascii=False) + "\n")
-            dropped = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.dataset.dropped)
-            self.folder.write("dropped.jsonl", "".join(dropped))
-            self._status("running", None, "", start.step)
-        return start
-
-    def _trainer(
-        self,
-        base: Path,
-        checkpoint: Checkpoint | None,
-        checkpoints: Checkpoints,
-        facts: dict[str, Any],
-        recorder: Recorder | None,
-    ) -> tuple[SftTrainer, StopOnSignal]:
-        """The trainer over the model, new or from the checkpoint."""
-        from qwentune.data.batch import EvalBatches, TrainBatches
-        from qwentune.facts.launch import uses_deepspeed
-        from qwentune.model.head import LossHead
-        from qwentune.training.learning_rate import learning_rate_factor
-        from qwentune.training.probe import Probe
-        from qwentune.training.shards import configure
-        from qwentune.training.stop import StopOnSignal
-        from qwentune.training.trackers import continue_record
-        from qwentune.training.trainer import SftTrainer, training_arguments
-
-        recipe, ranks, choices = self.loaded.recipe, self.ranks, self.plan.choices
-        evaluation = self.dataset.evaluation
-        batches = TrainBatches(
-            self.dataset.train, self.schedule, choices.micro_batch, choices.accumulation, ranks.rank, ranks.num_ranks
-        )
-        counts = self.dataset.report["stop_tokens"]
-        stops = {name: self.tokenizer.control_ids[name] for name in counts}
-        every = sum(counts.values()) == self.dataset.report["trained_spans"]
-        batches.prove_first(0 if checkpoint is None else checkpoint.step, stops, every)
-        if recipe.output.report_to and ranks.leads:
-            continue_record(self.folder)
-        arguments = training_arguments(
-            recipe.optimizer,
-            recipe.output,
-            name=self.folder.path.name,
-            staging=checkpoints.folder,
-            num_steps=self.schedule.num_steps,
-            micro_batch=choices.micro_batch,
-            accumulation=choices.accumulation,
-            optimizer_state=choices.optimizer_state,
-            evaluates=len(evaluation) > 0,
-            deepspeed_bf16=uses_deepspeed(ranks.sharding) and choices.weights == "bf16",
-            seed=recipe.seed,
-            on_gpu=ranks.device.type == "cuda",
-        )
-        model, shards = self._model(base, checkpoint)
-        minutes = recipe.output.save_every_minutes
-        stop = StopOnSignal(None if minutes is None else minutes * 60)
-        stop.install()
-        trainer = SftTrainer(
-            model=model,
-            args=arguments,
-            callbacks=[stop],
-            batches=batches,
-            eval_batches=EvalBatches(evaluation, ranks.rank, ranks.num_ranks) if len(evaluation) else None,
-            loss_head=LossHead(model, choices.loss),
-            learning_rate_factor=partial(
-                learning_rate_factor,
-                num_steps=self.schedule.num_steps,
-                num_warmup_steps=round(recipe.optimizer.warmup_fraction * self.schedule.num_steps),
-                schedule=recipe.optimizer.schedule,
-                min_factor=recipe.optimizer.min_learning_rate / recipe.optimizer.learning_rate,
-            ),
-            checkpoints=checkpoints,
-            checkpoint_facts={"run": facts, "plan": self.plan.to_json(), "versions": _library_versions()},
-            recorder=recorder,
-            output=recipe.output,
-            shards=shards,
-        )
-        configure(trainer.accelerator, model)
-        trainer.add_callback(Probe(trainer, self._measured))
-        return trainer, stop
-
-    def _model(self, base: Path, checkpoint: Checkpoint | None) -> tuple[PreTrainedModel | PeftModel, Shards | None]:
-        """The network to train; a full one is built from the checkpoint, adapters are loaded onto the base.
-
-        Under FSDP2 it is hollow, and this rank's rows of the weights stand beside it.
-        """
-        from transformers import set_seed
-
-        from qwentune.model.adapters import add_adapters, load_adapters
-        from qwentune.model.attention import IMPLEMENTATIONS
-        from qwentune.model.load import load_model, recompute_layers
-        from qwentune.model.sharded import Shards
-
-        tuning, choices = self.loaded.recipe.tuning, self.plan.choices
-        is_old = tuple(int(part) for part in version("transformers").split(".")[:2]) < (5, 23)
-        if is_old and choices.sharding.startswith("zero3") and self.spec.moe is not None:
-            console.say(
-                "warning: each rank fuses all experts in host memory; transformers from 5.23 on does it layer by layer"
-            )
-        full = tuning.kind == "full"
-        set_seed(self.loaded.recipe.seed)
-        model = load_model(
-            base if checkpoint is None or not full else checkpoint.folder,
-            dtype=choices.weights,
-            four_bit=tuning.kind == "qlora",
-            attention=IMPLEMENTATIONS[choices.attention],
-            device=self.ranks.device,
-            sharded=self.ranks.shards_weights,
-        )
-        shards = Shards(model) if self.ranks.shards_weights else None
-        recompute_layers(model, choices.gradient_checkpointing)
-        if full:
-            return model, shards
-        if checkpoint is not None:
-            return load_adapters(model, checkpoint.folder, choices.adapters, tuning), shards
-        if tuning.start_from is not None:
-            return load_adapters(model, Path(tuning.start_from), choices.adapters), shards
-        return add_adapters(model, tuning, choices.adapters, self._untaught_tokens(), shards), shards
-
-    def _untaught_tokens(self) -> list[int]:
-        """The control tokens of the data whose rows a base model never learnt; none for one that was taught to chat."""
-        eos = self.tokenizer.eos_token
-        stops = self.dataset.report["stop_tokens"]
-        if self.dataset.report["trained_turns"] == 0 or eos in stops:
-            return []
-        return list(self.dataset.control_ids_used)
-
-    def _measured(self, peaks: dict[str, int]) -> None:
-        """Says what the GPU's memory really took beside what the plan reckoned, and keeps it with the plan."""
-        from qwentune.memory.judge import compared
-
-        if self.ranks.leads:
-            console.say(compared(self.plan, peaks))
-            plan = {**self.plan.to_json(), "measured": peaks}
-            self.folder.write("plan.json", json.dumps(plan, indent=2) + "\n")
-
-    def _publish(self, checkpoints: Checkpoints, base: Path) -> None:
-        """Puts the trained weights into the run folder."""
-        from qwentune.exporting.publish import publish
-
-        if not self.ranks.leads:
-            return
-        last, published = publish(
-            self.folder,
-            checkpoints,
-            self.loaded.recipe,
-            self.dataset.report,
-            base=base,
-            tokenizer=self.tokenizer,
-            chat_template=self.template,
-        )
-        how = "all steps are done" if last >= self.schedule.num_steps else "the eval loss stopped falling"
-        self._status("finished", EXIT_OK, f"{how}; published step {published}", last)
-
-    def _status(self, state: State, code: int | None, reason: str, step: int | None = None) -> None:
-        if not self.ranks.leads:
-            return
-        reached = (self.folder.last_metrics() or {"step": 0})["step"] if step is None else step
-        self.folder.set_status(state, exit_code=code, reason=reason, step=reached, command=self.request.command)
-
-
-def _state(exit_code: int) -> State:
-    return "interrupted" if exit_code == EXIT_INTERRUPTED else "preempted"
+    return Run(request, loaded, ranks, folder, spec, device, plan, tokenizer, text, dataset, schedule, publish).run()
 
 
 def _refuse_what_is_not_here(recipe: Recipe, plan: RunPlan) -> None:
@@ -582,10 +175,6 @@ def _refuse_what_is_not_here(recipe: Recipe, plan: RunPlan) -> None:
         problems.append(Problem("tuning.start_from", f"{start!r} holds no adapter", fix))
     if problems:
         raise UsageError(problems)
-
-
-def _library_versions() -> dict[str, str]:
-    return {name: version(name) for name in ("qwentune", "torch", "transformers", "peft", "accelerate")}
 
 
 if __name__ == "__main__":

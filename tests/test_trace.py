@@ -18,7 +18,7 @@ from qwentune.memory import HostMemory, PlanRequest, make_plan
 from qwentune.memory.closed_form import phases
 from qwentune.memory.cross_check import cross_checked
 from qwentune.memory.delta_rule import fold
-from qwentune.memory.judge import _kernels, kernel_remark
+from qwentune.memory.judge import _kernels
 from qwentune.memory.meta_step import (
     evaluation_of,
     meta_batch,
@@ -28,6 +28,7 @@ from qwentune.memory.meta_step import (
     traced_evaluation,
     traced_peak,
 )
+from qwentune.memory.remarks import kernel_remark
 from qwentune.memory.settings import Overheads, Settings
 from qwentune.memory.trace import live_bytes, peak
 from qwentune.model import attention

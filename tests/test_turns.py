@@ -1,4 +1,4 @@
-"""People are told the place of a turn in the row as they wrote it, whatever a dialogue has beside its turns."""
+"""People are told the place of a turn in the row as they wrote it; programs, its index among the row's messages."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ def test_a_system_text_beside_the_turns_is_none_of_them(
     qwen2_folder: Path, qwen3_folder: Path, format: str, row: dict[str, Any], places: list[int], system: str | None
 ) -> None:
     outcome = rendered(qwen3_folder, format, row, system=system)
-    assert [turn for example in outcome.examples for turn in example.turns] == places
+    before = int("system" in row)  # a message of the row, if not a turn
+    assert [turn for example in outcome.examples for turn in example.turns] == [before + place for place in places]
     (problem,) = rendered(qwen3_folder, format, row, thinking="off", system=system).problems
     assert f"messages[{places[-1]}]" in problem.what
     (dropped,) = {drop.turn for drop in rendered(qwen2_folder, format, {**row, **_long(row)}, system=system).dropped}
-    assert dropped == places[-1]
+    assert dropped == before + places[-1]
 
 
 def _long(row: dict[str, Any]) -> dict[str, Any]:

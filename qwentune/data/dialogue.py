@@ -131,9 +131,13 @@ class Dialogue:
         first = next((i for i, message in enumerate(self.messages) if message.role == "user"), len(self.messages))
         return [i for i in self.candidates if i > first]
 
+    def message_index(self, i: int) -> int:
+        """The index of message `i` among the messages that the row gives."""
+        return i - self.num_inserted
+
     def row_index(self, i: int) -> int:
-        """The index of message `i` among the turns of the row as the user wrote it."""
-        turns, given = self.conversation.turns, i - self.num_inserted
+        """The place of message `i` among the turns of the row as the user wrote it, which people are told."""
+        turns, given = self.conversation.turns, self.message_index(i)
         return turns[given] if turns and given >= 0 else given
 
     def reasons(self, i: int) -> bool:
@@ -197,7 +201,7 @@ class Dialogue:
 
     def _can_join(self, i: int) -> bool:
         """Whether turn `i` is text alone that goes on after another assistant message."""
-        message = with_reasoning_apart(self.conversation.messages[i - self.num_inserted])
+        message = with_reasoning_apart(self.conversation.messages[self.message_index(i)])
         return self.messages[i - 1].role == "assistant" and not (message.reasoning or message.tool_calls)
 
     def _without(self, left_out: Collection[int]) -> Dialogue:

@@ -81,7 +81,7 @@ class DialogueExamples:
         ids += context
         start, stop = len(ids), len(ids) + len(target)
         ids += target
-        span = Span(start, stop, self.dialogue.messages[i].weight, self.dialogue.row_index(i))
+        span = Span(start, stop, self.dialogue.messages[i].weight, self.dialogue.message_index(i))
         known = min(num_history, self.history[1]) if history is self.history[0] else 0  # the same for both
         last = self.ids[-1] if self.ids else []
         if 0 < len(last) <= start and ids[known : len(last)] == last[known:]:

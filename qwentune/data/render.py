@@ -229,8 +229,8 @@ class Renderer:
                 shortened = self._shortened(dialogue, turn.index)
                 if shortened is None:
                     reason = f"{num_tokens} tokens, more than data.max_tokens={self.options.max_tokens}"
-                    row_index = dialogue.row_index(turn.index)
-                    outcome.dropped.append(Dropped(dialogue.conversation.source, row_index, reason, num_tokens))
+                    index = dialogue.message_index(turn.index)
+                    outcome.dropped.append(Dropped(dialogue.conversation.source, index, reason, num_tokens))
                     continue
                 num_shared, (context, target) = 0, shortened
             examples.add(turn.index, history.ids, num_shared, context, target)

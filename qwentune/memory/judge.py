@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +12,15 @@ from qwentune.data.sample import Json
 from qwentune.errors import Problem, UsageError
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.launch import Sharding, sharding_of
-from qwentune.facts.models import ModelSpec, length_remark
-from qwentune.facts.present import free_disk_bytes, free_host_bytes, installed_kernels, present_gpus, spills
-from qwentune.facts.towers import tower_remark
+from qwentune.facts.models import ModelSpec
+from qwentune.facts.present import free_disk_bytes, free_host_bytes, installed_kernels, present_gpus
 from qwentune.memory.adapters import ATTENTION, KNOWN
-from qwentune.memory.mends import Mend
 from qwentune.memory.plan import RunPlan, calibrated, chosen_settings, make_plan, pinned
 from qwentune.memory.profile import find_profile
 from qwentune.memory.search import Auto, Device, PlanRequest
 from qwentune.memory.settings import HostMemory, Settings
-from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
+from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Recipe, Tuning
 
-FEWEST_SPARE = 0.03  # of the usable bytes
 PLAN_KEYS = ("plan", "batch", "memory", "precision", "tuning")
 
 
@@ -90,6 +86,32 @@ def judge(
     return calibrated(plan, find_profile(spec, tuning.kind, device))
 
 
+def judge_recipe(
+    spec: ModelSpec,
+    recipe: Recipe,
+    *,
+    device: Device,
+    num_ranks: int,
+    sharding: Sharding | Auto,
+    **options: Any,
+) -> RunPlan:
+    """The plan of a recipe on so many devices that share so much; `options` are those of `judge`."""
+    return judge(
+        spec,
+        tuning=recipe.tuning,
+        max_tokens=recipe.data.max_tokens,
+        batch=recipe.batch,
+        precision=recipe.precision,
+        memory=recipe.memory,
+        output=recipe.output,
+        device=device,
+        num_ranks=num_ranks,
+        sharding=sharding,
+        learns_chat=recipe.data.has_turns,
+        **options,
+    )
+
+
 def settings_of(
     plan: RunPlan,
     spec: ModelSpec,
@@ -122,59 +144,13 @@ def _request(
         dora=has_adapters and tuning.variant == "dora",
         trains_rows=trains_rows,
         branches=learns_chat and _rewrites_history(spec),
-        kernels=_kernels(device),
+        kernels=kernels_beside(device),
     )
 
 
-def _kernels(device: Device) -> frozenset[str]:
+def kernels_beside(device: Device) -> frozenset[str]:
     """What is installed here is taken to be installed where another GPU runs too."""
     return frozenset() if isinstance(device, HostMemory) else installed_kernels()
-
-
-def remarks(spec: ModelSpec, device: Device, max_tokens: int, where: str) -> list[str]:
-    """What is to be said of model and device beside the plan; `where` says `data.max_tokens`."""
-    every = (
-        tower_remark(spec),
-        length_remark(spec, max_tokens, where),
-        kernel_remark(spec, device),
-        ecc_remark(device),
-        spill_remark(device),
-    )
-    return [remark for remark in every if remark]
-
-
-def kernel_remark(spec: ModelSpec, device: Device) -> str:
-    """How the plan takes linear attention to run, in words; empty where the model has none, or for a CPU."""
-    if spec.linear_attention is None or isinstance(device, HostMemory):
-        return ""
-    kernels = _kernels(device)
-    rule = "flash-linear-attention" if "fla" in kernels else "torch, which is slower and holds more"
-    convolution = "causal-conv1d" if "causal_conv1d" in kernels else "torch"
-    return (
-        f"Linear attention is planned as what is installed here runs it: by {rule}; its convolution by {convolution}."
-    )
-
-
-def ecc_remark(device: Device) -> str:
-    """What ECC takes of the GPU's memory, in words; empty where it takes nothing or is not known."""
-    if isinstance(device, HostMemory) or device.has_hbm:
-        return ""
-    if device.has_ecc:
-        return "ECC is on; it takes about a sixteenth of this GPU's memory, which is not in the bytes below."
-    if device.has_ecc is None and "ECC" in device.source:
-        read, gib = device.source.partition(";")[0], device.total_bytes / 2**30
-        return f"{device.name} is planned with {gib:.2f} GiB ({read}); one that is here is judged by its own."
-    return ""
-
-
-def spill_remark(device: Device) -> str:
-    """What a full GPU does here, in words; empty where it ends the run."""
-    if isinstance(device, HostMemory) or not spills():
-        return ""
-    return (
-        "Under Windows a full GPU spills into host memory and slows down instead of failing: "
-        "what fits is what the plan says, not what runs."
-    )
 
 
 def _started_from(tuning: Tuning) -> dict[str, Any] | None:
@@ -274,126 +250,3 @@ def _is_here(device: Device) -> bool:
         return True
     present = present_gpus()
     return present is not None and present.spec.name == device.name
-
-
-def _overrides(mend: Mend) -> str:
-    return " ".join(mend.overrides)
-
-
-def refusal(plan: RunPlan, pasted: Callable[[Mend], str] = _overrides) -> list[Problem]:
-    """Why the plan does not fit, and the cheapest changes that do, as overrides to paste or what `pasted` makes."""
-    needed, usable = plan.peak_bytes / 2**30, plan.usable_bytes / 2**30
-    shortage = {
-        "host": f"needs {plan.host_bytes / 2**30:.1f} GiB of host memory",
-        "disk": f"needs {plan.disk_bytes / 2**30:.1f} GiB of disk",
-    }.get(plan.limiting_phase, f"needs {needed:.1f} of {usable:.1f} GiB in the phase {plan.limiting_phase}")
-    fixes = [f"{mend.change}: {pasted(mend)}" for mend in plan.mends[:3]]
-    return [Problem(plan.gpu, f"the run does not fit: it {shortage}", "\n    ".join(fixes))]
-
-
-def compared(plan: RunPlan, measured: Mapping[str, int]) -> str:
-    """What torch handed out at its worst beside what the plan reckoned, in words; a warning where little is left.
-
-    `measured` has bytes of `max_memory_allocated`: of the longest training batch (`train`) and evaluation batch
-    (`evaluate`) before the first step, and of the first two steps (`steps`).
-    """
-    what = {"train": "the longest batch", "evaluate": "the longest evaluation", "steps": "the first two steps"}
-    parts = [f"{what[name]} {_gib(peak)}" for name, peak in measured.items()]
-    said = f"GPU memory: plan {_gib(plan.allocated_peak_bytes)}, {', '.join(parts)}"
-    left = plan.usable_bytes - (plan.peak_bytes - plan.allocated_peak_bytes) - max(measured.values(), default=0)
-    if left < FEWEST_SPARE * plan.usable_bytes:
-        said += f"; warning: {max(left, 0) / 2**30:.2f} GiB are left: lower batch.micro_batch or data.max_tokens"
-    return said
-
-
-def ran_out(
-    plan: RunPlan,
-    where: str,
-    said: str,
-    *,
-    max_tokens: int,
-    headroom: float,
-    phase: str,
-    held: Mapping[str, int],
-    judged: Callable[[Sequence[str]], RunPlan],
-) -> Problem:
-    """A device whose memory ran out, mostly although the plan fits: what torch said, and what to lower.
-
-    The plan's terms of the `phase` stand beside the bytes that the rank `held` by term when it ran out. `judged` is the
-    plan that the recipe gets anew with more overrides; a change is offered where that also leaves free what this plan
-    missed.
-    """
-    fixes = _beside(plan.phases[phase].terms, held)
-    if phase == "load":
-        fixes.append("The same command goes on when other programs have left the GPU; nvidia-smi lists them.")
-    elif lower := _lower(plan, phase, max_tokens, headroom, held, judged):
-        fixes += ["The same command goes on with one of:", *lower]
-    else:
-        fixes.append("Nothing that can be lowered alone suffices; `qwentune plan` tells what would fit.")
-    expected = "though the plan fits" if plan.fits else "as the plan said it would"
-    what = f"the GPU's memory ran out, {expected}: {said.splitlines()[0]}"
-    return Problem(where, what, "\n    ".join(fixes))
-
-
-def _lower(
-    plan: RunPlan,
-    phase: str,
-    max_tokens: int,
-    headroom: float,
-    held: Mapping[str, int],
-    judged: Callable[[Sequence[str]], RunPlan],
-) -> list[str]:
-    """What can be pasted after the command, each of it with a plan that takes less in that phase."""
-    terms, choices = plan.phases[phase].terms, plan.choices
-    planned = sum(terms.values()) - terms["allocator"] - terms["context"]
-    missed = max(0, held.get("peak", 0) - planned)
-    more = headroom + missed / max(1, plan.usable_bytes)
-    # Without it a plan made anew would fill again what a change has freed.
-    free = (f"memory.headroom={math.ceil(100 * more) / 100:g}",) if missed else ()
-    offered = [
-        *([(free, "--allow-change plan")] if free else []),
-        *(
-            ((override, *free), f"--allow-change {override.partition('=')[0]}")
-            for applies, override in (
-                (choices.micro_batch % 2 == 0, f"batch.micro_batch={choices.micro_batch // 2}"),
-                (choices.gradient_checkpointing is not True, "memory.gradient_checkpointing=true"),
-                (choices.loss == "full", "memory.loss=supervised"),
-            )
-            if applies
-        ),
-        *(((f"data.max_tokens={max_tokens >> halvings}", *free), "--fresh") for halvings in range(1, 4)),
-    ]
-    if more >= 1:
-        return []
-    lower: list[str] = []
-    for overrides, flags in offered:
-        if flags == "--fresh" and lower and lower[-1].endswith("--fresh"):  # the longest that suffices
-            break
-        anew = judged(overrides)
-        takes_less = anew.phases[phase].total < plan.phases[phase].total
-        if anew.fits and takes_less and anew.peak_bytes + missed <= plan.usable_bytes:
-            lower.append(f"{' '.join(overrides)} {flags}")
-    return lower
-
-
-def _beside(planned: Mapping[str, int], held: Mapping[str, int]) -> list[str]:
-    """A table of the terms in MiB; what is not told apart when measured is one row."""
-    rows = [(name, planned[name], held.get(name)) for name in ("weights", "adapters", "gradients", "optimizer")]
-    rest = ("activations", "logits", "temporaries", "workspaces")
-    rows.append((", ".join(rest), sum(planned[name] for name in rest), held.get("rest")))
-    allocated = sum(planned.values()) - planned["allocator"] - planned["context"]
-    rows.append(("all that torch hands out, at most", allocated, held.get("peak")))
-    rows.append(("allocator", planned["allocator"], held.get("allocator")))
-    lines = [f"{'MiB':<44}{'plan':>9}{'held':>9}"]
-    for name, plan_bytes, held_bytes in rows:
-        if plan_bytes or held_bytes:
-            lines.append(f"{name:<44}{_mib(plan_bytes):>9}{'-' if held_bytes is None else _mib(held_bytes):>9}")
-    return lines
-
-
-def _mib(number: int) -> str:
-    return f"{number / 2**20:.1f}"
-
-
-def _gib(number: int) -> str:
-    return f"{number / 2**30:.2f} GiB"

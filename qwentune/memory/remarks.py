@@ -1,0 +1,56 @@
+"""What is to be said of model and device beside a plan."""
+
+from __future__ import annotations
+
+from qwentune.facts.models import ModelSpec, length_remark
+from qwentune.facts.present import spills
+from qwentune.facts.towers import tower_remark
+from qwentune.memory.judge import kernels_beside
+from qwentune.memory.search import Device
+from qwentune.memory.settings import HostMemory
+
+
+def remarks(spec: ModelSpec, device: Device, max_tokens: int, where: str) -> list[str]:
+    """What is to be said of model and device beside the plan; `where` says `data.max_tokens`."""
+    every = (
+        tower_remark(spec),
+        length_remark(spec, max_tokens, where),
+        kernel_remark(spec, device),
+        ecc_remark(device),
+        spill_remark(device),
+    )
+    return [remark for remark in every if remark]
+
+
+def kernel_remark(spec: ModelSpec, device: Device) -> str:
+    """How the plan takes linear attention to run, in words; empty where the model has none, or for a CPU."""
+    if spec.linear_attention is None or isinstance(device, HostMemory):
+        return ""
+    kernels = kernels_beside(device)
+    rule = "flash-linear-attention" if "fla" in kernels else "torch, which is slower and holds more"
+    convolution = "causal-conv1d" if "causal_conv1d" in kernels else "torch"
+    return (
+        f"Linear attention is planned as what is installed here runs it: by {rule}; its convolution by {convolution}."
+    )
+
+
+def ecc_remark(device: Device) -> str:
+    """What ECC takes of the GPU's memory, in words; empty where it takes nothing or is not known."""
+    if isinstance(device, HostMemory) or device.has_hbm:
+        return ""
+    if device.has_ecc:
+        return "ECC is on; it takes about a sixteenth of this GPU's memory, which is not in the bytes below."
+    if device.has_ecc is None and "ECC" in device.source:
+        read, gib = device.source.partition(";")[0], device.total_bytes / 2**30
+        return f"{device.name} is planned with {gib:.2f} GiB ({read}); one that is here is judged by its own."
+    return ""
+
+
+def spill_remark(device: Device) -> str:
+    """What a full GPU does here, in words; empty where it ends the run."""
+    if isinstance(device, HostMemory) or not spills():
+        return ""
+    return (
+        "Under Windows a full GPU spills into host memory and slows down instead of failing: "
+        "what fits is what the plan says, not what runs."
+    )
