@@ -505,6 +505,7 @@ LINE = b'{"text": "a"}\n'
         ("rows.parquet", LINE, "it holds no Parquet file", "Write the file again, or name it as what it is."),
         ("rows.csv", b"PK\x03\x04 a workbook", "it holds a ZIP archive, such as an Excel workbook", "Save it as CSV"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_name_that_does_not_fit_what_the_file_holds_is_said(
     tmp_path: Path, name: str, data: bytes, what: str, fix: str

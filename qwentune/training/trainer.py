@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from qwentune.data.batch import Batch, EvalBatches, TrainBatches
 from qwentune.durable import remove
@@ -321,6 +323,16 @@ class ExactResume(_Mixed):
         Path(output_dir, f"log_window_{self.args.process_index}.json").write_text(json.dumps(window))
 
     # Resume: the weights were loaded before the trainer was built, with every key proved.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # The stock method writes the weights once more.
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

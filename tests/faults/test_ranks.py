@@ -391,6 +391,7 @@ def test_two_killed_ranks_end_like_undisturbed_ones(tmp_path: Path, launch: str)
     assert resumed.returncode == 0, resumed.stderr
     assert "from step 4" in resumed.stderr
     assert (loss_history(run), final_weights(run)) == undisturbed
+    assert not list(run.rglob("pytorch_model_fsdp*")), "the weights are saved once"
 
 
 @pytest.mark.fault("F41", "another number of ranks: refused with then and now, exit 5")
