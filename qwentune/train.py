@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from qwentune.facts.launch import Sharding
     from qwentune.memory.plan import RunPlan
-    from qwentune.memory.search import Auto
+    from qwentune.memory.request import Auto
     from qwentune.recipe import LoadedRecipe, Recipe
     from qwentune.training.run_folder import RunFolder
 

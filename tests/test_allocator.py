@@ -19,7 +19,7 @@ from qwentune.memory.cross_check import cross_checked
 from qwentune.memory.meta_step import meta_step, no_autocast, recorded_step, traced_peak
 from qwentune.memory.plan import make_plan
 from qwentune.memory.replay import depth, record, replay
-from qwentune.memory.search import PlanRequest
+from qwentune.memory.request import PlanRequest
 from qwentune.memory.settings import GIB, MIB
 from tests.test_trace import SETTINGS, tiny
 

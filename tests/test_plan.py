@@ -25,8 +25,9 @@ from qwentune.memory.activations import layer_activations
 from qwentune.memory.adapters import ATTENTION, FEED_FORWARD, adapter_parameters
 from qwentune.memory.closed_form import base_weight_bytes, disk_bytes, phases
 from qwentune.memory.judge import judge, settings_of
+from qwentune.memory.request import usable_bytes
 from qwentune.memory.roofline import step_seconds
-from qwentune.memory.search import MAX_FORWARD_TOKENS, fastest, usable_bytes
+from qwentune.memory.search import MAX_FORWARD_TOKENS, fastest
 from qwentune.memory.settings import GIB, MIB, Attention, Overheads, Settings, Sharding, device_overheads
 from qwentune.memory.shortage import ran_out
 from qwentune.plan import run as run_plan

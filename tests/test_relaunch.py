@@ -59,14 +59,9 @@ def test_another_launch_is_a_command_whose_run_fits(
         assert module[:4] == ["-m", "qwentune.train", str(recipe), "batch.sequences_per_step=8"]
         path, count = launcher[launcher.index("--config_file") + 1], int(launcher[-1])
         asked = load_recipe(recipe, module[3:]).recipe
-        plan = judging.judge(
+        plan = judging.judge_recipe(
             model_spec(model),
-            tuning=asked.tuning,
-            max_tokens=asked.data.max_tokens,
-            batch=asked.batch,
-            precision=asked.precision,
-            memory=asked.memory,
-            output=asked.output,
+            asked,
             device=gpu_spec(card),
             num_ranks=count,
             sharding=sharding_of(Path(path).stem),

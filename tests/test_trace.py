@@ -18,7 +18,7 @@ from qwentune.memory import HostMemory, PlanRequest, make_plan
 from qwentune.memory.closed_form import phases
 from qwentune.memory.cross_check import cross_checked
 from qwentune.memory.delta_rule import fold
-from qwentune.memory.judge import _kernels
+from qwentune.memory.judge import kernels_beside
 from qwentune.memory.meta_step import (
     evaluation_of,
     meta_batch,
@@ -394,10 +394,10 @@ def test_fused_kernels_are_traced_where_they_are_installed_and_a_gpu_runs_them(m
     checked = cross_checked(spec, card, request, fused, said.append)
     assert checked.fits
     assert not any("bug" in line for line in said)
-    assert _kernels(card) == frozenset()
+    assert kernels_beside(card) == frozenset()
     assert "by torch, which is slower" in kernel_remark(spec, card)
     monkeypatch.setattr(present, "find_spec", lambda name: name in FUSED_PACKAGES or None)
-    assert _kernels(card) == frozenset(FUSED_PACKAGES)
+    assert kernels_beside(card) == frozenset(FUSED_PACKAGES)
     assert "by flash-linear-attention; its convolution by causal-conv1d" in kernel_remark(spec, card)
-    assert _kernels(HostMemory(2**36)) == frozenset()
+    assert kernels_beside(HostMemory(2**36)) == frozenset()
     assert kernel_remark(spec, HostMemory(2**36)) == kernel_remark(model_spec("Qwen/Qwen3-8B"), card) == ""

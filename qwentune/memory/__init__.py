@@ -2,7 +2,7 @@
 
 from qwentune.memory.drawing import render_plan
 from qwentune.memory.plan import Choices, RunPlan, make_plan, pinned, plan_warnings
-from qwentune.memory.search import PlanRequest
+from qwentune.memory.request import PlanRequest
 from qwentune.memory.settings import HostMemory
 
 __all__ = ["Choices", "HostMemory", "PlanRequest", "RunPlan", "make_plan", "pinned", "plan_warnings", "render_plan"]

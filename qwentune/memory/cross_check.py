@@ -6,16 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.memory.allocator import CardIsFullError
 from qwentune.memory.closed_form import Terms, phases, trained_parameters
 from qwentune.memory.meta_step import recorded_step, traced_evaluation, traced_peak
-from qwentune.memory.plan import Choices, PhaseBytes, RunPlan, chosen_settings, make_plan
+from qwentune.memory.plan import Choices, PhaseBytes, RunPlan, make_plan
 from qwentune.memory.replay import replay
-from qwentune.memory.search import Device, PlanRequest
+from qwentune.memory.request import Device, PlanRequest
 from qwentune.memory.settings import MIB, device_overheads
 
 LARGEST_DISAGREEMENT = 0.03
@@ -48,7 +48,7 @@ def cross_checked(
 
 
 def _traced_phases(spec: ModelSpec, device: Device, request: PlanRequest, plan: RunPlan) -> dict[str, Terms]:
-    settings = chosen_settings(request, plan.choices, device)
+    settings = request.settings(device, **asdict(plan.choices))
     if settings.sharding != "none":  # gradients stay between steps
         settings = replace(settings, accumulation=max(2, settings.accumulation))
     shared, alone = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from qwentune.facts.launch import Sharding, sharding_of
 from qwentune.facts.models import ModelSpec
 from qwentune.facts.present import free_disk_bytes, free_host_bytes, installed_kernels, present_gpus
 from qwentune.memory.adapters import ATTENTION, KNOWN
-from qwentune.memory.plan import RunPlan, calibrated, chosen_settings, make_plan, pinned
+from qwentune.memory.plan import RunPlan, calibrated, make_plan, pinned
 from qwentune.memory.profile import find_profile
-from qwentune.memory.search import Auto, Device, PlanRequest
+from qwentune.memory.request import Auto, Device, PlanRequest
 from qwentune.memory.settings import HostMemory, Settings
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Recipe, Tuning
 
@@ -124,7 +124,7 @@ def settings_of(
 ) -> Settings:
     """The settings of the training step that the plan chose, or judged again."""
     request = _request(spec, tuning, max_tokens, batch, device, learns_chat)
-    return chosen_settings(replace(request, num_gpus=plan.gpus), plan.choices, device)
+    return replace(request, num_gpus=plan.gpus).settings(device, **asdict(plan.choices))
 
 
 def _request(

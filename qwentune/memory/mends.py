@@ -10,15 +10,8 @@ from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.facts.launch import Sharding
 from qwentune.memory.closed_form import disk_bytes
-from qwentune.memory.search import (
-    Candidate,
-    Device,
-    PlanRequest,
-    leanest,
-    needed_host_bytes,
-    request_problems,
-    shortages,
-)
+from qwentune.memory.request import Device, PlanRequest, request_problems
+from qwentune.memory.search import Candidate, leanest, needed_host_bytes, shortages
 
 _MAX_MENDS = 6
 _FEWEST_TOKENS = 256

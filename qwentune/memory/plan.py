@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import cast
 
@@ -17,18 +17,9 @@ from qwentune.facts.launch import Sharding
 from qwentune.memory.closed_form import disk_bytes
 from qwentune.memory.mends import Mend, find_mends
 from qwentune.memory.profile import Profile
+from qwentune.memory.request import Device, PlanRequest, usable_bytes
 from qwentune.memory.roofline import step_seconds
-from qwentune.memory.search import (
-    Device,
-    PlanRequest,
-    burden,
-    candidates,
-    fastest,
-    host_phases,
-    needed_host_bytes,
-    shortages,
-    usable_bytes,
-)
+from qwentune.memory.search import burden, candidates, fastest, host_phases, needed_host_bytes, shortages
 from qwentune.memory.settings import Attention, Dtype, Loss, Settings, StateDtype
 
 FEWEST_USEFUL_STEPS = 50
@@ -172,25 +163,6 @@ def pinned(request: PlanRequest, choices: Choices) -> PlanRequest:
         weights=choices.weights,
         adapters=choices.adapters,
         optimizer_state=choices.optimizer_state,
-    )
-
-
-def chosen_settings(request: PlanRequest, choices: Choices, device: Device) -> Settings:
-    """The settings of a training step of that request with what a plan chose."""
-    return Settings(
-        kind=request.kind,
-        max_tokens=request.max_tokens,
-        num_ranks=request.num_gpus,
-        rank=request.rank,
-        targets=request.targets,
-        drops=request.drops,
-        dora=request.dora,
-        trains_rows=request.trains_rows,
-        branches=request.branches,
-        on_cpu=not isinstance(device, GpuSpec),
-        fuses_delta_rule="fla" in request.kernels,
-        fuses_convolution="causal_conv1d" in request.kernels,
-        **asdict(choices),
     )
 
 

@@ -6,7 +6,7 @@ from qwentune.facts.models import ModelSpec, length_remark
 from qwentune.facts.present import spills
 from qwentune.facts.towers import tower_remark
 from qwentune.memory.judge import kernels_beside
-from qwentune.memory.search import Device
+from qwentune.memory.request import Device
 from qwentune.memory.settings import HostMemory
 
 

@@ -5,69 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeAlias
 
-from qwentune.errors import Problem, UsageError
-from qwentune.facts.architecture import FUSED_ADAPTED_EXPERTS, ModelSpec
+from qwentune.errors import UsageError
+from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
-from qwentune.facts.launch import Sharding, offloads
+from qwentune.facts.launch import Sharding
 from qwentune.memory.closed_form import Terms, disk_bytes, host_bytes, offloaded_bytes, phases
+from qwentune.memory.request import Device, PlanRequest, adapts_head, divisors, request_problems, usable_bytes
 from qwentune.memory.roofline import step_seconds
 from qwentune.memory.settings import (
     Attention,
     Dtype,
     HostMemory,
-    Loss,
     Settings,
-    StateDtype,
-    Targets,
-    Tuning,
     device_overheads,
 )
 
-Auto: TypeAlias = Literal["auto"]
-Device: TypeAlias = GpuSpec | HostMemory
-
-NOT_FOR_BITSANDBYTES: tuple[Sharding, ...] = ("zero3", "fsdp2", "zero2-offload", "zero3-offload")
 # Beyond this a forward pass gains no speed, and kernels index with 32 bits.
 MAX_FORWARD_TOKENS = 65536
-
-
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
-    """What a recipe asks for, as far as it decides bytes and seconds; "auto" leaves the choice to the plan.
-
-    `branches` says that rows may hold examples that share beginnings.
-    `kernels` are the packages of fused kernels for hybrids that the run will find. `sharding` is what the launch file
-    gives. `optimizer_steps` is None where the data has not been counted.
-    `host_free_bytes` and `disk_free_bytes` are what the system says, None where it is not judged. `headroom` is the
-    fraction of the device's memory that stays free.
-    """
-
-    kind: Tuning
-    max_tokens: int
-    sequences_per_step: int
-    rank: int = 16
-    targets: Targets = "all-linear"
-    drops: bool = False
-    dora: bool = False
-    trains_rows: bool = False
-    branches: bool = False
-    micro_batch: int | Auto = "auto"
-    gradient_checkpointing: bool | int | Auto = "auto"
-    loss: Loss | Auto = "auto"
-    attention: Attention | Auto = "auto"
-    sharding: Sharding | Auto = "auto"
-    num_gpus: int = 1
-    weights: Dtype | Auto = "auto"
-    adapters: Dtype | Auto = "auto"
-    optimizer_state: StateDtype | Auto = "auto"
-    kernels: frozenset[str] = frozenset()
-    headroom: float = 0.03
-    keep: int = 3
-    optimizer_steps: int | None = None
-    host_free_bytes: int | None = None
-    disk_free_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,101 +41,6 @@ class Candidate:
     def peak_bytes(self) -> int:
         """The highest total of all phases."""
         return self.phases[self.limiting_phase].total
-
-
-def usable_bytes(device: Device, request: PlanRequest) -> int:
-    """What one rank may take of the device; the ranks of a CPU run share its memory."""
-    if isinstance(device, GpuSpec):
-        return int(device.total_bytes * (1 - request.headroom))
-    return int(device.free_bytes // request.num_gpus * (1 - request.headroom))
-
-
-def request_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
-    """Why the ranks cannot share the batch, or what model, libraries or host do not take; empty where all is well."""
-    problems = [*_target_problems(spec, request), *_expert_problems(spec, request), *_hybrid_problems(spec, request)]
-    if request.loss == "supervised" and _adapts_head(request):
-        what = "supervised, but an adapter on lm_head makes all logits at once"
-        problems.append(Problem("memory.loss", what, "Leave it at auto, or leave lm_head out of tuning.targets."))
-    if request.kind == "qlora" and request.sharding in NOT_FOR_BITSANDBYTES:
-        what = f"{request.sharding}, but bitsandbytes' 4-bit weights are neither sharded nor offloaded"
-        problems.append(Problem("hardware.launch", what, "Leave it at auto, or take ddp, or tuning.kind=lora."))
-    if request.optimizer_state == "8bit" and request.sharding in ("zero3", "fsdp2"):
-        what = f"8bit, but {request.sharding} shards the states, and bitsandbytes' are not"
-        problems.append(
-            Problem("precision.optimizer_state", what, "Leave it at auto, or take another hardware.launch.")
-        )
-    if request.optimizer_state == "8bit" and request.sharding != "auto" and offloads(request.sharding):
-        what = f"8bit, but {request.sharding} holds the states in host memory, and 8 bits are a matter of GPU kernels"
-        problems.append(
-            Problem("precision.optimizer_state", what, "Leave it at auto, or take another hardware.launch.")
-        )
-    rows, ranks = request.sequences_per_step, request.num_gpus
-    if rows % ranks:
-        below = rows // ranks * ranks
-        nearby = f"{below} or {below + ranks}" if below else str(ranks)
-        problems.append(
-            Problem(
-                "batch.sequences_per_step",
-                f"{rows} rows per step cannot be shared evenly by {ranks} processes.",
-                f"Use {nearby}, or change hardware.count.",
-            )
-        )
-    elif request.micro_batch != "auto" and rows // ranks % request.micro_batch:
-        fitting = ", ".join(str(divisor) for divisor in _divisors(rows // ranks))
-        problems.append(
-            Problem(
-                "batch.micro_batch",
-                f"{request.micro_batch} does not divide the {rows // ranks} rows that each process takes per step.",
-                f"Use auto, or one of {fitting}.",
-            )
-        )
-    return problems
-
-
-def _target_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
-    fused = ("gate_proj", "up_proj")
-    if request.kind == "full" or request.targets == "all-linear" or spec.model_type not in FUSED_ADAPTED_EXPERTS:
-        return []
-    given = [name.rpartition(".")[2] for name in request.targets]
-    named = [name for name in fused if name in given]
-    if len(named) != 1:
-        return []
-    other = fused[1 - fused.index(named[0])]
-    what = f"{named[0]} without {other}, but the experts of {spec.checkpoint_type} hold both as one matrix"
-    fix = f"Name both or neither: tuning.targets=[{','.join((*request.targets, other))}]"
-    return [Problem("tuning.targets", what, fix)]
-
-
-def _expert_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
-    """PEFT 0.21 adapts fused experts neither with dropout nor with DoRA."""
-    names = ("gate_proj", "up_proj", "down_proj")
-    adapts = request.targets == "all-linear" or any(name.rpartition(".")[2] in names for name in request.targets)
-    if request.kind == "full" or spec.model_type not in FUSED_ADAPTED_EXPERTS or not adapts:
-        return []
-    fix = "Leave it out, or adapt attention alone: tuning.targets=[q_proj,k_proj,v_proj,o_proj]"
-    given = {"tuning.dropout": request.drops and "dropout", "tuning.variant": request.dora and "dora"}
-    return [
-        Problem(key, f"{what}, which adapters on the experts of {spec.checkpoint_type} do not know", fix)
-        for key, what in given.items()
-        if what
-    ]
-
-
-def _hybrid_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
-    if spec.linear_attention is None:
-        return []
-    problems: list[Problem] = []
-    if request.micro_batch not in ("auto", 1):
-        what = (
-            f"{request.micro_batch} rows, but linear attention ({spec.checkpoint_type}) reads on from one to the next"
-        )
-        problems.append(Problem("batch.micro_batch", what, "batch.micro_batch=auto"))
-    count = request.gradient_checkpointing
-    if count != "auto" and not isinstance(count, bool) and count < spec.num_layers and count % spec.period:
-        below = count // spec.period * spec.period
-        what = f"{count} layers, but {spec.checkpoint_type} repeats itself after {spec.period} different ones"
-        problems.append(Problem("memory.gradient_checkpointing", what, f"Use {below} or {below + spec.period}."))
-    return problems
 
 
 def candidates(spec: ModelSpec, device: Device, request: PlanRequest) -> Iterator[Candidate]:
@@ -291,39 +151,21 @@ def _candidate(
     weights: Dtype = ("bf16" if has_bf16 else "fp32") if request.weights == "auto" else request.weights
     adapters: Dtype = "fp32" if request.adapters == "auto" else request.adapters
     trained = weights if request.kind == "full" else adapters
-    settings = Settings(
-        kind=request.kind,
-        max_tokens=request.max_tokens,
+    settings = request.settings(
+        device,
         micro_batch=micro_batch,
         accumulation=request.sequences_per_step // request.num_gpus // micro_batch,
         gradient_checkpointing=checkpointing,
-        loss=("full" if _adapts_head(request) else "supervised") if request.loss == "auto" else request.loss,
+        loss=("full" if adapts_head(request) else "supervised") if request.loss == "auto" else request.loss,
         attention=_attention(spec, has_bf16) if request.attention == "auto" else request.attention,
         sharding=sharding,
-        num_ranks=request.num_gpus,
         weights=weights,
         adapters=adapters,
         optimizer_state=trained if request.optimizer_state == "auto" else request.optimizer_state,
-        rank=request.rank,
-        targets=request.targets,
-        drops=request.drops,
-        dora=request.dora,
-        trains_rows=request.trains_rows,
-        branches=request.branches,
-        on_cpu=isinstance(device, HostMemory),
-        fuses_delta_rule="fla" in request.kernels,
-        fuses_convolution="causal_conv1d" in request.kernels,
     )
     overheads = device_overheads(device)
     merges_here = isinstance(device, HostMemory)
     return Candidate(settings, phases(spec, settings, overheads, merges_here))
-
-
-def _adapts_head(request: PlanRequest) -> bool:
-    """Whether an adapter stands around the head, which then gives all logits at once."""
-    if request.kind == "full" or request.targets == "all-linear":
-        return False
-    return any(name.rpartition(".")[2] == "lm_head" for name in request.targets)
 
 
 def _least_recomputing(
@@ -361,17 +203,13 @@ def _attention(spec: ModelSpec, has_bf16: bool) -> Attention:
     return "flex_attention" if has_bf16 and spec.linear_attention is None else "sdpa"
 
 
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
 def _micro_batches(spec: ModelSpec, request: PlanRequest) -> list[int]:
     if request.micro_batch != "auto":
         return [request.micro_batch]
     if spec.linear_attention is not None:
         return [1]
     most = max(1, MAX_FORWARD_TOKENS // request.max_tokens)
-    return [size for size in _divisors(request.sequences_per_step // request.num_gpus) if size <= most]
+    return [size for size in divisors(request.sequences_per_step // request.num_gpus) if size <= most]
 
 
 def _checkpointing(request: PlanRequest) -> tuple[bool | int, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from qwentune.facts.launch import Sharding, launch_file, sharding_of
 from qwentune.memory.mends import Mend
 from qwentune.memory.plan import RunPlan
-from qwentune.memory.search import Auto
+from qwentune.memory.request import Auto
 
 
 def relaunched(

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from qwentune.data.tokenizer import Tokenizer
     from qwentune.facts.architecture import ModelSpec
     from qwentune.memory.plan import RunPlan
-    from qwentune.memory.search import Device
+    from qwentune.memory.request import Device
     from qwentune.model.sharded import Shards
     from qwentune.recipe import LoadedRecipe
     from qwentune.training.checkpoints import Checkpoint, Checkpoints
