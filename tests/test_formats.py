@@ -443,7 +443,14 @@ def test_the_one_choice_of_a_logged_request_is_its_answer() -> None:
     called = choice(message={"role": "assistant", "content": None, "tool_calls": [call]}, finish_reason="tool_calls")
     answer = parsed("chat", chat(USER, choices=json.dumps([called]))).messages[1]
     assert answer.tool_calls == (ToolCall("f", {}, {"id": "c1", "type": "function"}),)
-    for none in (None, [], ["A", "B"], "A or B"):
+    of_tests = (
+        ["A", "B"],
+        "A or B",
+        ["a message", "a letter"],
+        '["a", "message"]',
+        {"text": ["a message"], "label": [1]},
+    )
+    for none in (None, [], *of_tests):
         assert parsed("chat", chat(USER, ANSWER, choices=none)).messages == parsed("chat", chat(USER, ANSWER)).messages
 
 
@@ -462,6 +469,11 @@ def test_the_one_choice_of_a_logged_request_is_its_answer() -> None:
 def test_choices_that_are_not_clearly_the_answer_are_said(row: dict[str, Any], fault: str) -> None:
     (said,) = faults("chat", row)
     assert said.startswith(fault)
+
+
+def test_the_choices_of_a_test_are_not_held_against_a_row_that_is_wrong() -> None:
+    (said,) = faults("chat", chat(USER, {**ANSWER, "role": "assistent"}, choices=["A", "B"]))
+    assert "the unknown role 'assistent'" in said
 
 
 def test_functions_are_tools_as_they_were_called_before() -> None:

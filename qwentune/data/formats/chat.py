@@ -6,11 +6,10 @@ answer.
 
 from __future__ import annotations
 
-import json
-
 from qwentune.data.faults import Faults, described
 from qwentune.data.normalise import check_dialogue, read_message, read_messages, read_tools
 from qwentune.data.sample import Conversation, Json, Message, Source
+from qwentune.data.strict_json import JsonFaultError, parse_json
 from qwentune.errors import Problem
 
 KEYS = ("messages", "tools")
@@ -39,7 +38,8 @@ def _logged_answer(row: dict[str, Json], messages: list[Message | None], faults:
     """The one answer in the `choices` of a logged response; none where the row has no such choices."""
     given = row.get("choices")
     is_answered = bool(messages) and messages[-1] is not None and messages[-1].role == "assistant"
-    if is_answered and not any(mark in json.dumps(given) for mark in ("message", "finish_reason")):
+    may_be_answered = is_answered or (bool(messages) and messages[-1] is None)
+    if may_be_answered and not _is_of_response(given):
         return []  # of a question in a test: its A to D
     choices = faults.listed(row, "choices", "choices")
     if is_answered and choices:
@@ -58,3 +58,14 @@ def _logged_answer(row: dict[str, Json], messages: list[Message | None], faults:
                 fix = 'It holds the answer as an object: {"message": {"role": "assistant", …}}.'
                 faults.add(f"choices[0] is {described(choices[0])}", fix)
     return []
+
+
+def _is_of_response(choices: Json) -> bool:
+    """Whether these are, or a text of JSON holds, choices as servers log them."""
+    if isinstance(choices, str):
+        try:
+            choices = parse_json(choices)
+        except JsonFaultError:
+            return False
+    listed = choices if isinstance(choices, list) else []
+    return any(isinstance(one, dict) and not one.keys().isdisjoint(("message", "finish_reason")) for one in listed)
