@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from qwentune.data.formats import FORMATS, detect
 from qwentune.data.read import read_samples, refuse_untrained
 from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, Source, Text, ToolCall
+from qwentune.data.suggestion import suggestion
 from qwentune.errors import DataError, Problem
 
 TEMPLATES = Path(__file__).parents[1] / "data_templates"
@@ -353,7 +357,7 @@ def test_two_answers_that_are_the_same_are_no_preference() -> None:
         ({"input": "q", "output": "a"}, "format instruction: rename 'input' to 'instruction' (jq"),
         (
             {"prompt": [USER], "completion": [ANSWER]},
-            "format chat: join them (jq -c '{messages: (.prompt + .completion)}",
+            "format chat: join them (jq -c 'del(.prompt, .completion) + {messages: (.prompt + .completion)}'",
         ),
         (
             {"data": [chat(USER, ANSWER)]},
@@ -372,6 +376,61 @@ def test_columns_by_other_names_are_answered_with_a_renaming(tmp_path: Path, row
     with pytest.raises(DataError) as refused:
         list(read_samples(str(file), "auto", []))
     assert hint in str(refused.value)
+
+
+def mended(file: Path) -> list[Any]:
+    """What the command that is printed for a file makes of it."""
+    with pytest.raises(DataError) as refused:
+        list(read_samples(str(file), "auto", []))
+    found = re.search(r"\((jq .* > renamed\.jsonl)\)", str(refused.value))
+    assert found, refused.value
+    subprocess.run(found[1], shell=True, cwd=file.parent, check=True)
+    problems: list[Problem] = []
+    samples = list(read_samples(str(file.with_name("renamed.jsonl")), "auto", problems))
+    assert not problems
+    return samples
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="no jq")
+def test_the_command_that_renames_loses_no_other_column(tmp_path: Path) -> None:
+    file = tmp_path / "my rows.jsonl"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    system = {"system": "be brief"}
+    for row, ours in (
+        ({**system, "prompt": "q", "response": "a"}, {**system, "instruction": "q", "output": "a"}),
+        ({"prompt": [USER], "completion": [ANSWER], "tools": tools}, chat(USER, ANSWER, tools=tools)),
+        ({"dialogue": [USER, ANSWER], "tools": tools}, chat(USER, ANSWER, tools=tools)),
+    ):
+        file.write_text(json.dumps(row) + "\n")
+        (sample,) = mended(file)
+        expected = parsed("chat" if "messages" in ours else "instruction", ours)
+        assert (sample.messages, sample.tools) == (expected.messages, expected.tools)
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="no jq")
+@pytest.mark.parametrize("wrapped", [{"data": [chat(USER, ANSWER)]}, [{"data": [chat(USER, ANSWER)]}]])
+def test_rows_are_taken_out_of_an_object_and_of_a_list(tmp_path: Path, wrapped: Any) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(wrapped) + "\n")
+    assert len(mended(file)) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [1]}},  # of SQuAD
+        {"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"},  # of ARC
+        {"question": "q", "answer": "a", "contexts": [{"text": "c"}]},
+    ],
+)
+def test_a_text_beside_a_question_is_not_offered_as_all_that_there_is_to_train(row: dict[str, Any]) -> None:
+    assert "take" not in suggestion([row], "rows.jsonl")
+
+
+def test_no_command_is_offered_for_names_that_jq_does_not_take() -> None:
+    said = suggestion([{"对话": [chat(USER, ANSWER)]}], "rows.jsonl")
+    assert "take them out" in said
+    assert "jq" not in said
 
 
 @pytest.mark.parametrize("key", ["image", "images", "videos", "audios", "objects"])

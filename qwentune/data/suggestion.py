@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 
 from qwentune.data.formats import format_of
@@ -34,14 +35,17 @@ def suggestion(rows: Sequence[Json], path: str) -> str:
     for key, value in row.items():
         inner = value[0] if isinstance(value, list) and value else value
         format = format_of(inner) if isinstance(inner, dict) else None
+        if format == "text":  # more likely a part of the row: a passage, the answers of a question
+            continue
         if format and isinstance(value, list):
-            command = _command(row, path, f".{key}[]", (".jsonl", ".json"))
+            each = "(arrays[], objects)" if path.endswith(".json") else ""
+            command = _command(row, path, f"{each}.{key}[]", (".jsonl", ".json"))
             return f"The rows of {key!r} are rows of the format {format}: take them out{command}."
         if format:
             command = _command(row, path, f".{key}")
             return f"The {key!r} of each row is one of the format {format}: take it out{command}."
     if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-        joined = _command(row, path, "{messages: (.prompt + .completion)}")
+        joined = _command(row, path, "del(.prompt, .completion) + {messages: (.prompt + .completion)}")
         return f"As rows of the format chat: join them{joined}."
     return _renaming(row, path)
 
@@ -55,13 +59,16 @@ def _renaming(row: Mapping[str, Json], path: str) -> str:
         lowered = {key.lower(): key for key, value in row.items() if isinstance(value, kind | str)}
         found = {ours: [lowered[name] for name in (ours, *names) if name in lowered] for ours, names in columns.items()}
         if all(found.values()):
-            pairs = ", ".join(f"{ours}: .{names[0]}" for ours, names in found.items())
-            renamed = ", ".join(f"{names[0]!r} to {ours!r}" for ours, names in found.items() if names[0] != ours)
-            return f"As rows of the format {format}: rename {renamed}{_command(row, path, f'{{{pairs}}}')}."
+            others = {ours: names[0] for ours, names in found.items() if names[0] != ours}
+            renamed = ", ".join(f"{name!r} to {ours!r}" for ours, name in others.items())
+            pairs = ", ".join(f"{ours}: .{name}" for ours, name in others.items())
+            old = ", ".join(f".{name}" for name in others.values())
+            command = _command(row, path, f"del({old}) + {{{pairs}}}")
+            return f"As rows of the format {format}: rename {renamed}{command}."
     return ""
 
 
 def _command(row: Mapping[str, Json], path: str, filter: str, endings: tuple[str, ...] = (".jsonl",)) -> str:
     """The command that does it, where a shell takes the names as they are."""
-    can_run = path.endswith(endings) and all(map(str.isidentifier, row))
-    return f" (jq -c '{filter}' {path} > renamed.jsonl)" if can_run else ""
+    can_run = path.endswith(endings) and all(key.isascii() and key.isidentifier() for key in row)
+    return f" (jq -c '{filter}' {shlex.quote(path)} > renamed.jsonl)" if can_run else ""
