@@ -867,6 +867,13 @@ def test_what_is_offered_when_memory_ran_out_leaves_free_what_the_plan_missed(mi
     assert bool(offered) == (missed < 12 * GIB), "the weights alone take 15"
 
 
+def test_a_change_that_the_run_does_not_take_is_not_offered_when_memory_ran_out() -> None:
+    request = PlanRequest("lora", 2048, 16, targets=("q_proj", "lm_head"))
+    said = told_of(make_plan(QWEN3_8B, RTX_4090, request), request, {"peak": 0})
+    assert "memory ran out" in said
+    assert "memory.loss" not in said
+
+
 def test_memory_that_ran_out_while_loading_is_not_mended_by_the_step() -> None:
     request = PlanRequest("lora", 2048, 16)
     said = told_of(make_plan(QWEN3_8B, RTX_4090, request), request, {}, "load")

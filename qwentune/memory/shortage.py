@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from qwentune.errors import Problem
+from qwentune.errors import Problem, UserError
 from qwentune.memory.mends import Mend
 from qwentune.memory.plan import RunPlan
 
@@ -105,7 +105,10 @@ def _lower(
     for overrides, flags in offered:
         if flags == "--fresh" and lower and lower[-1].endswith("--fresh"):  # the longest that suffices
             break
-        anew = judged(overrides)
+        try:
+            anew = judged(overrides)
+        except UserError:  # the run does not take the change
+            continue
         takes_less = anew.phases[phase].total < plan.phases[phase].total
         if anew.fits and takes_less and anew.peak_bytes + missed <= plan.usable_bytes:
             lower.append(f"{' '.join(overrides)} {flags}")

@@ -1,7 +1,7 @@
 """The typed recipe and its loader: file and overrides in, a frozen `Recipe` or every problem at once out."""
 
 from qwentune.recipe.keys import Key, describe_keys, render_keys
-from qwentune.recipe.load import LoadedRecipe, load_recipe
+from qwentune.recipe.load import LoadedRecipe, load_recipe, parse_recipe
 from qwentune.recipe.resolved import resolved_yaml
 from qwentune.recipe.schema import (
     BatchOptions,
@@ -35,6 +35,7 @@ __all__ = [
     "Tuning",
     "describe_keys",
     "load_recipe",
+    "parse_recipe",
     "render_keys",
     "resolved_yaml",
 ]

@@ -40,8 +40,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     Raises:
         RecipeError: every problem of the file and the overrides at once.
     """
-    path = str(path)
-    text = _read(path)
+    return parse_recipe(_read(str(path)), str(path), overrides)
+
+
+def parse_recipe(text: str, path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """The recipe that the file `path` holds, or held, as `text`; otherwise as `load_recipe`."""
     problems: list[Problem] = []
     root = read_file_text(text, path, problems)
     if root is None and problems:

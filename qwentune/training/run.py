@@ -178,10 +178,10 @@ class Run:
         """Out of memory in words, with what this rank holds of it at that moment; without a trainer it still loads."""
         from qwentune.memory.judge import judge_recipe
         from qwentune.memory.shortage import ran_out
-        from qwentune.recipe import load_recipe
+        from qwentune.recipe import parse_recipe
         from qwentune.training.held import held_bytes
 
-        request, recipe, ranks = self.request, self.loaded.recipe, self.ranks
+        request, loaded, recipe, ranks = self.request, self.loaded, self.loaded.recipe, self.ranks
         model: Any = None if trainer is None else trainer.model
         where, phase = "loading", "load"
         if trainer is not None:
@@ -189,7 +189,8 @@ class Run:
             phase = "train_step" if model.training else "evaluate"
 
         def judged(overrides: Sequence[str]) -> RunPlan:
-            changed = load_recipe(request.recipe, [*request.overrides, *overrides]).recipe
+            # Of the text that this run began with: the file may have been edited since.
+            changed = parse_recipe(loaded.text, loaded.path, [*request.overrides, *overrides]).recipe
             return judge_recipe(
                 self.spec,
                 changed,

@@ -281,12 +281,15 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, warm: Warm, m
 
 
 OUT_OF_MEMORY = """
+import sys
+from pathlib import Path
 import torch
 from qwentune.training.trainer import ExactResume
 step = ExactResume.training_step
 def exhausted(self, *args, **kwargs):
     loss = step(self, *args, **kwargs)
     if self.state.global_step == 4:
+        Path(sys.argv[1]).write_text("edited meanwhile: [")
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     return loss
 ExactResume.training_step = exhausted
@@ -309,6 +312,7 @@ def test_out_of_memory_keeps_the_checkpoint_and_says_what_to_lower(tmp_path: Pat
         assert float(row[2]) == pytest.approx(size / 2**20, abs=0.06)
     mend = "batch.micro_batch=2 --allow-change batch.micro_batch"
     assert mend in ended.said
+    recipe = recipe_of(tmp_path, model)
     again = warm.train(recipe, *mend.split())
     assert again.code == 0, again.said
     assert "from step 4" in again.said
