@@ -38,6 +38,7 @@ SYSTEM_SWITCH = (
     "{% if messages[0].role == 'system' and '/short' in messages[0].content %}{% set ns.short = 1 %}{% endif %}"
 )
 QUESTION = "{% if m.role == 'assistant' and messages[loop.index0 - 1].content[-1:] == '?' %}A: {% endif %}"
+ONCE_OLD = "{{% if m.role == 'assistant' and not loop.last and {} %}}…{{% endif %}}"
 TEMPLATES = {
     "word": template(header=SHORT, prompt=SHORT_PROMPT),
     "word in a variable": template(
@@ -58,6 +59,15 @@ TEMPLATES = {
     ),
     "an echo": template(
         header="{% if m.role == 'assistant' and messages[loop.index0 - 1].content == m.content %}Again: {% endif %}"
+    ),
+    "an echo in a list": template(end=ONCE_OLD.format("messages[loop.index0 - 1].content in [m.content]")),
+    "an echo by a test": template(end=ONCE_OLD.format("messages[loop.index0 - 1].content is eq(m.content)")),
+    "an echo by the loop": template(end=ONCE_OLD.format("not loop.changed(m.content)")),
+    "an echo at the beginning": template(
+        end=ONCE_OLD.format("m.content.startswith(messages[loop.index0 - 1].content)")
+    ),
+    "the same said anywhere": template(
+        end=ONCE_OLD.format("(messages | selectattr('content', 'equalto', m.content) | list)[1] is defined")
     ),
     "users counted": template(
         header="{% if m.role == 'assistant' and (loop.last or loop.index0 > messages | selectattr('role', 'equalto', "
@@ -85,6 +95,7 @@ def rows() -> list[dict[str, Any]]:
             ("assistant", "h"),
         ],
         [*plain, ("user", "b"), ("assistant", "b"), *plain],
+        [("user", "c"), ("assistant", "c"), *plain],
         [*plain, ("user", "a"), ("assistant", "b"), ("assistant", "c"), *plain],
     ]
     messages = [[{"role": role, "content": text} for role, text in said] for said in dialogues]

@@ -21,6 +21,7 @@ from tests.test_templates import TEMPLATES
 
 PLAIN = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
 PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+END = "{% set end %}<|im_end|>{% endset %}"
 SEES_BARS = {
     "replaces a token": PLAIN.replace("m.content", "m.content.replace('<|im_end|>', '')"),
     "looks for a token": PLAIN.replace("m.content", "('marked' if '<|im_end|>' in m.content else m.content)"),
@@ -30,11 +31,22 @@ SEES_BARS = {
     "orders": PLAIN.replace("m.content", "('early' if m.content < '~' else m.content)"),
     "sorts": PLAIN.replace("m.content", "(m.content | list | sort | join)"),
     "escapes": PLAIN.replace("m.content", "(m.content | urlencode)"),
+    "escapes each of a list": PLAIN.replace("m.content", "([m.content] | map('urlencode') | join)"),
+    "orders by a test": PLAIN.replace("m.content", "([m.content] | reject('lt', '~') | join)"),
+    "replaces what it writes, by name": END + PLAIN.replace("m.content", "(m.content | replace(old=end, new=''))"),
+    "cuts at what it writes, in a list": END + PLAIN.replace("m.content", "m.content.split(*[end])[0]"),
+    "finds what it writes in a list": END
+    + PLAIN.replace("m.content", "('the end' if m.content in [end] else m.content)"),
     "compares with what it writes": "{% set ns = namespace(last='') %}{% macro end() %}<|im_end|>{% endmacro %}"
     + PLAIN.replace("m.content", "('the end' if m.content == end() else m.content)"),
 }
 WITH_BARS = "a | b ~ <|im_end|>|"
-TEXTS = {"orders": "| a", "compares with what it writes": "<|im_end|>"}
+TEXTS = {
+    "orders": "| a",
+    "orders by a test": "| a",
+    "finds what it writes in a list": "<|im_end|>",
+    "compares with what it writes": "<|im_end|>",
+}
 SPECIALLY = re.escape("treats '|' in a text specially")
 
 

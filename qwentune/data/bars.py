@@ -20,6 +20,7 @@ _METHODS = (
 )
 _FUNCTIONS = ("dict", "namespace", "raise_exception", "range", "strftime_now")
 _TOJSON_ARGUMENTS = ("indent", "separators")
+_ORDERS = ("lt", "le", "gt", "ge", "lessthan", "greaterthan", "<", "<=", ">", ">=")  # tests that filters are given
 
 
 def ignores_bars(tree: nodes.Template, barred: Collection[str]) -> bool:
@@ -41,6 +42,18 @@ def ignores_bars(tree: nodes.Template, barred: Collection[str]) -> bool:
     )
 
 
+def is_constant(expression: nodes.Node) -> bool:
+    """Whether an expression is a constant or a list of them."""
+    items = expression.items if isinstance(expression, nodes.List | nodes.Tuple) else [expression]
+    return all(isinstance(one, nodes.Const) for one in items)
+
+
+def arguments(given: nodes.Call | nodes.Filter | nodes.Test) -> list[nodes.Node]:
+    """What a call, a filter or a test is given beside what stands before it."""
+    unpacked = [one for one in (given.dyn_args, given.dyn_kwargs) if one is not None]
+    return [*given.args, *(one.value if isinstance(one, nodes.Keyword) else one for one in given.kwargs), *unpacked]
+
+
 def _written(expression: nodes.Node) -> Iterator[nodes.Node]:
     """The parts of an expression that are written out as they are."""
     if isinstance(expression, nodes.Concat):
@@ -59,13 +72,19 @@ def _written(expression: nodes.Node) -> Iterator[nodes.Node]:
 def _is_blind_filter(applied: nodes.Filter) -> bool:
     if applied.name == "tojson":
         return not applied.args and all(one.key in _TOJSON_ARGUMENTS for one in applied.kwargs)
-    return applied.name in _FILTERS and all(isinstance(one, nodes.Const) for one in applied.args)
+    given = arguments(applied)
+    if applied.name not in _FILTERS or not all(isinstance(one, nodes.Const) for one in given):
+        return False
+    values = [one.value for one in given if isinstance(one, nodes.Const)]
+    if applied.name == "map" and applied.args:
+        return values[0] in _FILTERS and values[0] not in ("map", "tojson")
+    return not any(value in _ORDERS for value in values)
 
 
 def _is_blind_call(call: nodes.Call, macros: Collection[str]) -> bool:
     if isinstance(call.node, nodes.Getattr):
         return call.node.attr in _METHODS and (
-            call.node.attr == "append" or all(isinstance(one, nodes.Const) for one in call.args)
+            call.node.attr == "append" or all(isinstance(one, nodes.Const) for one in arguments(call))
         )
     return isinstance(call.node, nodes.Name) and (call.node.name in _FUNCTIONS or call.node.name in macros)
 
@@ -75,7 +94,7 @@ def _is_blind_comparison(compared: nodes.Compare) -> bool:
     operands = [compared.expr, *(operand.expr for operand in compared.ops)]
     if any(operand.op in ("lt", "lteq", "gt", "gteq") for operand in compared.ops):
         return any(map(_is_number, operands))
-    return any(_is_number(one) or isinstance(one, nodes.Const | nodes.List | nodes.Tuple) for one in operands)
+    return any(_is_number(one) or is_constant(one) for one in operands)
 
 
 def _is_number(expression: nodes.Expr) -> bool:

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 
 from jinja2 import nodes
 
+from qwentune.data.bars import arguments, is_constant
+
 _COUNTED = (0, 1)  # the first, the last, the one before: the probes have these
 _THINK_TAGS = ("<think>", "</think>")  # what a template makes of these, the probes show
 _TEXT_METHODS = (
     *("count", "endswith", "find", "index", "partition", "removeprefix", "removesuffix", "replace", "rfind", "rindex"),
     *("rpartition", "rsplit", "split", "startswith", "strip", "lstrip", "rstrip"),
 )
+_COMPARING_FILTERS = ("replace", "select", "reject", "selectattr", "rejectattr")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,8 @@ def particulars(tree: nodes.Template) -> Particulars | None:
             return None
     if not all(map(_compares_with_known, tree.find_all(nodes.Compare))):
         return None
+    if any(map(_looks_for_unknown, tree.find_all((nodes.Call, nodes.Filter, nodes.Test)))):
+        return None
     applied = {applied.name for applied in tree.find_all(nodes.Filter)}
     applied |= {call.node.attr for call in tree.find_all(nodes.Call) if isinstance(call.node, nodes.Getattr)}
     within, whole = {*_within(tree), *_compared(tree, as_given=False)}, {*_compared(tree, as_given=True)}
@@ -58,7 +63,19 @@ def particulars(tree: nodes.Template) -> Particulars | None:
 def _compares_with_known(compared: nodes.Compare) -> bool:
     """Whether a side of the comparison is a constant, or says at which message a loop is."""
     operands = [compared.expr, *(operand.expr for operand in compared.ops)]
-    return any(isinstance(one, nodes.Const | nodes.List | nodes.Tuple) or _is_of_loop(one) for one in operands)
+    return any(is_constant(one) or _is_of_loop(one) for one in operands)
+
+
+def _looks_for_unknown(applied: nodes.Call | nodes.Filter | nodes.Test) -> bool:
+    """Whether something else than constants is looked for in a text, or compared with one."""
+    if isinstance(applied, nodes.Call):
+        attribute = applied.node.attr if isinstance(applied.node, nodes.Getattr) else ""
+        if attribute == "changed":  # of a loop
+            return True
+        compares = attribute in _TEXT_METHODS
+    else:
+        compares = isinstance(applied, nodes.Test) or applied.name in _COMPARING_FILTERS
+    return compares and not all(map(is_constant, arguments(applied)))
 
 
 def _is_of_loop(expression: nodes.Expr) -> bool:
