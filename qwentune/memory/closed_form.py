@@ -165,7 +165,8 @@ def offloaded_bytes(spec: ModelSpec, settings: Settings) -> int:
 def disk_bytes(spec: ModelSpec, settings: Settings, keep: int) -> int:
     """Bytes of the run folder: `keep` checkpoints, the one being written, and the final weights or adapter."""
     weights = settings.trained_bytes * trained_parameters(spec, settings)
-    return (keep + 1) * (weights + state_bytes(spec, settings)) + weights
+    num_written = 2 if settings.uses_deepspeed and not settings.is_sharded else 1  # DeepSpeed's own file has them too
+    return (keep + 1) * (num_written * weights + state_bytes(spec, settings)) + weights
 
 
 def _share(num_bytes: int, num_ranks: int) -> int:
