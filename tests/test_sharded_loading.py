@@ -41,8 +41,14 @@ def test_shards_of_a_hybrid_with_a_vision_tower_are_the_rows_of_its_decoder(tmp_
     assert run.code == 0, run.said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("model_type", "tied"), [("qwen3", False), ("qwen2", True), ("qwen3_moe", False)])
+@pytest.mark.parametrize(
+    ("model_type", "tied"),
+    [
+        pytest.param("qwen3", False, marks=pytest.mark.soak),
+        pytest.param("qwen2", True, marks=pytest.mark.soak),
+        pytest.param("qwen3_moe", False, marks=pytest.mark.slow),
+    ],
+)
 def test_zero3_shares_the_weights_out_while_it_loads(
     tmp_path: Path, warm: Warm, model_type: ModelType, tied: bool
 ) -> None:
@@ -50,14 +56,18 @@ def test_zero3_shares_the_weights_out_while_it_loads(
     assert run.code == 0, run.said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "tied", "eos", "tuning"),
     [
-        ("qwen2", True, "<|im_end|>", {"kind": "full"}),
-        ("qwen3_moe", False, "<|im_end|>", {"kind": "lora", "rank": 1, "alpha": 8}),  # the second rank has no row of A
+        pytest.param("qwen2", True, "<|im_end|>", {"kind": "full"}, marks=pytest.mark.soak),
+        pytest.param(  # the second rank has no row of A
+            *("qwen3_moe", False, "<|im_end|>", {"kind": "lora", "rank": 1, "alpha": 8}), marks=pytest.mark.soak
+        ),
         # Here the rows of chat tokens are trained too, and the norms of whole matrices.
-        ("qwen2", True, "<|endoftext|>", {"kind": "lora", "rank": 4, "alpha": 8, "variant": "dora"}),
+        pytest.param(
+            *("qwen2", True, "<|endoftext|>", {"kind": "lora", "rank": 4, "alpha": 8, "variant": "dora"}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_two_sharded_ranks_train_like_one_process(
