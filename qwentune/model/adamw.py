@@ -1,0 +1,244 @@
+"""AdamW that moves exact fp32 values, whatever the weights that the model computes with are held in.
+
+Why our own: torch's AdamW steps on what the model holds, and a bf16 weight loses every update below half of its last
+place; torchao's rounds stochastically or keeps a second fp32 copy; bitsandbytes' has no fp32 value behind its 8-bit
+moments, waits once for each tensor, and cannot be told on the device to leave a step out. The arithmetic here is
+torch's own fused kernel, over fp32 values that exist for one piece at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+PIECE_VALUES = 2**24  # are moved at a time; the plan counts the temporaries of as many
+BLOCK_VALUES = 256  # share one scale in 8 bits, as in bitsandbytes' optimizers
+FEWEST_IN_8_BITS = 4096  # smaller parameters keep fp32 moments, as in bitsandbytes' optimizers
+HALF = 2**15  # of the last place of a bf16 value, in the bits of an fp32 one
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def joined(rounded: Sequence[Tensor], rests: Sequence[Tensor]) -> Tensor:
+    """The fp32 values that `split` wrote, bit for bit, one after another: (sum of N,)."""
+    exact, bits = _flat(rounded, torch.float32), _flat(rests, torch.int16)
+    exact.view(torch.int32).add_(bits)
+    return exact
+
+
+def split(exact: Tensor, rounded: Sequence[Tensor], rests: Sequence[Tensor]) -> None:
+    """Writes fp32 values as their roundings to bf16, exact ties away from zero, and the 16 bits that this leaves.
+
+    `exact` (sum of N,) fp32 is destroyed; `rounded` (N,) bf16 each; `rests` (N,) int16 each: the signed distance in
+    units of the last place of fp32. Rounding ties to even could not be undone, for nothing would tell up from down.
+    """
+    bits = exact.view(torch.int32)
+    sizes = [len(rest) for rest in rests]
+    torch._foreach_copy_(list(rests), list(bits.split(sizes)))  # the low half, in two's complement
+    bits.add_(HALF).bitwise_right_shift_(16)
+    torch._foreach_copy_([values.view(torch.int16) for values in rounded], list(bits.split(sizes)))
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW over exact fp32 values, its moments in fp32, or in 8 bits by blocks; a shard keeps what is its own.
+
+    A bf16 parameter is the rounding of its exact value; `remainder` in its state is the rest of it. Torch's convention
+    for a step that must not count holds: where the tensor `found_inf` is 1, weights and state stay bit for bit as they
+    are, and nobody waits to know; gradients are divided by `grad_scale`. Squared norms of the steps and of the weights
+    after them are added up in `moved`, by device, until somebody clears it. A group may say `eight_bit` for itself.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        eight_bit: bool = False,
+    ) -> None:
+        self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
+        self.moved: dict[torch.device, Tensor] = {}
+        self._codes: dict[tuple[str, torch.device], Tensor] = {}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "eight_bit": eight_bit}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Moves every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            steps = [self._state(parameter, group["eight_bit"])["step"] for parameter in parameters]
+            torch._foreach_add_(steps, 1 if self.found_inf is None else 1 - self.found_inf)
+            for piece in _pieces(part for parameter in parameters for part in self._parts(parameter)):
+                self._move(piece, group)
+
+    def exact(self, parameter: Tensor) -> Tensor:
+        """The fp32 value behind a parameter, of a shard its part; the parameter itself where it is fp32."""
+        local, state = _local(parameter).detach(), self.state[parameter]
+        if "remainder" not in state:
+            return local.float()
+        return joined([local.view(-1)], [state["remainder"].view(-1)]).view(local.shape)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a state as it was saved; torch's own method would round it to the parameters' type."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, saved in state_dict["state"].items():
+            device = parameters[number].device
+            self.state[parameters[number]] = {name: tensor.to(device) for name, tensor in saved.items()}
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
+
+    def _state(self, parameter: Tensor, eight_bit: bool) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            local = _local(parameter).detach()
+            state["step"] = torch.zeros((), device=local.device)
+            if local.dtype == torch.bfloat16:
+                state["remainder"] = torch.zeros_like(local, dtype=torch.int16)
+            for name in MOMENTS:
+                if not eight_bit or local.numel() < FEWEST_IN_8_BITS:
+                    state[name] = torch.zeros_like(local, dtype=torch.float32)
+                    continue
+                zero = _code_values(name).tolist().index(0.0)
+                state[name] = torch.full_like(local, zero, dtype=torch.uint8)
+                state[_scale(name)] = torch.zeros(-(-local.numel() // BLOCK_VALUES), device=local.device)
+        return state
+
+    def _parts(self, parameter: Tensor) -> Iterator[_Part]:
+        """A parameter in parts of at most a piece."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        weight, gradient = _local(parameter).detach().view(-1), _local(parameter.grad).reshape(-1)
+        for start in range(0, len(weight), PIECE_VALUES):
+            values = slice(start, start + PIECE_VALUES)
+            blocks = slice(start // BLOCK_VALUES, (start + PIECE_VALUES) // BLOCK_VALUES)
+            held = {
+                name: tensor[blocks] if name.endswith("_scale") else tensor.view(-1)[values]
+                for name, tensor in state.items()
+                if name != "step"
+            }
+            yield _Part(weight[values], gradient[values], state["step"], held)
+
+    def _move(self, piece: Sequence[_Part], group: dict[str, Any]) -> None:
+        """One step of one piece: its exact values, torch's kernel, and what is held of them again."""
+        weights = [part.weight for part in piece]
+        rests = [part.held["remainder"] for part in piece if "remainder" in part.held]
+        flat = joined(weights, rests) if rests else None
+        exact = weights if flat is None else list(flat.split([len(weight) for weight in weights]))
+        before = [values.clone() for values in exact]
+        moments = {name: [self._unpacked(part.held, name) for part in piece] for name in MOMENTS}
+        gradients = [part.gradient for part in piece]
+        if gradients[0].dtype != torch.float32:
+            sizes = [len(gradient) for gradient in gradients]
+            gradients = list(_flat(gradients, torch.float32).split(sizes))
+        torch._fused_adamw_(
+            exact,
+            gradients,
+            moments["exp_avg"],
+            moments["exp_avg_sq"],
+            [],
+            [part.step for part in piece],
+            lr=float(group["lr"]),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            grad_scale=self.grad_scale,
+            found_inf=self.found_inf,
+        )
+        self._measure(before, exact)
+        for name, values in moments.items():
+            for part, moment in zip(piece, values, strict=True):
+                if part.held[name] is not moment:
+                    self._pack(part.held, name, moment)
+        if flat is not None:
+            split(flat, weights, rests)
+
+    def _measure(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        torch._foreach_sub_(before, after)
+        norms = [torch.stack(torch._foreach_norm(values)) for values in (before, after)]
+        moved = torch.stack(norms).square().sum(dim=1)
+        device = moved.device
+        self.moved[device] = self.moved[device] + moved if device in self.moved else moved
+
+    def _unpacked(self, held: dict[str, Tensor], name: str) -> Tensor:
+        """A moment in fp32."""
+        if _scale(name) not in held:
+            return held[name]
+        from bitsandbytes.functional import dequantize_blockwise
+
+        code = self._code(name, held[name].device)
+        return dequantize_blockwise(held[name], absmax=held[_scale(name)], code=code, blocksize=BLOCK_VALUES)
+
+    def _pack(self, held: dict[str, Tensor], name: str, moment: Tensor) -> None:
+        """Keeps a moment in 8 bits. What was unpacked and is packed again may differ: a step left out keeps the old."""
+        from bitsandbytes.functional import quantize_blockwise
+
+        code = self._code(name, moment.device)
+        packed, how = quantize_blockwise(moment, code=code, blocksize=BLOCK_VALUES)
+        for old, new in ((held[name], packed), (held[_scale(name)], how.absmax)):
+            old.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, old, new))
+
+    def _code(self, name: str, device: torch.device) -> Tensor:
+        """The values that 8 bits of a moment stand for, on the device."""
+        if (name, device) not in self._codes:
+            self._codes[name, device] = _code_values(name).to(device)
+        return self._codes[name, device]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """At most a piece of one parameter and of its state, flat: (N,)."""
+
+    weight: Tensor
+    gradient: Tensor
+    step: Tensor
+    held: dict[str, Tensor]
+
+
+def _pieces(parts: Iterator[_Part]) -> Iterator[list[_Part]]:
+    """Parts of one type together, as many as make a piece."""
+    piece: list[_Part] = []
+    size = 0
+    for part in parts:
+        if piece and (size + len(part.weight) > PIECE_VALUES or part.weight.dtype != piece[0].weight.dtype):
+            yield piece
+            piece, size = [], 0
+        piece.append(part)
+        size += len(part.weight)
+    if piece:
+        yield piece
+
+
+def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Copies one after another, in one go."""
+    sizes = [len(tensor) for tensor in tensors]
+    flat = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device)
+    torch._foreach_copy_(list(flat.split(sizes)), list(tensors))
+    return flat
+
+
+def _scale(name: str) -> str:
+    return f"{name}_scale"
+
+
+def _code_values(name: str) -> Tensor:
+    """bitsandbytes' dynamic 8-bit values: of both signs for the first moment, of one for the second."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map(signed=name == "exp_avg")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
