@@ -77,7 +77,9 @@ class AdamW(torch.optim.Optimizer):
             if not parameters:
                 continue
             steps = [self._state(parameter, group["eight_bit"])["step"] for parameter in parameters]
-            torch._foreach_add_(steps, 1 if self.found_inf is None else 1 - self.found_inf)
+            torch._foreach_add_(steps, 1)
+            if self.found_inf is not None:
+                torch._foreach_sub_(steps, [self.found_inf] * len(steps))
             for piece in _pieces(part for parameter in parameters for part in self._parts(parameter)):
                 self._move(piece, group)
 
@@ -118,15 +120,15 @@ class AdamW(torch.optim.Optimizer):
         assert parameter.grad is not None
         state = self.state[parameter]
         weight, gradient = _local(parameter).detach().view(-1), _local(parameter.grad).reshape(-1)
+        held = {name: tensor.view(-1) for name, tensor in state.items() if name != "step"}
         for start in range(0, len(weight), PIECE_VALUES):
-            values = slice(start, start + PIECE_VALUES)
-            blocks = slice(start // BLOCK_VALUES, (start + PIECE_VALUES) // BLOCK_VALUES)
-            held = {
-                name: tensor[blocks] if name.endswith("_scale") else tensor.view(-1)[values]
-                for name, tensor in state.items()
-                if name != "step"
+            size = min(PIECE_VALUES, len(weight) - start)
+            first, blocks = start // BLOCK_VALUES, -(-size // BLOCK_VALUES)
+            part = {
+                name: values.narrow(0, first, blocks) if name.endswith("_scale") else values.narrow(0, start, size)
+                for name, values in held.items()
             }
-            yield _Part(weight[values], gradient[values], state["step"], held)
+            yield _Part(weight.narrow(0, start, size), gradient.narrow(0, start, size), state["step"], part)
 
     def _move(self, piece: Sequence[_Part], group: dict[str, Any]) -> None:
         """One step of one piece: its exact values, torch's kernel, and what is held of them again."""
@@ -134,7 +136,7 @@ class AdamW(torch.optim.Optimizer):
         rests = [part.held["remainder"] for part in piece if "remainder" in part.held]
         flat = joined(weights, rests) if rests else None
         exact = weights if flat is None else list(flat.split([len(weight) for weight in weights]))
-        before = [values.clone() for values in exact]
+        before = _flat(exact, torch.float32)
         moments = {name: [self._unpacked(part.held, name) for part in piece] for name in MOMENTS}
         gradients = [part.gradient for part in piece]
         if gradients[0].dtype != torch.float32:
@@ -165,11 +167,11 @@ class AdamW(torch.optim.Optimizer):
         if flat is not None:
             split(flat, weights, rests)
 
-    def _measure(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
-        torch._foreach_sub_(before, after)
-        norms = [torch.stack(torch._foreach_norm(values)) for values in (before, after)]
-        moved = torch.stack(norms).square().sum(dim=1)
-        device = moved.device
+    def _measure(self, before: Tensor, after: Sequence[Tensor]) -> None:
+        steps = before.split([len(values) for values in after])
+        torch._foreach_sub_(steps, after)
+        moved = torch.stack([torch.stack(torch._foreach_norm(values)) for values in (steps, after)])
+        moved, device = moved.square().sum(dim=1), moved.device
         self.moved[device] = self.moved[device] + moved if device in self.moved else moved
 
     def _unpacked(self, held: dict[str, Tensor], name: str) -> Tensor:
