@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ BLOCK_VALUES = 256  # share one scale in 8 bits, as in bitsandbytes' optimizers
 FEWEST_IN_8_BITS = 4096  # smaller parameters keep fp32 moments, as in bitsandbytes' optimizers
 HALF = 2**15  # of the last place of a bf16 value, in the bits of an fp32 one
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+kernels: Any = torch  # whose types leave out its kernels over lists of tensors
 
 
 def joined(rounded: Sequence[Tensor], rests: Sequence[Tensor]) -> Tensor:
@@ -38,9 +41,9 @@ def split(exact: Tensor, rounded: Sequence[Tensor], rests: Sequence[Tensor]) -> 
     """
     bits = exact.view(torch.int32)
     sizes = [len(rest) for rest in rests]
-    torch._foreach_copy_(list(rests), list(bits.split(sizes)))  # the low half, in two's complement
+    kernels._foreach_copy_(list(rests), list(bits.split(sizes)))  # the low half, in two's complement
     bits.add_(HALF).bitwise_right_shift_(16)
-    torch._foreach_copy_([values.view(torch.int16) for values in rounded], list(bits.split(sizes)))
+    kernels._foreach_copy_([values.view(torch.int16) for values in rounded], list(bits.split(sizes)))
 
 
 class AdamW(torch.optim.Optimizer):
@@ -77,9 +80,9 @@ class AdamW(torch.optim.Optimizer):
             if not parameters:
                 continue
             steps = [self._state(parameter, group["eight_bit"])["step"] for parameter in parameters]
-            torch._foreach_add_(steps, 1)
+            kernels._foreach_add_(steps, 1)
             if self.found_inf is not None:
-                torch._foreach_sub_(steps, [self.found_inf] * len(steps))
+                kernels._foreach_sub_(steps, [self.found_inf] * len(steps))
             for piece in _pieces(part for parameter in parameters for part in self._parts(parameter)):
                 self._move(piece, group)
 
@@ -110,8 +113,7 @@ class AdamW(torch.optim.Optimizer):
                 if not eight_bit or local.numel() < FEWEST_IN_8_BITS:
                     state[name] = torch.zeros_like(local, dtype=torch.float32)
                     continue
-                zero = _code_values(name).tolist().index(0.0)
-                state[name] = torch.full_like(local, zero, dtype=torch.uint8)
+                state[name] = torch.full_like(local, _code_values(name).index(0.0), dtype=torch.uint8)
                 state[_scale(name)] = torch.zeros(-(-local.numel() // BLOCK_VALUES), device=local.device)
         return state
 
@@ -142,7 +144,7 @@ class AdamW(torch.optim.Optimizer):
         if gradients[0].dtype != torch.float32:
             sizes = [len(gradient) for gradient in gradients]
             gradients = list(_flat(gradients, torch.float32).split(sizes))
-        torch._fused_adamw_(
+        kernels._fused_adamw_(
             exact,
             gradients,
             moments["exp_avg"],
@@ -169,8 +171,8 @@ class AdamW(torch.optim.Optimizer):
 
     def _measure(self, before: Tensor, after: Sequence[Tensor]) -> None:
         steps = before.split([len(values) for values in after])
-        torch._foreach_sub_(steps, after)
-        moved = torch.stack([torch.stack(torch._foreach_norm(values)) for values in (steps, after)])
+        kernels._foreach_sub_(steps, after)
+        moved = torch.stack([torch.stack(kernels._foreach_norm(values)) for values in (steps, after)])
         moved, device = moved.square().sum(dim=1), moved.device
         self.moved[device] = self.moved[device] + moved if device in self.moved else moved
 
@@ -195,7 +197,7 @@ class AdamW(torch.optim.Optimizer):
     def _code(self, name: str, device: torch.device) -> Tensor:
         """The values that 8 bits of a moment stand for, on the device."""
         if (name, device) not in self._codes:
-            self._codes[name, device] = _code_values(name).to(device)
+            self._codes[name, device] = torch.tensor(_code_values(name), device=device)
         return self._codes[name, device]
 
 
@@ -227,7 +229,7 @@ def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Copies one after another, in one go."""
     sizes = [len(tensor) for tensor in tensors]
     flat = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device)
-    torch._foreach_copy_(list(flat.split(sizes)), list(tensors))
+    kernels._foreach_copy_(list(flat.split(sizes)), list(tensors))
     return flat
 
 
@@ -235,11 +237,12 @@ def _scale(name: str) -> str:
     return f"{name}_scale"
 
 
-def _code_values(name: str) -> Tensor:
+@cache
+def _code_values(name: str) -> list[float]:
     """bitsandbytes' dynamic 8-bit values: of both signs for the first moment, of one for the second."""
     from bitsandbytes.functional import create_dynamic_map
 
-    return create_dynamic_map(signed=name == "exp_avg")
+    return create_dynamic_map(signed=name == "exp_avg").tolist()
 
 
 def _local(tensor: Tensor) -> Tensor:
