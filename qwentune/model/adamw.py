@@ -197,7 +197,7 @@ class AdamW(torch.optim.Optimizer):
     def _code(self, name: str, device: torch.device) -> Tensor:
         """The values that 8 bits of a moment stand for, on the device."""
         if (name, device) not in self._codes:
-            self._codes[name, device] = torch.tensor(_code_values(name), device=device)
+            self._codes[name, device] = torch.tensor(_code_values(name)).to(device)
         return self._codes[name, device]
 
 
