@@ -20,7 +20,7 @@ from qwentune.training.once import once
 from tests.runs import ENVIRONMENT, write_recipe
 
 ON_CARDS = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from qwentune import console, train
 from qwentune.facts.gpus import gpu_spec
@@ -28,7 +28,7 @@ from qwentune.memory import cross_check, judge
 folder = Path(sys.argv.pop(1))
 judge.device_of = lambda hardware, here: (gpu_spec("rtx-3060"), 2, "auto")
 def counted(spec, device, request, plan, tell):
-    (folder / f"traced-{time.monotonic_ns()}").touch()
+    (folder / f"traced-{time.monotonic_ns()}").write_text(os.environ["CUDA_DEVICE_ORDER"])
     time.sleep(1)
     tell("what the trace says")
     return plan
@@ -47,7 +47,8 @@ def test_one_rank_of_a_machine_traces_and_all_refuse_alike(tmp_path: Path) -> No
     command = [sys.executable, *launcher, str(script), str(tmp_path), str(recipe)]
     environment = {**ENVIRONMENT, "QWENTUNE_CACHE": str(tmp_path / "cache")}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert len(list(tmp_path.glob("traced-*"))) == 1, ended.stderr
+    (traced,) = tmp_path.glob("traced-*")
+    assert traced.read_text().startswith("PCI_BUS_ID"), "before torch starts CUDA"
     assert ended.stderr.count("<what the trace says>") == 2
     assert ended.stderr.count("rtx-3060  the run does not fit") == 2
 

@@ -28,10 +28,13 @@ def once(what: str, find: Callable[[], Any]) -> Any:
     """
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
         return find()
-    launcher = psutil.Process(os.getppid())
-    start = [what, launcher.create_time(), *(os.environ.get(name) for name in OF_A_START)]
-    folder = cache_folder() / "once" / socket.gethostname()  # machines may share a home
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        launcher = psutil.Process(os.getppid())
+        start = [what, launcher.create_time(), *(os.environ.get(name) for name in OF_A_START)]
+        folder = cache_folder() / "once" / socket.gethostname()  # machines may share a home
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, psutil.Error):  # a cache that is not to be written, a launcher in another container
+        return find()
     file = folder / f"{launcher.pid}-{sha256(json.dumps(start).encode()).hexdigest()[:16]}.json"
     with FileLock(f"{file}.lock"):
         if not file.exists():
