@@ -34,7 +34,7 @@ found, speaks, file = [], [0], Path(sys.argv.pop(1))
 class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         reads = any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "is_nonzero"))
-        if reads and not speaks[0]:
+        if reads and steps and not speaks[0]:  # before, the loader draws its seed, on the CPU
             found.append(str(func) + "".join(traceback.format_stack(limit=6)))
         return func(*args, **(kwargs or {}))
 
