@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from transformers import modeling_flash_attention_utils as flash
 from qwentune.data.batch import Batch, collate
 from qwentune.data.trie import lay_out
 from qwentune.model.attention import attention_arguments
-from qwentune.model.load import recompute_layers
+from qwentune.model.head import LossHead
+from qwentune.model.load import load_model, recompute_layers
+from tests.test_hybrid_walk import write_hybrid
 from tests.test_pack import example
 
 
@@ -31,7 +34,7 @@ def test_flash_attention_is_told_where_examples_begin() -> None:
     two_rows = collate([lay_out([[example(9, 1, 9)]]), lay_out([[example(4, 1, 4)]])], 1.0)
     starts = attention_arguments("flash_attention_2", two_rows)["cu_seq_lens_q"]
     assert (starts.tolist(), starts.dtype) == ([0, 9, 13], torch.int32)
-    assert attention_arguments("flash_attention_2", packed(9)) == {}, "hybrids would take it for several"
+    assert attention_arguments("flash_attention_2", packed(9))["cu_seq_lens_q"].tolist() == [0, 9]
 
 
 def test_where_examples_begin_reaches_every_layer_through_peft_and_recomputation(
@@ -67,3 +70,10 @@ def test_transformers_takes_these_names() -> None:
     arguments = attention_arguments("flash_attention_2", packed(37, 20))
     assert arguments.keys() <= flash.FlashAttentionKwargs.__annotations__.keys()
     assert arguments.keys() <= signature(flash._flash_attention_forward).parameters.keys()
+
+
+def test_hybrids_are_told_nothing(tmp_path: Path) -> None:
+    """Their rows are one example each, and linear attention in torch refuses to be told where it begins."""
+    network = load_model(write_hybrid(tmp_path / "model"), dtype="fp32")
+    network.config._attn_implementation = "flash_attention_2"
+    assert attention_arguments(LossHead(network, "supervised").attention, packed(9)) == {}

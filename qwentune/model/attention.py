@@ -39,12 +39,9 @@ def attention_arguments(implementation: str | None, batch: dict[str, Tensor]) ->
 def _varlen_arguments(batch: dict[str, Tensor]) -> dict[str, Any]:
     """Where examples begin and how long the longest is, as transformers' `FlashAttentionKwargs`.
 
-    Without them every layer looks for it in the position ids, and waits for the GPU. An example that stands alone has
-    no beginnings to tell; the linear attention of hybrids, whose rows are such, would take them for several.
+    Without them every layer looks for it in the position ids, and waits for the GPU.
     """
     sizes = batch["trees"][:, 0]  # each an example, for FlashAttention shares no prefixes
-    if len(sizes) == 1:
-        return {}
     starts = functional.pad(sizes.cumsum(0), (1, 0)).to(torch.int32)
     starts = starts.to(batch["input_ids"].device, non_blocking=True)
     longest = int(sizes.max())  # on the CPU
