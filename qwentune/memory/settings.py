@@ -12,7 +12,7 @@ Tuning: TypeAlias = Literal["full", "lora", "qlora"]
 Loss: TypeAlias = Literal["full", "supervised"]
 Attention: TypeAlias = Literal["sdpa", "eager", "flex_attention", "flash_attention_2"]
 Dtype: TypeAlias = Literal["bf16", "fp32"]
-StateDtype: TypeAlias = Literal["bf16", "fp32", "8bit"]
+StateDtype: TypeAlias = Literal["fp32", "8bit"]
 Targets: TypeAlias = Literal["all-linear"] | tuple[str, ...]
 
 MIB = 2**20
