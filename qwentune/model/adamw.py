@@ -53,6 +53,8 @@ class AdamW(torch.optim.Optimizer):
     for a step that must not count holds: where the tensor `found_inf` is 1, weights and state stay bit for bit as they
     are, and nobody waits to know; gradients are divided by `grad_scale`. Squared norms of the steps and of the weights
     after them are added up in `moved`, by device, until somebody clears it. A group may say `eight_bit` for itself.
+
+    Gradients are those of the parameters, or the fp32 `sums` that `add_up` has made of them since the last step.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class AdamW(torch.optim.Optimizer):
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
         self.moved: dict[torch.device, Tensor] = {}
+        self.sums: dict[Tensor, Tensor] = {}
         self._codes: dict[tuple[str, torch.device], Tensor] = {}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "eight_bit": eight_bit}
         super().__init__(params, defaults)
@@ -76,7 +79,7 @@ class AdamW(torch.optim.Optimizer):
         """Moves every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            parameters = [parameter for parameter in group["params"] if self._gradient(parameter) is not None]
             if not parameters:
                 continue
             steps = [self._state(parameter, group["eight_bit"])["step"] for parameter in parameters]
@@ -85,6 +88,26 @@ class AdamW(torch.optim.Optimizer):
                 kernels._foreach_sub_(steps, [self.found_inf] * len(steps))
             for piece in _pieces(part for parameter in parameters for part in self._parts(parameter)):
                 self._move(piece, group)
+        self.sums.clear()
+
+    def gradients(self) -> list[Tensor]:
+        """What the next step goes by, of each trained parameter, of a shard its part."""
+        found = [self._gradient(parameter) for group in self.param_groups for parameter in group["params"]]
+        return [gradient for gradient in found if gradient is not None]
+
+    @torch.no_grad()
+    def add_up(self) -> None:
+        """Adds the parameters' gradients to fp32 sums and lets go of them."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                gradient = _local(parameter.grad)
+                if parameter in self.sums:
+                    self.sums[parameter].add_(gradient)
+                else:
+                    self.sums[parameter] = gradient.float()
+                parameter.grad = None
 
     def exact(self, parameter: Tensor) -> Tensor:
         """The fp32 value behind a parameter, of a shard its part; the parameter itself where it is fp32."""
@@ -101,6 +124,11 @@ class AdamW(torch.optim.Optimizer):
             self.state[parameters[number]] = {name: tensor.to(device) for name, tensor in saved.items()}
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in saved.items() if name != "params"})
+
+    def _gradient(self, parameter: Tensor) -> Tensor | None:
+        if parameter in self.sums:
+            return self.sums[parameter]
+        return None if parameter.grad is None else _local(parameter.grad)
 
     def _state(self, parameter: Tensor, eight_bit: bool) -> dict[str, Tensor]:
         state = self.state[parameter]
@@ -119,9 +147,9 @@ class AdamW(torch.optim.Optimizer):
 
     def _parts(self, parameter: Tensor) -> Iterator[_Part]:
         """A parameter in parts of at most a piece."""
-        assert parameter.grad is not None
-        state = self.state[parameter]
-        weight, gradient = _local(parameter).detach().view(-1), _local(parameter.grad).reshape(-1)
+        state, gradient = self.state[parameter], self._gradient(parameter)
+        assert gradient is not None
+        weight, gradient = _local(parameter).detach().view(-1), gradient.reshape(-1)
         held = {name: tensor.view(-1) for name, tensor in state.items() if name != "step"}
         for start in range(0, len(weight), PIECE_VALUES):
             size = min(PIECE_VALUES, len(weight) - start)
@@ -191,8 +219,11 @@ class AdamW(torch.optim.Optimizer):
 
         code = self._code(name, moment.device)
         packed, how = quantize_blockwise(moment, code=code, blocksize=BLOCK_VALUES)
-        for old, new in ((held[name], packed), (held[_scale(name)], how.absmax)):
-            old.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, old, new))
+        old, new = [held[name], held[_scale(name)]], [packed, how.absmax]
+        if self.found_inf is not None:
+            is_bad = self.found_inf.bool()
+            new = [torch.where(is_bad, *both) for both in zip(old, new, strict=True)]
+        kernels._foreach_copy_(old, new)
 
     def _code(self, name: str, device: torch.device) -> Tensor:
         """The values that 8 bits of a moment stand for, on the device."""

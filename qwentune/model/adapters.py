@@ -16,6 +16,7 @@ from qwentune.errors import Problem, RecipeError
 from qwentune.facts.architecture import FUSED_ADAPTED_EXPERTS
 from qwentune.model.load import DTYPES
 from qwentune.model.sharded import Shards
+from qwentune.model.trained_rows import lay_over
 from qwentune.recipe import Tuning
 
 
@@ -49,7 +50,7 @@ def add_adapters(
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     if shards is not None:
         _begin_anew(adapted, shards)
-    return _cast(adapted, dtype)
+    return _ready(adapted, dtype)
 
 
 def load_adapters(model: PreTrainedModel, folder: Path, dtype: str, tuning: Tuning | None = None) -> PeftModel:
@@ -63,7 +64,7 @@ def load_adapters(model: PreTrainedModel, folder: Path, dtype: str, tuning: Tuni
     adapted = PeftModel.from_pretrained(
         model, str(folder), config=config, is_trainable=True, autocast_adapter_dtype=False
     )
-    return _cast(adapted, dtype)
+    return _ready(adapted, dtype)
 
 
 def _begin_anew(model: PeftModel, shards: Shards) -> None:
@@ -79,7 +80,8 @@ def _begin_anew(model: PeftModel, shards: Shards) -> None:
                     layer.update_layer(name, token_indices=tokens, tied_adapter=layer.tied_adapter)
 
 
-def _cast(model: PeftModel, dtype: str) -> PeftModel:
+def _ready(model: PeftModel, dtype: str) -> PeftModel:
+    lay_over(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[dtype])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.utils.other import TrainableTokensWrapper
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qwentune.model.attention import attention_arguments
+from qwentune.model.trained_rows import rows_of
 
 LOSS_CHUNK_TOKENS = 1024  # the plan counts the logits of as many
 
@@ -22,14 +23,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor, weight_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        head_VH: Tensor,
+        target_N: Tensor,
+        weight_N: Tensor,
+        numbers_n: Tensor | None,
+        rows_nH: Tensor | None,
+    ) -> Tensor:
         loss = hidden_NH.new_zeros((), dtype=torch.float32)
         hidden_grad = torch.zeros_like(hidden_NH) if ctx.needs_input_grad[0] else None
         head_grad = torch.zeros_like(head_VH) if ctx.needs_input_grad[1] else None
+        rows_grad = torch.zeros_like(rows_nH) if rows_nH is not None and ctx.needs_input_grad[5] else None
         for start in range(0, hidden_NH.shape[0], LOSS_CHUNK_TOKENS):
             span = slice(start, start + LOSS_CHUNK_TOKENS)
             hidden, target, weight = hidden_NH[span], target_N[span], weight_N[span]
             logits = functional.linear(hidden, head_VH).float()
+            if numbers_n is not None and rows_nH is not None:
+                logits.index_copy_(1, numbers_n, functional.linear(hidden.to(rows_nH.dtype), rows_nH).float())
             losses = functional.cross_entropy(logits, target, reduction="none")
             loss += (losses * weight).sum()
             if hidden_grad is None and head_grad is None:
@@ -38,24 +50,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             slope = torch.softmax(logits, dim=-1)
             del logits
             slope[torch.arange(len(target), device=target.device), target] -= 1
-            slope = slope.mul_(weight[:, None]).to(hidden.dtype)
+            slope = slope.mul_(weight[:, None])
+            if numbers_n is not None and rows_nH is not None:
+                of_rows = slope[:, numbers_n].to(rows_nH.dtype)
+                slope.index_fill_(1, numbers_n, 0)
+                if rows_grad is not None:
+                    rows_grad += of_rows.T @ hidden.to(rows_nH.dtype)
+                if hidden_grad is not None:
+                    hidden_grad[span] = of_rows @ rows_nH
+            slope = slope.to(hidden.dtype)
             if hidden_grad is not None:
-                hidden_grad[span] = slope @ head_VH
+                hidden_grad[span] += slope @ head_VH
             if head_grad is not None:
                 head_grad += slope.T @ hidden
-        ctx.save_for_backward(hidden_grad, head_grad)
+        ctx.save_for_backward(hidden_grad, head_grad, rows_grad)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden_grad, head_grad = ctx.saved_tensors
-        scale = grads[0]
-        return (
-            None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype),
-            None if head_grad is None else head_grad * scale.to(head_grad.dtype),
-            None,
-            None,
-        )
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, head, rows = (None if grad is None else grad * grads[0].to(grad.dtype) for grad in ctx.saved_tensors)
+        return hidden, head, None, None, None, rows
 
 
 class LossHead:
@@ -68,7 +82,6 @@ class LossHead:
     def __init__(self, model: nn.Module, kind: str) -> None:
         network: Any = model
         self.head: nn.Module = network.get_output_embeddings()
-        # The wrapper around a head some of whose rows are trained gives the weight with those rows laid in.
         self.chunked = kind == "supervised" and type(self.head) in (nn.Linear, TrainableTokensWrapper)
         self.attention: str | None = network.config._attn_implementation
         self.targets: tuple[Tensor, Tensor] | None = None
@@ -80,9 +93,10 @@ class LossHead:
             return self.logits(hidden, *args, **kwargs)
         target_N, weight_N = self.targets
         if self.chunked:
-            weight: Any = self.head.weight
-            weight = weight if torch.is_grad_enabled() else weight.detach()
-            return _ChunkedCrossEntropy.apply(hidden[0], weight, target_N, weight_N)
+            weight, *rows = rows_of(self.head) or (cast(Tensor, self.head.weight), None, None)
+            if not torch.is_grad_enabled():
+                weight, rows = weight.detach(), [row if row is None else row.detach() for row in rows]
+            return _ChunkedCrossEntropy.apply(hidden[0], weight, target_N, weight_N, *rows)
         losses = functional.cross_entropy(self.logits(hidden[0]).float(), target_N, reduction="none")
         return (losses * weight_N).sum()
 

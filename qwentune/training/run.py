@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from qwentune.training.trainer import SftTrainer
 
 # What gloo says on the ranks that are left; NCCL ends their processes itself.
+MOST_BF16_SUMS = 32
 SIGNS_OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 
@@ -281,7 +282,6 @@ class Run:
             num_steps=self.schedule.num_steps,
             micro_batch=choices.micro_batch,
             accumulation=choices.accumulation,
-            optimizer_state=choices.optimizer_state,
             evaluates=len(evaluation) > 0,
             deepspeed_bf16=uses_deepspeed(ranks.sharding) and choices.weights == "bf16",
             seed=recipe.seed,
@@ -309,6 +309,8 @@ class Run:
             checkpoint_facts={"run": facts, "plan": self.plan.to_json(), "versions": _library_versions()},
             recorder=recorder,
             output=recipe.output,
+            eight_bit=choices.optimizer_state == "8bit",
+            fp32_sums=self._adds_in_fp32(),
             shards=shards,
         )
         configure(trainer.accelerator, model)
@@ -352,6 +354,14 @@ class Run:
         if tuning.start_from is not None:
             return load_adapters(model, Path(tuning.start_from), choices.adapters), shards
         return add_adapters(model, tuning, choices.adapters, self._untaught_tokens(), shards), shards
+
+    def _adds_in_fp32(self) -> bool:
+        """Whether gradients in 16 bits are of too many micro-batches to be added up in 16 bits."""
+        from qwentune.facts.launch import uses_deepspeed
+
+        choices = self.plan.choices
+        trained = choices.weights if self.loaded.recipe.tuning.kind == "full" else choices.adapters
+        return trained == "bf16" and choices.accumulation > MOST_BF16_SUMS and not uses_deepspeed(choices.sharding)
 
     def _untaught_tokens(self) -> list[int]:
         """The control tokens of the data whose rows a base model never learnt; none for one that was taught to chat."""

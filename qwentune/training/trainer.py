@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,6 +21,7 @@ from transformers.trainer import SCHEDULER_NAME
 from qwentune.data.batch import Batch, EvalBatches, TrainBatches
 from qwentune.durable import remove
 from qwentune.errors import NotFiniteError, Problem, UserError
+from qwentune.model.adamw import AdamW
 from qwentune.model.head import LossHead
 from qwentune.model.sharded import Shards
 from qwentune.recipe import OptimizerOptions, OutputOptions
@@ -34,6 +34,7 @@ from qwentune.training.reports import Report
 from qwentune.training.trackers import observe
 
 _Mixed = Trainer if TYPE_CHECKING else object
+OWN_STATES = "optimizer_{}.pt"  # what one of several ranks keeps for its shards
 
 
 class ExactResume(_Mixed):
@@ -56,6 +57,8 @@ class ExactResume(_Mixed):
         checkpoint_facts: Mapping[str, Any],
         recorder: Recorder | None,
         output: OutputOptions,
+        eight_bit: bool = False,
+        fp32_sums: bool = False,
         shards: Shards | None = None,
         **options: Any,
     ) -> None:
@@ -70,6 +73,8 @@ class ExactResume(_Mixed):
         self.checkpoint_facts = dict(checkpoint_facts)
         self.recorder = recorder
         self.output = output
+        self.eight_bit = eight_bit
+        self.fp32_sums = fp32_sums
         self.shards = shards
         self.report = Report()
         self.report.listen()
@@ -110,19 +115,43 @@ class ExactResume(_Mixed):
         # Ranks average their gradients; the loss is already a share of the whole batch's mean.
         loss = self.loss_head.loss(model, self._prepare_inputs(inputs)) * self.args.world_size
         self.report.pass_mark()
+        if self.accelerator.sync_gradients:  # what is measured is the step that comes; DeepSpeed's comes in `backward`
+            self.adamw.moved.clear()
         kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(loss, **kwargs)
+        if self.fp32_sums:
+            self.adamw.add_up()
         return loss.detach()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.shards is None:
-            return super().create_optimizer(model)
-        plugin: Any = self.accelerator.state.fsdp_plugin
-        plugin.set_auto_wrap_policy(self.model)  # before layers go by other names, which accelerate would not find
-        self.shards.lay_in(cast(nn.Module, self.model))
-        optimizer = super().create_optimizer(model)
-        self._trained = [group["params"][:] for group in optimizer.param_groups]
-        return optimizer
+        network: Any = self.model if model is None else model
+        if self.shards is not None:
+            plugin: Any = self.accelerator.state.fsdp_plugin
+            plugin.set_auto_wrap_policy(network)  # before layers go by other names, which accelerate would not find
+            self.shards.lay_in(network)
+        decayed = {*self.get_decay_parameter_names(network)}
+        # Of most rows of an embedding a batch says nothing: their moments, small as they get, stay in fp32.
+        wide = {module.weight for module in network.modules() if isinstance(module, nn.Embedding)}
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((name in decayed, parameter in wide), []).append(parameter)
+        self.adamw = AdamW(
+            [
+                {
+                    "params": parameters,
+                    "weight_decay": self.args.weight_decay if is_decayed else 0.0,
+                    "eight_bit": self.eight_bit and not is_wide,
+                }
+                for (is_decayed, is_wide), parameters in groups.items()
+            ],
+            lr=self.args.learning_rate,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+        )
+        if self.shards is not None:
+            self._trained = [group["params"][:] for group in self.adamw.param_groups]
+        self.optimizer = self.adamw
+        return self.adamw
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         chosen: Any = optimizer or self.optimizer
@@ -137,21 +166,48 @@ class ExactResume(_Mixed):
     def floating_point_ops(self, inputs: Batch) -> int:
         return 0  # the stock count walks all parameters at every step
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        norm = self._norm_of_gradients()
+        # The optimizer divides as it reads: gradients in 16 bits would be rounded once more.
+        self.adamw.grad_scale = ((norm + 1e-6) / self.args.max_grad_norm).clamp(min=1.0)
+        return norm
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.is_deepspeed_enabled:
+            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        else:
+            norm = self._norm_of_gradients() if grad_norm is None else grad_norm
         finite = torch.isfinite(torch.as_tensor(norm, device=self.args.device))
         step = torch.where(finite, torch.inf, float(self.state.global_step + 1))
         self._first_bad_step = step if self._first_bad_step is None else torch.minimum(self._first_bad_step, step)
         if not self.is_deepspeed_enabled:  # DeepSpeed's engine leaves such a step out by itself
-            # Fused optimizers read this flag on the device and then leave weights and state as they are.
-            optimizer: Any = self.optimizer
-            optimizer = optimizer.optimizer
-            optimizer.found_inf = torch.isfinite(self._first_bad_step).float().reshape(())
-            optimizer.grad_scale = None
-            if not self._optimizer_reads_the_flag and bool(optimizer.found_inf):  # waits for the device, every step
-                for parameter in model.parameters():
-                    parameter.grad = None  # bitsandbytes passes over parameters without one
+            # Read on the device, where weights and state then stay as they are.
+            self.adamw.found_inf = torch.isfinite(self._first_bad_step).float().reshape(())
         return norm
+
+    def _norm_of_gradients(self) -> Tensor:
+        """The norm over all ranks' parts, in fp32 whatever the gradients are held in."""
+        if self.fp32_sums and self.args.world_size > 1 and not self.is_fsdp_enabled:
+            # Those of earlier micro-batches are this rank's own; DDP's last ones, the mean of all, stay the same.
+            for total in self.adamw.sums.values():
+                dist.all_reduce(total)
+                total /= self.args.world_size
+        norms: Any = torch._foreach_norm(self.adamw.gradients(), 2, torch.float32)  # pyright: ignore
+        squares = torch.stack(norms).square().sum()
+        if self.is_fsdp_enabled:
+            dist.all_reduce(squares)
+        return squares.sqrt()
+
+    def _update_ratio(self) -> float | None:
+        """The norm of the last step over that of the trained weights; all ranks come here."""
+        moved = [each.to(self.args.device) for each in self.adamw.moved.values()]
+        total = sum(moved, torch.zeros(2, device=self.args.device))
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # each rank has moved its share
+            dist.all_reduce(total)
+        step, weights = total.sqrt().tolist()
+        return step / weights if weights else None
 
     # Logging.
 
@@ -176,6 +232,7 @@ class ExactResume(_Mixed):
         trained = sum(self.batches.rows.num_trained[row] for row in rows)
         self._window_first_step = step
         on_gpu = torch.cuda.is_available()
+        update_ratio = self._update_ratio()
         if self.recorder is not None:
             self.recorder.logged(
                 {
@@ -183,6 +240,7 @@ class ExactResume(_Mixed):
                     "loss": logs["loss"],
                     "learning_rate": logs["learning_rate"],
                     "grad_norm": logs["grad_norm"],
+                    "update_ratio": update_ratio,
                     "tokens": tokens,
                     "trained_tokens": trained,
                     "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
@@ -328,16 +386,22 @@ class ExactResume(_Mixed):
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        # The stock method writes the weights once more.
-        plugin: Any = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        # The stock method writes the weights once more, and gathers all states in one rank's host memory.
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # rank 0 may not have come by here yet
+        torch.save(self.adamw.state_dict(), Path(output_dir, OWN_STATES.format(self.args.process_index)))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        if self.is_fsdp_enabled:
+            states = Path(checkpoint, OWN_STATES.format(self.args.process_index))
+            self.adamw.load_state_dict(torch.load(states, map_location="cpu", weights_only=True))
+            scheduler_state = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
+            cast(Any, self.lr_scheduler).load_state_dict(scheduler_state)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         # The states come from the checkpoint, the settings from the recipe: an allowed change of them must count.
         scheduler, optimizer = cast(Any, self.lr_scheduler), cast(Any, self.optimizer)
         base, step = self.args.learning_rate, scheduler.last_epoch
@@ -361,10 +425,6 @@ class ExactResume(_Mixed):
             self._tr_loss += own["loss"]
             self._globalstep_last_logged = own["last_logged_step"]
             self._window_first_step = own["last_logged_step"]
-
-    @property
-    def _optimizer_reads_the_flag(self) -> bool:
-        return self.args.optim == "adamw_torch_fused"
 
     _has_ended: bool = False
     _published_step: int | None = None
@@ -393,7 +453,6 @@ def training_arguments(
     num_steps: int,
     micro_batch: int,
     accumulation: int,
-    optimizer_state: str,
     evaluates: bool,
     deepspeed_bf16: bool,
     seed: int,
@@ -409,7 +468,6 @@ def training_arguments(
         max_steps=num_steps,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
-        optim="adamw_bnb_8bit" if optimizer_state == "8bit" else "adamw_torch_fused",
         learning_rate=optimizer.learning_rate,
         weight_decay=optimizer.weight_decay,
         adam_beta1=optimizer.betas[0],

@@ -1,0 +1,99 @@
+"""The same recipe gives the same run under every launch file, and 16 bits move the weights as fp32 does.
+
+python tests/test_one_mathematics.py        prints the table of the README
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import ModelType, add_weights, write_checkpoint
+from tests.runs import train, write_recipe
+
+LAUNCHES = ("single", "cpu-2", "fsdp2", "zero1", "zero2", "zero3", "zero2-offload")
+MODELS: tuple[ModelType, ...] = ("qwen2", "qwen3", "qwen3_moe")
+NUM_STEPS = 60
+
+
+def trained(folder: Path, model: Path, launch: str, weights: str, *overrides: str) -> Path:
+    """The folder of a finished run of sixty steps."""
+    place = folder / f"{launch}-{weights}"
+    place.mkdir()
+    recipe = write_recipe(
+        place,
+        model,
+        optimizer={"max_steps": NUM_STEPS, "learning_rate": 1e-4},
+        batch={"micro_batch": 1},
+        precision={"weights": weights},
+        output={"save_every_steps": NUM_STEPS, "keep": 1},
+    )
+    ended = train(recipe, *overrides, launch=None if launch == "single" else f"launch/{launch}.yaml")
+    assert ended.returncode == 0, ended.stderr
+    return place / "run"
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def way_along(run: Path, reference: Path, base: Path) -> float:
+    """How far a bf16 run has come along the way of the fp32 run, as a share of that way."""
+    import torch
+
+    begun, moved, straight = _weights(base), _weights(run / "model"), _weights(reference / "model")
+    along = length = 0.0
+    for name, start in begun.items():
+        way = straight[name].double() - start.double()
+        step = moved[name].double() - start.to(torch.bfloat16).double()
+        along += float((step * way).sum())
+        length += float((way * way).sum())
+    return along / length
+
+
+def _weights(folder: Path) -> Mapping[str, object]:
+    from safetensors.torch import load_file
+
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def farthest(one: list[float], other: list[float]) -> float:
+    """The largest relative distance of two runs' losses."""
+    return max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=pytest.mark.slow if name == "qwen3" else pytest.mark.soak) for name in MODELS],
+)
+def test_every_launch_file_gives_the_same_run_and_bf16_goes_the_way_of_fp32(
+    tmp_path: Path, model_type: ModelType
+) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", model_type))
+    reference = trained(tmp_path, model, "single", "fp32")
+    for launch in LAUNCHES:
+        if launch != "single":
+            assert farthest(losses(trained(tmp_path, model, launch, "fp32")), losses(reference)) < 1e-5, launch
+        assert way_along(trained(tmp_path, model, launch, "bf16"), reference, model) == pytest.approx(1, abs=0.03), (
+            launch
+        )
+
+
+if __name__ == "__main__":
+    for model_type in sys.argv[1:] or MODELS:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            model = add_weights(write_checkpoint(folder / "model", model_type))
+            alone = {weights: trained(folder, model, "single", weights) for weights in ("fp32", "bf16")}
+            for launch in LAUNCHES:
+                runs = alone if launch == "single" else {w: trained(folder, model, launch, w) for w in ("fp32", "bf16")}
+                along = way_along(runs["bf16"], alone["fp32"], model)
+                apart = [farthest(losses(runs[weights]), losses(alone[weights])) for weights in ("fp32", "bf16")]
+                print(
+                    f"{model_type} {launch}: along {along:.4f}, losses apart fp32 {apart[0]:.1e}, bf16 {apart[1]:.1e}"
+                )
