@@ -89,7 +89,7 @@ def random_network(spec: Any, settings: Settings) -> Any:
 
 
 def measured_bytes(spec: Any, settings: Settings, network: Any = None, evaluates: bool = False) -> int:
-    """The peak of a real step with real weights, after a first one; or of an evaluation in its place."""
+    """The peak of a real step with real weights, the optimizer's states there; or of an evaluation in its place."""
     network = network or random_network(spec, settings)
     num_tokens = settings.forward_tokens
     batch = meta_batch(settings)
@@ -101,12 +101,6 @@ def measured_bytes(spec: Any, settings: Settings, network: Any = None, evaluates
     real["predict_from"] = torch.arange(num_tokens)
     num_recomputed = settings.num_checkpointed(spec.num_layers)
     step = step_of(network, settings, num_recomputed, real)
-    trained = [parameter for parameter in step.network.parameters() if parameter.requires_grad]
-    step.loss().backward()
-    step.optimize()
-    if settings.accumulation == 1:
-        for parameter in trained:
-            parameter.grad = None
     step = evaluation_of(step) if evaluates else step
     return sum(peak(live_bytes(step, num_recomputed // spec.period))[1].values())
 
@@ -160,6 +154,8 @@ def test_a_long_sequence_of_a_hybrid_may_be_folded() -> None:
         {"dora": True},
         {"trains_rows": True},
         {"adapters": "bf16"},
+        {"adapters": "bf16", "accumulation": 33},
+        {"kind": "full", "weights": "bf16", "attention": "eager", "accumulation": 33},
         {"adapters": "bf16", "optimizer_state": "8bit", "rank": 64, "loss": "full", "micro_batch": 1},
         {"kind": "full", "optimizer_state": "8bit"},
         {"kind": "full", "weights": "bf16", "attention": "eager", "optimizer_state": "8bit"},
@@ -287,6 +283,7 @@ def test_the_closed_form_agrees_with_the_trace_whatever_attention_holds(changes:
                 ("Qwen/Qwen2.5-0.5B", {"trains_rows": True, "attention": "sdpa", "max_tokens": 16384}),
                 ("Qwen/Qwen3-4B", {"trains_rows": True, "loss": "full"}),
                 ("Qwen/Qwen3-8B", {"targets": ("q_proj", "lm_head"), "loss": "full"}),
+                ("Qwen/Qwen3-8B", {"trains_rows": True, "gradient_checkpointing": 7}),
             )
         ),
     ],
@@ -296,6 +293,29 @@ def test_the_closed_form_agrees_with_the_trace_of_dropout_dora_and_trained_rows(
     name: str, changes: dict[str, Any]
 ) -> None:
     same: dict[str, Any] = {"max_tokens": 4096, "micro_batch": 1, "rank": 16, "weights": "bf16"}
+    test_the_closed_form_agrees_with_the_trace(name, {**same, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Qwen/Qwen3-0.6B", {"kind": "full", "accumulation": 33}),
+        *(
+            pytest.param(name, changes, marks=pytest.mark.slow)
+            for name, changes in (
+                ("Qwen/Qwen3-0.6B", {"kind": "full", "accumulation": 32}),
+                ("Qwen/Qwen3-8B", {"adapters": "bf16", "rank": 128, "accumulation": 33}),
+                ("Qwen/Qwen3-4B", {"kind": "full", "accumulation": 64, "optimizer_state": "8bit"}),
+                ("Qwen/Qwen3-30B-A3B", {"kind": "full", "accumulation": 33}),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_the_closed_form_agrees_with_the_trace_of_sums_of_many_micro_batches(
+    name: str, changes: dict[str, Any]
+) -> None:
+    same: dict[str, Any] = {"max_tokens": 2048, "micro_batch": 1, "rank": 16, "weights": "bf16"}
     test_the_closed_form_agrees_with_the_trace(name, {**same, **changes})
 
 

@@ -138,14 +138,14 @@ def state_bytes(spec: ModelSpec, settings: Settings) -> int:
 def moving_bytes(spec: ModelSpec, settings: Settings) -> int:
     """Bytes that AdamW's step of one rank takes beside weights, gradients and states, wherever the states are.
 
-    Of a piece of fp32 weights their values before the step; of weights in bf16 also the exact ones and the gradients
-    in fp32. Moments in 8 bits are unpacked, and the new codes of a tensor are there twice, to be chosen from.
+    Of a piece their fp32 values before the step; of weights in bf16 also the exact ones, and of gradients in bf16 those in
+    fp32. Moments in 8 bits are unpacked, and the new codes of a tensor are there twice, to be chosen from.
     """
     values, is_half = trained_parameters(spec, settings), settings.trained_bytes == 2 and not settings.uses_deepspeed
     if settings.is_sharded or settings.uses_deepspeed:
         values = _share(values, settings.num_ranks)
     piece = min(values, PIECE_VALUES)
-    moved = piece * (4 + 4 + 4 if is_half else 4)
+    moved = piece * (4 + (4 if is_half else 0) + (4 if is_half and not settings.adds_in_fp32 else 0))
     if settings.optimizer_state != "8bit":
         return moved
     largest = min(piece, _largest_tensor_bytes(spec, settings) // settings.trained_bytes)
@@ -248,12 +248,15 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
     num_checkpointed = settings.num_checkpointed(spec.num_layers)
     num_saved = spec.num_layers - num_checkpointed
     saved = num_checkpointed * last.boundary_bytes + kept_bytes(spec, settings, num_saved) + mask_bytes(spec, settings)
+    if settings.trains_rows:  # laid over what the embedding gives
+        saved += settings.forward_tokens * spec.hidden_size * settings.weight_bytes
     # The first layers are the recomputed ones: where a layer after them keeps what it saved, it is free by then.
     recomputed = 0 if num_saved else last.saved_bytes
 
     gradients = _gradient_bytes(spec, settings)
     # Plain gradients are freed after each optimizer step, so in the only micro-batch of a step they do not exist yet.
-    starts_without = settings.accumulation == 1 and settings.sharding == "none"
+    # Sums in fp32 take them over after each micro-batch.
+    starts_without = settings.sharding == "none" and (settings.accumulation == 1 or settings.adds_in_fp32)
     head_gradient = settings.weight_bytes * spec.head_parameters if settings.kind == "full" else 0
     # New ones of a layer's experts: gate's and up's where earlier ones are there to be added to, else all three stay.
     experts = settings.weight_bytes * spec.expert_parameters_per_layer if settings.kind == "full" else 0
@@ -297,15 +300,25 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
         early += (gradients - early) // spec.num_layers
         activations = before + max(first.backward_bytes, at_last + first.experts_bytes)
         moments.append(replace(static, gradients=early, activations=activations, temporaries=temporaries))
-    return moments
+    sums = _sum_bytes(spec, settings)
+    return [replace(moment, gradients=moment.gradients + sums) for moment in moments]
+
+
+def _sum_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """Sums of gradients in fp32 beside those of a micro-batch; of shards their own."""
+    if not settings.adds_in_fp32:
+        return 0
+    return _share(4 * trained_parameters(spec, settings), settings.num_ranks if settings.is_sharded else 1)
 
 
 def _optimizer_moment(spec: ModelSpec, settings: Settings, static: Terms, gradients: int) -> Terms:
     """The optimizer's step; of what is shared a rank has its share, and under FSDP2 all weights are shared by then."""
     share = _share(trained_parameters(spec, settings), settings.num_ranks)
     temporaries = static.temporaries
+    if settings.adds_in_fp32:  # of what was not added up yet nothing is left but DDP's buckets
+        gradients = gradients // 2 if settings.sharding == "ddp" else 0
     if settings.sharding == "fsdp2":
-        gradients, temporaries = settings.trained_bytes * share, 0
+        gradients, temporaries = 0 if settings.adds_in_fp32 else settings.trained_bytes * share, 0
     elif settings.offloads:
         return replace(static, gradients=gradients)
     elif settings.uses_deepspeed:
@@ -319,24 +332,19 @@ def _logit_bytes(spec: ModelSpec, settings: Settings) -> int:
     """Judged as if every token were trained."""
     tokens = settings.forward_tokens
     if settings.loss == "full":
-        return tokens * spec.vocab_rows * FULL_LOSS_BYTES_PER_LOGIT + _mixed_head_bytes(spec, settings)
+        return tokens * spec.vocab_rows * FULL_LOSS_BYTES_PER_LOGIT
     width, chunk_tokens = settings.weight_bytes, min(tokens, LOSS_CHUNK_TOKENS)
     # Logits in fp32, and of the same size their log-softmax or their slope; the slope of the chunk before is there too.
     before = width if tokens > LOSS_CHUNK_TOKENS else 0
     chunk = chunk_tokens * spec.vocab_rows * (4 + 4 + before)
     # What the head reads, and its gradient.
     hidden = 2 * tokens * spec.hidden_size * width
-    if settings.kind != "full" and not settings.trains_rows:
+    if settings.kind != "full":
         return chunk + hidden
     head_gradient = width * spec.head_parameters
     # Or the slope, and the chunk's share of the head's gradient beside the sum.
     share = chunk_tokens * spec.vocab_rows * width + head_gradient
-    return max(chunk, share) + head_gradient + hidden + _mixed_head_bytes(spec, settings)
-
-
-def _mixed_head_bytes(spec: ModelSpec, settings: Settings) -> int:
-    """The copy of the head with the rows laid in that are trained beside adapters."""
-    return settings.weight_bytes * spec.head_parameters if settings.trains_rows else 0
+    return max(chunk, share) + head_gradient + hidden
 
 
 def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
@@ -344,12 +352,10 @@ def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
     # DDP's buckets stay.
     gradients = _gradient_bytes(spec, settings) // 2 if settings.sharding == "ddp" else 0
     body = replace(static, gradients=gradients, activations=forward_bytes(spec, settings) + mask_bytes(spec, settings))
-    # Logits in fp32 and their log-softmax; before them the head with its trained rows, which chunks keep.
-    is_chunked, mixed_head = settings.loss == "supervised", _mixed_head_bytes(spec, settings)
-    # An adapter's part, and the sum with the base's in its type, come before them too.
+    # Logits in fp32 and their log-softmax; before them an adapter's part, and the sum with the base's in its type.
+    is_chunked = settings.loss == "supervised"
     per_logit = max(4 + 4, settings.weight_bytes + 2 * settings.trained_bytes) if adapts_head(settings) else 4 + 4
     logits = (min(tokens, LOSS_CHUNK_TOKENS) if is_chunked else tokens) * spec.vocab_rows * per_logit
-    logits = logits + mixed_head if is_chunked else max(logits, mixed_head + logits // 4)
     head = replace(
         static,
         gradients=gradients,

@@ -104,13 +104,13 @@ def meta_step(
     Its optimizer moves what a model of `num_layers` has, for what that takes does not grow evenly with the depth.
     """
     network = meta_network(config, settings, num_recomputed + num_kept)
-    step = step_of(network, settings, num_recomputed, meta_batch(settings))
-    num_blocks = len(step.blocks) if num_layers is None else num_layers // len(step.blocks[0])
-    return replace(step, optimize=_standing_in(step, settings, num_blocks).step)
+    return step_of(network, settings, num_recomputed, meta_batch(settings), num_layers)
 
 
-def step_of(network: Any, settings: Settings, num_recomputed: int, batch: dict[str, Tensor]) -> Step:
-    """One step of a network whose base weights are there, on meta or not, and of the optimizer's states too."""
+def step_of(
+    network: Any, settings: Settings, num_recomputed: int, batch: dict[str, Tensor], num_layers: int | None = None
+) -> Step:
+    """One step of a network whose base weights are there, on meta or not; the optimizer's states are there too."""
     layers = list(network.model.layers)
     recompute_layers(network, num_recomputed if num_recomputed < len(layers) else True)
     period = _period(network.config)
@@ -131,12 +131,21 @@ def step_of(network: Any, settings: Settings, num_recomputed: int, batch: dict[s
     head = LossHead(network, settings.loss)
     head.attention = IMPLEMENTATIONS["eager"]  # so that probes hear of the batch's trees too
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    blocks = [layers[at : at + period] for at in range(0, len(layers), period)]
     optimizer, states = _optimizer(trained, _embeddings(network), settings)
-    if settings.accumulation > 1:
+    moving = optimizer if num_layers is None else _standing_in(network, blocks, settings, num_layers // period)
+    if settings.adds_in_fp32:
+        optimizer.sums = _sums(trained)
+    elif settings.accumulation > 1:
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-    blocks = [layers[at : at + period] for at in range(0, len(layers), period)]
-    return Step(network, blocks, lambda: head.loss(network, batch), optimizer.step, states)
+
+    def optimize() -> None:
+        if settings.adds_in_fp32:
+            optimizer.add_up()
+        moving.step()
+
+    return Step(network, blocks, lambda: head.loss(network, batch), optimize, states, {**optimizer.sums})
 
 
 def _period(config: PreTrainedConfig) -> int:
@@ -213,21 +222,26 @@ def _optimizer(
     return optimizer, states
 
 
-def _standing_in(step: Step, settings: Settings, num_blocks: int) -> AdamW:
-    """The optimizer of a step of so many blocks, whose tensors take no bytes: they are those of the step counted."""
-    inside = {parameter for block in step.blocks for layer in block for parameter in layer.parameters()}
-    trained = [parameter for parameter in step.network.parameters() if parameter.requires_grad]
-    block = [parameter for layer in step.blocks[0] for parameter in layer.parameters() if parameter.requires_grad]
-    outside, embeddings = [parameter for parameter in trained if parameter not in inside], _embeddings(step.network)
-    before = 0 if trained[0] in inside else 1
-    pairs = [(_alike(x), x) for x in (*outside[:before], *block * num_blocks, *outside[before:])]
-    optimizer, states = _optimizer(
-        [alike for alike, _ in pairs], {alike for alike, x in pairs if x in embeddings}, settings
-    )
-    for alike, held in states.items():
-        assert alike.grad is not None
-        for tensor in (alike, alike.grad, *held):
-            tensor.untyped_storage().resize_(0)
+def _sums(trained: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """Gradients of earlier micro-batches, added up in fp32."""
+    return {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained}
+
+
+def _standing_in(network: nn.Module, blocks: Sequence[Any], settings: Settings, num_blocks: int) -> AdamW:
+    """The optimizer of a network of so many blocks, whose tensors take no bytes: those of the network count."""
+    inside = {parameter for block in blocks for layer in block for parameter in layer.parameters()}
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    block = [parameter for layer in blocks[0] for parameter in layer.parameters() if parameter.requires_grad]
+    outside, embeddings = [parameter for parameter in trained if parameter not in inside], _embeddings(network)
+    num_before = 0 if trained[0] in inside else 1
+    pairs = [(_alike(x), x) for x in (*outside[:num_before], *block * num_blocks, *outside[num_before:])]
+    standing_in = [alike for alike, _ in pairs]
+    optimizer, states = _optimizer(standing_in, {alike for alike, x in pairs if x in embeddings}, settings)
+    if settings.adds_in_fp32:
+        optimizer.sums = _sums(standing_in)
+    gradients = [*optimizer.sums.values(), *(alike.grad for alike in standing_in if alike.grad is not None)]
+    for tensor in (*standing_in, *gradients, *(state for held in states.values() for state in held)):
+        tensor.untyped_storage().resize_(0)
     return optimizer
 
 
