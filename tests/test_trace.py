@@ -14,8 +14,8 @@ from qwentune.facts import present
 from qwentune.facts.architecture import MoeSpec
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.models import config_of, model_spec
-from qwentune.memory import HostMemory, PlanRequest, make_plan
-from qwentune.memory.closed_form import phases
+from qwentune.memory import HostMemory, PlanRequest, closed_form, make_plan
+from qwentune.memory.closed_form import moving_bytes, phases
 from qwentune.memory.cross_check import cross_checked
 from qwentune.memory.delta_rule import fold
 from qwentune.memory.judge import kernels_beside
@@ -23,6 +23,7 @@ from qwentune.memory.meta_step import (
     evaluation_of,
     meta_batch,
     meta_network,
+    meta_step,
     step_of,
     traceable,
     traced_evaluation,
@@ -31,7 +32,7 @@ from qwentune.memory.meta_step import (
 from qwentune.memory.remarks import kernel_remark
 from qwentune.memory.settings import Overheads, Settings
 from qwentune.memory.trace import live_bytes, peak
-from qwentune.model import attention
+from qwentune.model import adamw, attention
 from qwentune.model.attention import IMPLEMENTATIONS
 
 NO_OVERHEADS = Overheads(context_bytes=0, workspace_bytes=0, allocator_fraction=0.0, allocator_bytes=0)
@@ -200,6 +201,34 @@ def test_a_real_evaluation_on_the_cpu_takes_what_the_trace_says(kind: str, loss:
     spec = tiny("Qwen/Qwen3-8B")
     measured = measured_bytes(spec, settings, evaluates=True)
     assert traced_evaluation(spec, settings).allocated == pytest.approx(measured, rel=0.005)
+
+
+def test_the_plan_counts_what_the_optimizer_moves_at_a_time() -> None:
+    assert (closed_form.PIECE_VALUES, closed_form.BLOCK_VALUES) == (adamw.PIECE_VALUES, adamw.BLOCK_VALUES)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Qwen/Qwen3-0.6B", {"kind": "full", "weights": "bf16"}),
+        ("Qwen/Qwen3-0.6B", {"kind": "full", "weights": "bf16", "optimizer_state": "8bit"}),
+        ("Qwen/Qwen3-0.6B", {"kind": "full"}),
+        ("Qwen/Qwen2.5-0.5B", {"adapters": "bf16"}),
+        ("Qwen/Qwen3-8B", {"adapters": "bf16", "rank": 16, "weights": "bf16"}),
+        ("Qwen/Qwen3-8B", {"adapters": "bf16", "rank": 16, "weights": "bf16", "optimizer_state": "8bit"}),
+        ("Qwen/Qwen3-30B-A3B", {"rank": 16, "weights": "bf16", "optimizer_state": "8bit"}),
+    ],
+    ids=str,
+)
+def test_the_optimizer_of_the_whole_model_steps_beside_a_copy_of_one_layer(name: str, changes: dict[str, Any]) -> None:
+    spec, settings = model_spec(name), replace(SETTINGS, max_tokens=8, micro_batch=1, **changes)
+    config = AutoConfig.for_model(**config_of(spec))
+    with traceable(spec, settings):
+        one = live_bytes(meta_step(config, settings, 1, 0, spec.num_layers), 1)["optimizer"]
+        alone = live_bytes(meta_step(config, settings, 1, 0), 1)["optimizer"]
+    moving = moving_bytes(spec, settings)
+    assert 0.85 * moving < one["temporaries"] < moving + 2**18
+    assert {**one, "temporaries": 0} == {**alone, "temporaries": 0}, "of its tensors none is counted"
 
 
 def cases(count: int) -> list[tuple[str, dict[str, Any]]]:

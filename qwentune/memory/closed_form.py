@@ -138,14 +138,15 @@ def state_bytes(spec: ModelSpec, settings: Settings) -> int:
 def moving_bytes(spec: ModelSpec, settings: Settings) -> int:
     """Bytes that AdamW's step of one rank takes beside weights, gradients and states, wherever the states are.
 
-    Of a piece their fp32 values before the step; of weights in bf16 also the exact ones, and of gradients in bf16 those in
-    fp32. Moments in 8 bits are unpacked, and the new codes of a tensor are there twice, to be chosen from.
+    Of a piece their fp32 values before the step; of weights in bf16 also the exact ones, and of gradients in bf16 the
+    same in fp32. Moments in 8 bits are unpacked, and new codes of a tensor are there twice, to be chosen from.
     """
     values, is_half = trained_parameters(spec, settings), settings.trained_bytes == 2 and not settings.uses_deepspeed
     if settings.is_sharded or settings.uses_deepspeed:
         values = _share(values, settings.num_ranks)
     piece = min(values, PIECE_VALUES)
-    moved = piece * (4 + (4 if is_half else 0) + (4 if is_half and not settings.adds_in_fp32 else 0))
+    num_copies = 1 if not is_half else 2 if settings.adds_in_fp32 else 3
+    moved = 4 * num_copies * piece
     if settings.optimizer_state != "8bit":
         return moved
     largest = min(piece, _largest_tensor_bytes(spec, settings) // settings.trained_bytes)
