@@ -390,6 +390,13 @@ def test_the_closed_form_agrees_with_the_trace_of_hybrids_and_mixtures(name: str
     test_the_closed_form_agrees_with_the_trace(name, changes)
 
 
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen3-8B"])
+@pytest.mark.parametrize("adapters", ["bf16", "fp32"])
+def test_the_closed_form_agrees_with_the_trace_of_adapters_beside_long_rows(name: str, adapters: str) -> None:
+    same: dict[str, Any] = {"kind": "qlora", "max_tokens": 32768, "micro_batch": 1, "weights": "bf16"}
+    test_the_closed_form_agrees_with_the_trace(name, {**same, "adapters": adapters, "attention": "flex_attention"})
+
+
 FUSED_PACKAGES = ("fla", "causal_conv1d")
 FUSED = {"fuses_delta_rule": True, "fuses_convolution": True}
 
