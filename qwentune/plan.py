@@ -46,7 +46,14 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     recipe = loaded.recipe
     device, count, sharding = device_of(recipe.hardware, here=False)
     spec = model_spec(recipe.model, packing=recipe.data.packing)
-    for remark in remarks(spec, device, recipe.data.max_tokens, loaded.origins["data.max_tokens"]):
+    for remark in remarks(
+        spec,
+        device,
+        recipe.data.max_tokens,
+        loaded.origins["data.max_tokens"],
+        attention=recipe.memory.attention,
+        weights=recipe.precision.weights,
+    ):
         console.say(remark)
     steps, expansion_factor = _of_data(recipe)
     verdict = judge_recipe(

@@ -61,6 +61,7 @@ def run(
     """
     from qwentune.facts.launch import launch_file, uses_deepspeed
     from qwentune.facts.models import model_spec, refuse_untrainable
+    from qwentune.facts.present import count_cards_by_bus
     from qwentune.memory import render_plan
     from qwentune.memory.judge import device_of, judge_recipe
     from qwentune.memory.remarks import remarks
@@ -68,6 +69,7 @@ def run(
     from qwentune.recipe import load_recipe
     from qwentune.training.run_folder import RunFolder
 
+    count_cards_by_bus()
     loaded = load_recipe(recipe_path, overrides)
     recipe = loaded.recipe
     folder = RunFolder(Path(recipe.output.dir))
@@ -75,7 +77,14 @@ def run(
     launch = recipe.hardware.launch
     spec = model_spec(recipe.model, packing=recipe.data.packing)
     refuse_untrainable(spec)
-    for remark in remarks(spec, device, recipe.data.max_tokens, loaded.origins["data.max_tokens"]):
+    for remark in remarks(
+        spec,
+        device,
+        recipe.data.max_tokens,
+        loaded.origins["data.max_tokens"],
+        attention=recipe.memory.attention,
+        weights=recipe.precision.weights,
+    ):
         console.say(remark)
     plan = judge_recipe(
         spec,

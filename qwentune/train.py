@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -111,27 +111,53 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     from qwentune.exporting.publish import publish
     from qwentune.facts.gpus import GpuSpec
     from qwentune.facts.models import model_spec, refuse_untrainable
+    from qwentune.facts.present import count_cards_by_bus, may_have_gpu
     from qwentune.memory.judge import changes_the_plan, device_of, judge_recipe
+    from qwentune.memory.plan import RunPlan
+    from qwentune.memory.remarks import remarks
     from qwentune.memory.shortage import refusal
     from qwentune.recipe import load_recipe
+    from qwentune.training.device import refuse_other_device
+    from qwentune.training.once import once
     from qwentune.training.ranks import Ranks, expand_segments
     from qwentune.training.relaunch import relaunched
     from qwentune.training.run import Run
 
     expand_segments()
+    count_cards_by_bus()
     recipe = loaded.recipe
     if recipe.objective.kind != "sft":
         raise RecipeError(Problem(request.recipe, f"objective.kind: {recipe.objective.kind} cannot be trained yet"))
     ranks = Ranks.of_environment(on_cpu=recipe.hardware.gpu == "cpu")
     replan = request.fresh or changes_the_plan(request.allow_change)
-    device, _, _ = device_of(recipe.hardware, here=True)
+    device, _, _ = device_of(recipe.hardware.model_copy(update={"count": ranks.num_here}), here=True)
     stored = None if replan else folder.stored_plan()
-    is_first_start_on_gpu = stored is None and isinstance(device, GpuSpec)
     spec = model_spec(recipe.model, packing=recipe.data.packing)
     refuse_untrainable(spec)
-    tell = (lambda said: console.say(said) if ranks.leads else None) if is_first_start_on_gpu else None
+    if reports.FOLDER not in os.environ:  # a supervisor has said them
+        for remark in remarks(
+            spec,
+            device,
+            recipe.data.max_tokens,
+            loaded.origins["data.max_tokens"],
+            attention=recipe.memory.attention,
+            weights=recipe.precision.weights,
+        ):
+            console.say(remark)
     judged = partial(judge_recipe, spec, device=device, fresh=request.fresh)
-    plan = judged(recipe, num_ranks=ranks.num_ranks, sharding=ranks.sharding, stored=stored, tell=tell)
+    judged_here = partial(judged, recipe, num_ranks=ranks.num_ranks, sharding=ranks.sharding, stored=stored)
+
+    def traced() -> dict[str, Any]:
+        said: list[str] = []
+        return {"plan": judged_here(tell=said.append).to_json(), "said": said}
+
+    if stored is None and isinstance(device, GpuSpec):  # the first start on a GPU: seconds of work for every rank alike
+        found = once("plan", traced)
+        plan = RunPlan.from_json(found["plan"])
+        for words in found["said"]:
+            console.say(words)
+    else:
+        plan = judged_here()
     if not plan.fits and not request.force_memory:
         if reports.FOLDER in os.environ:  # pasted after `qwentune train`, which launches
             raise DoesNotFitError(refusal(plan))
@@ -143,6 +169,8 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
 
         raise DoesNotFitError(refusal(plan, lambda mend: relaunched(mend, arguments, ranks.num_ranks, mended)))
     _refuse_what_is_not_here(recipe, plan)
+    if isinstance(device, GpuSpec) or may_have_gpu():  # else torch, which takes seconds to load, is asked below
+        refuse_other_device(device, ranks)
 
     tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))
     template = chat_template(recipe.data, tokenizer)
@@ -154,6 +182,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
         console.say(f"warning: {warning}")
     schedule = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed)
     text = None if template is None else template.text
+    refuse_other_device(device, ranks)
     ranks.join(plan.choices.weights)  # only now: no rank may wait for another that still renders
     plan = ranks.agree(lambda: plan)  # each judged by the memory that it saw
     return Run(request, loaded, ranks, folder, spec, device, plan, tokenizer, text, dataset, schedule, publish).run()

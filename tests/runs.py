@@ -94,7 +94,10 @@ def train(
 def loss_history(run: Path) -> list[tuple[float, ...]]:
     """What must not differ between two equal runs, per logged step."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(row[key] for key in ("step", "loss", "learning_rate", "grad_norm", "tokens")) for row in rows]
+    return [
+        tuple(row[key] for key in ("step", "loss", "learning_rate", "grad_norm", "update_ratio", "tokens"))
+        for row in rows
+    ]
 
 
 def final_weights(run: Path) -> dict[str, bytes]:

@@ -196,6 +196,24 @@ def test_a_state_that_was_saved_goes_on_bit_for_bit(eight_bit: bool) -> None:
             assert value.dtype == second.state[other][name].dtype
 
 
+def test_a_state_of_bf16_parameters_gives_fp32_ones_their_exact_values() -> None:
+    rounded = parameters(torch.bfloat16)
+    first = AdamW(rounded, **OPTIONS)
+    walk(first, rounded, range(5))
+    saved = copy.deepcopy(first.state_dict())
+    wide = [nn.Parameter(x.detach().float()) for x in rounded]
+    second = AdamW(wide, **OPTIONS)
+    second.load_state_dict(saved)
+    assert all(torch.equal(x, first.exact(y)) for x, y in zip(wide, rounded, strict=True))
+    walk(first, rounded, range(5, 7))
+    walk(second, wide, range(5, 7))
+    assert all(torch.equal(x, first.exact(y)) for x, y in zip(wide, rounded, strict=True))
+    back = AdamW(rounded, **OPTIONS)
+    back.load_state_dict(copy.deepcopy(second.state_dict()))
+    walk(back, rounded, range(7, 9))
+    assert all(back.state[x]["remainder"].any() for x in rounded)
+
+
 def test_what_is_measured_is_the_step_and_the_weights_after_it() -> None:
     weights = parameters(torch.bfloat16)
     optimizer = AdamW(weights, **OPTIONS)

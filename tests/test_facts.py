@@ -272,11 +272,16 @@ def test_a_config_that_is_no_qwen_config_is_refused_by_name(tmp_path: Path, text
 def test_every_gpu_that_people_buy_is_in_the_table() -> None:
     wanted = (
         "gtx-1650 rtx-3060 rtx-3080 rtx-3090 rtx-4070 rtx-4080 rtx-4080-super rtx-4090 rtx-5070-ti rtx-5080 rtx-5090 "
-        "a10g a6000 rtx-6000-ada l4 l40s t4 a100-40gb a100-80gb h100-80gb h20 h200 b200"
+        "a10g a6000 rtx-6000-ada l4 l40s t4 v100-16gb v100-32gb a100-40gb a100-80gb h100-80gb h20 h200 b200"
     )
     assert set(wanted.split()) <= set(GPUS)
     assert all("data sheet" in gpu.source for gpu in GPUS.values())
-    assert [name for name, gpu in GPUS.items() if not gpu.has_bf16] == ["gtx-1650", "t4"]
+    assert [name for name, gpu in GPUS.items() if not gpu.has_bf16] == [
+        "gtx-1650",
+        "t4",
+        "v100-16gb",
+        "v100-32gb",
+    ]
 
 
 @pytest.mark.parametrize(("wrong", "right"), [("h100", "h100-80gb"), ("rtx4090", "rtx-4090"), ("A100", "a100-40gb")])

@@ -110,6 +110,52 @@ def test_a_lora_run_starts_low_falls_and_answers_as_taught_merged_and_unmerged(t
     print(json.dumps({"first loss": losses[0], "last loss": losses[-1], "export": exported.stderr}))
 
 
+@pytest.mark.parametrize(("kind", "rate"), [("full", 1e-5), ("lora", 2e-4)])
+def test_sixteen_bits_learn_what_fp32_learns(tmp_path: Path, kind: str, rate: float) -> None:
+    """Forty steps on text that the model has not seen; what counts is how far the loss of other such text falls."""
+    lines = [line for line in (ROOT / "FAULTS.md").read_text(encoding="utf-8").splitlines() if len(line) > 80]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": line[:600]}) + "\n" for k, line in enumerate(lines) if k % 4))
+    unseen = [line[:600] for k, line in enumerate(lines) if k % 4 == 0]
+    losses = {"before": held_out(Path(os.environ["QWENTUNE_TEST_MODEL"]), unseen)}
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "OMP_NUM_THREADS"}
+    for dtype in ("fp32", "bf16"):
+        recipe = write_recipe(
+            tmp_path,
+            os.environ["QWENTUNE_TEST_MODEL"],
+            tuning={"kind": kind} | ({"rank": 16, "alpha": 32} if kind == "lora" else {}),
+            data={"train": [{"path": str(data), "format": "text"}], "max_tokens": 256},
+            batch={"sequences_per_step": 1},
+            optimizer={"max_steps": 40, "learning_rate": rate},
+            precision={"weights": dtype, "adapters": dtype},
+            output={"dir": str(tmp_path / dtype), "save_every_steps": 40, "keep": 1},
+        )
+        command = [sys.executable, "-m", "qwentune.train", str(recipe)]
+        trained = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert trained.returncode == 0, trained.stderr
+        if kind == "lora":
+            assert run_command("export", str(tmp_path / dtype), "--merge").returncode == 0
+        losses[dtype] = held_out(tmp_path / dtype / ("merged" if kind == "lora" else "model"), unseen)
+    share = (losses["before"] - losses["bf16"]) / (losses["before"] - losses["fp32"])
+    ratios = [json.loads(line)["update_ratio"] for line in (tmp_path / "bf16" / "metrics.jsonl").open()]
+    print(json.dumps({"kind": kind, **losses, "share": share, "update_ratio": [min(ratios), max(ratios)]}))
+    assert losses["fp32"] < losses["before"] - 0.1
+    assert share >= 0.97
+
+
+def held_out(folder: Path, texts: list[str]) -> float:
+    """The mean loss per token over some texts, by transformers in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    encode = load_tokenizer(folder).encode
+    total = count = 0.0
+    for text in texts:
+        ids = torch.tensor([encode([text])[0]])
+        with torch.inference_mode():
+            total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    return total / count
+
+
 @pytest.mark.fault("A01 A08", "a real model killed three times: the adapter of the undisturbed run, byte for byte")
 def test_a_lora_run_that_is_killed_three_times_ends_with_the_same_bytes(tmp_path: Path) -> None:
     recipe = write_recipe(

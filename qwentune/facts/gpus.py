@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from qwentune.errors import Problem, UsageError, nearest
 
@@ -17,7 +17,8 @@ class GpuSpec:
     `total_bytes` is torch's `total_memory` on Linux, a little below the number on the box. `bf16_tflops` is the dense
     tensor rate with fp32 accumulation, None where the hardware has no bf16; `fp32_tflops` the plain fp32 rate;
     `bandwidth_gb_per_second` counts 10^9 bytes. `has_ecc` says whether a card that is here has ECC on; None for a row
-    of the table, whose memory was read as `source` says.
+    of the table, whose memory was read as `source` says. `fp16_tflops` is known of cards without bf16 alone, and says
+    what they lose by it. `is_here` says that a process of this machine would get it.
     """
 
     name: str
@@ -28,6 +29,8 @@ class GpuSpec:
     compute_capability: tuple[int, int]
     source: str
     has_ecc: bool | None = None
+    fp16_tflops: float | None = None
+    is_here: bool = False
 
     @property
     def has_hbm(self) -> bool:
@@ -58,6 +61,8 @@ _ROWS: tuple[tuple[str, float, float | None, float, float, tuple[int, int], str]
     # name            GiB     bf16    fp32   GB/s    capability  memory
     ("gtx-1650",       3.8,   None,    3.0,   128.0, (7, 5),   "unverified"),
     ("t4",            14.563, None,    8.1,   320.0, (7, 5),   "banner, ECC on"),
+    ("v100-16gb",     15.77,  None,   15.7,   900.0, (7, 0),   "unverified"),
+    ("v100-32gb",     31.74,  None,   15.7,   900.0, (7, 0),   "unverified"),
     ("rtx-3060",      11.747, 25.5,   12.7,   360.0, (8, 6),   "banner, 12 GB card"),
     ("rtx-3080",       9.78,  59.5,   29.8,   760.0, (8, 6),   "OOM, 10 GB card"),
     ("rtx-3080-12gb", 11.7,   61.3,   30.6,   912.0, (8, 6),   "unverified"),
@@ -82,6 +87,7 @@ _ROWS: tuple[tuple[str, float, float | None, float, float, tuple[int, int], str]
     ("b200",         178.35, 2250.0,  75.0,  8000.0, (10, 0),  "OOM on eight B200"),
 )
 # fmt: on
+_FP16_TFLOPS = {"gtx-1650": 6.0, "t4": 65.0, "v100-16gb": 125.0, "v100-32gb": 125.0}  # of cards without bf16
 
 GPUS: Mapping[str, GpuSpec] = {
     name: GpuSpec(
@@ -92,10 +98,27 @@ GPUS: Mapping[str, GpuSpec] = {
         bandwidth,
         capability,
         f"memory: {memory}; rates: vendor's data sheet, from memory",
+        fp16_tflops=_FP16_TFLOPS.get(name),
     )
     for name, gib, bf16, fp32, bandwidth, capability, memory in _ROWS
 }
 """Every known GPU by its name."""
+
+
+def weakest(cards: Sequence[GpuSpec]) -> GpuSpec:
+    """What every rank can count on where each has one of these cards; the name names all kinds of them."""
+    names = list(dict.fromkeys(card.name for card in cards))
+    smallest = min(cards, key=lambda card: card.total_bytes)
+    rates = [card.bf16_tflops for card in cards if card.bf16_tflops is not None]
+    return replace(
+        smallest,
+        name=" + ".join(names),
+        bf16_tflops=min(rates) if len(rates) == len(cards) else None,
+        fp32_tflops=min(card.fp32_tflops for card in cards),
+        bandwidth_gb_per_second=min(card.bandwidth_gb_per_second for card in cards),
+        compute_capability=min(card.compute_capability for card in cards),
+        fp16_tflops=smallest.fp16_tflops if len(names) == 1 else None,
+    )
 
 
 def gpu_spec(name: str) -> GpuSpec:

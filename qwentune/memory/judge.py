@@ -10,6 +10,7 @@ from typing import Any
 
 from qwentune.data.sample import Json
 from qwentune.errors import Problem, UsageError
+from qwentune.facts.flex import flex_problem
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.launch import Sharding, sharding_of
 from qwentune.facts.models import ModelSpec
@@ -18,7 +19,7 @@ from qwentune.memory.adapters import ATTENTION, KNOWN
 from qwentune.memory.plan import RunPlan, calibrated, make_plan, pinned
 from qwentune.memory.profile import find_profile
 from qwentune.memory.request import Auto, Device, PlanRequest
-from qwentune.memory.settings import HostMemory, Settings
+from qwentune.memory.settings import Attention, HostMemory, Settings
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Recipe, Tuning
 
 PLAN_KEYS = ("plan", "batch", "memory", "precision", "tuning")
@@ -60,7 +61,7 @@ def judge(
         micro_batch=batch.micro_batch,
         gradient_checkpointing=memory.gradient_checkpointing,
         loss=memory.loss,
-        attention=memory.attention,
+        attention=_attention(memory, device),
         sharding=sharding,
         num_gpus=num_ranks,
         weights=precision.weights,
@@ -190,11 +191,17 @@ def _continued(tuning: Tuning) -> Tuning:
     return tuning.model_copy(update={"rank": adapter["r"], "targets": targets, "dropout": dropout, "variant": variant})
 
 
-def _refuse_kernel_that_does_not_run(plan: RunPlan, device: Device) -> None:
-    """Flash kernels compute in 16 bits; FlexAttention goes backward on GPUs alone, through Triton.
+def _attention(memory: MemoryOptions, device: Device) -> Attention | Auto:
+    """The kernel that is asked for; where FlexAttention does not train the plan has one choice less."""
+    if memory.attention == "auto" and (isinstance(device, HostMemory) or flex_problem(device)):
+        return "sdpa"
+    return memory.attention
 
-    Source: torch 2.13's `_validate_device` in nn/attention/flex_attention.py; Triton's README (compute capability 8.0
-    and up; Turing went with 3.3, triton-lang/triton#5066, and torch has needed that since 2.7).
+
+def _refuse_kernel_that_does_not_run(plan: RunPlan, device: Device) -> None:
+    """Flash kernels compute in 16 bits, from Ampere on; FlexAttention goes backward on GPUs alone.
+
+    Source: torch 2.13's `_validate_device` in nn/attention/flex_attention.py.
     """
     choices, fix = plan.choices, "Leave it at auto, or take sdpa."
     if choices.attention == "flash_attention_2" and choices.weights != "bf16":
@@ -204,7 +211,10 @@ def _refuse_kernel_that_does_not_run(plan: RunPlan, device: Device) -> None:
         return
     if isinstance(device, HostMemory):
         raise UsageError(Problem("memory.attention", f"{choices.attention} trains on a GPU only", fix))
-    if device.compute_capability < (8, 0):
+    if choices.attention == "flex_attention":
+        if problem := flex_problem(device):
+            raise UsageError(problem)
+    elif device.compute_capability < (8, 0):
         capability = ".".join(map(str, device.compute_capability))
         what = f"{choices.attention} needs compute capability 8.0 (Ampere), and {device.name} has {capability}"
         raise UsageError(Problem("memory.attention", what, fix))
@@ -222,21 +232,22 @@ def device_of(hardware: Hardware, *, here: bool) -> tuple[Device, int, Sharding 
     machine's own only where the recipe leaves it open. A GPU that is present is judged by its free memory.
     """
     sharding: Sharding | Auto = "auto" if hardware.launch == "auto" else sharding_of(hardware.launch)
+    if sharding == "none":  # one process, which has the first card
+        hardware = hardware.model_copy(update={"count": 1})
     device, count = _devices(hardware, here)
-    return device, 1 if sharding == "none" else count, sharding
+    return device, count, sharding
 
 
 def _devices(hardware: Hardware, here: bool) -> tuple[Device, int]:
     present = None if hardware.gpu == "cpu" else present_gpus()
-    if hardware.gpu not in ("auto", "cpu") and not here and (present is None or present.spec.name != hardware.gpu):
-        return gpu_spec(hardware.gpu), 1 if hardware.count == "auto" else hardware.count
-    if present is None:
-        return HostMemory(free_host_bytes()), 1 if hardware.count == "auto" else hardware.count
-    return present.spec, present.count if hardware.count == "auto" else hardware.count
+    count = hardware.count
+    if count == "auto":
+        count = 1 if present is None else present.count
+    found = None if present is None else present.of_ranks(count)
+    if hardware.gpu not in ("auto", "cpu") and not here and (found is None or found.name != hardware.gpu):
+        return gpu_spec(hardware.gpu), 1 if hardware.count == "auto" else count
+    return HostMemory(free_host_bytes()) if found is None else found, count
 
 
 def _is_here(device: Device) -> bool:
-    if isinstance(device, HostMemory):
-        return True
-    present = present_gpus()
-    return present is not None and present.spec.name == device.name
+    return isinstance(device, HostMemory) or device.is_here

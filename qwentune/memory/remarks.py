@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qwentune.facts.flex import flex_problem
 from qwentune.facts.models import ModelSpec, length_remark
 from qwentune.facts.present import spills
 from qwentune.facts.towers import tower_remark
@@ -10,12 +11,25 @@ from qwentune.memory.request import Device
 from qwentune.memory.settings import HostMemory
 
 
-def remarks(spec: ModelSpec, device: Device, max_tokens: int, where: str) -> list[str]:
-    """What is to be said of model and device beside the plan; `where` says `data.max_tokens`."""
+def remarks(
+    spec: ModelSpec,
+    device: Device,
+    max_tokens: int,
+    where: str,
+    *,
+    attention: str = "auto",
+    weights: str = "auto",
+) -> list[str]:
+    """What is to be said of model and device beside the plan; `where` says `data.max_tokens`.
+
+    `attention` and `weights` are those of the recipe.
+    """
     every = (
         tower_remark(spec),
         length_remark(spec, max_tokens, where),
         kernel_remark(spec, device),
+        attention_remark(spec, device) if attention == "auto" else "",
+        dtype_remark(device) if weights != "bf16" else "",
         ecc_remark(device),
         spill_remark(device),
     )
@@ -32,6 +46,27 @@ def kernel_remark(spec: ModelSpec, device: Device) -> str:
     return (
         f"Linear attention is planned as what is installed here runs it: by {rule}; its convolution by {convolution}."
     )
+
+
+def attention_remark(spec: ModelSpec, device: Device) -> str:
+    """Why the plan's choice of attention is SDPA where the card would do more, in words; empty where it is not."""
+    if spec.linear_attention is not None or isinstance(device, HostMemory) or not device.has_bf16:
+        return ""
+    problem = flex_problem(device)
+    return "" if problem is None else f"Attention is planned as sdpa, for {problem.what}. {problem.fix}"
+
+
+def dtype_remark(device: Device) -> str:
+    """What it costs that a card has no bf16, in words; empty where it has, or for a CPU."""
+    if isinstance(device, HostMemory) or device.has_bf16:
+        return ""
+    who = f"{device.name} has no bf16 and trains"
+    if " + " in device.name:
+        who = f"Not each of {device.name} has bf16; all train"
+    rate = " at a fraction of the rate of 16 bits"
+    if device.fp16_tflops is not None:
+        rate = f" at {device.fp32_tflops:g} TFLOP/s, where fp16 would have {device.fp16_tflops:g}"
+    return f"{who} in fp32: weights and activations take twice the bytes, and matrices are multiplied{rate}."
 
 
 def ecc_remark(device: Device) -> str:

@@ -117,11 +117,20 @@ class AdamW(torch.optim.Optimizer):
         return joined([local.view(-1)], [state["remainder"].view(-1)]).view(local.shape)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a state as it was saved; torch's own method would round it to the parameters' type."""
+        """Takes a state as it was saved; torch's own method would round it to the parameters' type.
+
+        Parameters that were bf16 then and are fp32 now become their exact values; the other way round begins a rest.
+        """
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, saved in state_dict["state"].items():
-            device = parameters[number].device
-            self.state[parameters[number]] = {name: tensor.to(device) for name, tensor in saved.items()}
+            parameter = parameters[number]
+            local = _local(parameter).detach()
+            state = self.state[parameter] = {name: tensor.to(parameter.device) for name, tensor in saved.items()}
+            if local.dtype == torch.float32 and "remainder" in state:
+                rest = state.pop("remainder")
+                local.copy_(joined([local.bfloat16().view(-1)], [rest.view(-1)]).view(local.shape))
+            elif local.dtype == torch.bfloat16 and "remainder" not in state:
+                state["remainder"] = torch.zeros_like(local, dtype=torch.int16)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in saved.items() if name != "params"})
 

@@ -23,7 +23,7 @@ IMPLEMENTATIONS = {
     "sdpa": "qwentune_sdpa",
     "flex_attention": "qwentune_flex",
     "eager": "qwentune_eager",
-    "flash_attention_2": "flash_attention_2",  # finds separate examples by position ids that begin again at 0
+    "flash_attention_2": "flash_attention_2",  # transformers' own, which is told where examples begin
 }
 BLOCK_TOKENS = 128  # of FlexAttention
 CHUNK_TOKENS = 384  # queries under one mask
@@ -31,7 +31,21 @@ CHUNK_TOKENS = 384  # queries under one mask
 
 def attention_arguments(implementation: str | None, batch: dict[str, Tensor]) -> dict[str, Any]:
     """The keywords of a model's forward that make its attention keep to the trees of the batch."""
-    return {"visibility": Visibility.of(batch)} if implementation in KERNELS else {}
+    if implementation in KERNELS:
+        return {"visibility": Visibility.of(batch)}
+    return _varlen_arguments(batch) if implementation == "flash_attention_2" else {}
+
+
+def _varlen_arguments(batch: dict[str, Tensor]) -> dict[str, Any]:
+    """Where examples begin and how long the longest is, as transformers' `FlashAttentionKwargs`.
+
+    Without them every layer looks for it in the position ids, and waits for the GPU.
+    """
+    sizes = batch["trees"][:, 0]  # each an example, for FlashAttention shares no prefixes
+    starts = functional.pad(sizes.cumsum(0), (1, 0)).to(torch.int32)
+    starts = starts.to(batch["input_ids"].device, non_blocking=True)
+    longest = int(sizes.max())  # on the CPU
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
 
 
 @dataclass(frozen=True)

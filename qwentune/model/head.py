@@ -9,7 +9,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qwentune.model.attention import attention_arguments
+from qwentune.model.attention import KERNELS, attention_arguments
 from qwentune.model.trained_rows import rows_of
 
 LOSS_CHUNK_TOKENS = 1024  # the plan counts the logits of as many
@@ -84,6 +84,8 @@ class LossHead:
         self.head: nn.Module = network.get_output_embeddings()
         self.chunked = kind == "supervised" and type(self.head) in (nn.Linear, TrainableTokensWrapper)
         self.attention: str | None = network.config._attn_implementation
+        if self.attention not in KERNELS and "linear_attention" in (getattr(network.config, "layer_types", None) or ()):
+            self.attention = None  # a row is one example, and linear attention refuses to be told where it begins
         self.targets: tuple[Tensor, Tensor] | None = None
         self.logits = self.head.forward
         self.head.forward = self._forward  # pyright: ignore[reportAttributeAccessIssue]

@@ -14,7 +14,7 @@ from qwentune.durable import remove, sync, sync_folders, write_text
 from qwentune.errors import Problem, ResumeError
 
 MANIFEST = "manifest.json"
-MANIFEST_SCHEMA = 1
+MANIFEST_SCHEMA = 2  # since 16-bit weights have exact values behind them
 STAGING, TRASH = ".saving-", ".trash-"
 
 
@@ -146,7 +146,7 @@ def verify(folder: Path) -> Checkpoint | Problem:
         schema = manifest["schema"]
         if schema != MANIFEST_SCHEMA:
             what = f"was written in layout {schema}, this version reads layout {MANIFEST_SCHEMA}"
-            return Problem(str(folder), what)
+            return Problem(str(folder), what, "--fresh moves the run aside and starts anew.")
         if manifest.pop("sha256") != _sha256_of(manifest):
             return Problem(str(folder / MANIFEST), "has been altered: its SHA-256 is not the one in it")
         step, files, facts = manifest["step"], manifest["files"], manifest["facts"]

@@ -52,7 +52,9 @@ class Recorder:
         self.folder.append(METRICS, row)
         self.latest.append(row)
         loss, speed = f"{row['loss']:.4f}", f"{row['tokens_per_second']:.0f}"
-        line = f"step {row['step']}/{self.num_steps}  loss {loss}  lr {row['learning_rate']:.2e}  {speed} tokens/s"
+        line = f"step {row['step']}/{self.num_steps}  loss {loss}  lr {row['learning_rate']:.2e}"
+        line += "" if row["update_ratio"] is None else f"  update {row['update_ratio']:.1e}"
+        line += f"  {speed} tokens/s"
         if self.bar is None:
             console.say(line)
             return

@@ -54,6 +54,11 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def num_here(self) -> int:
+        """How many ranks this machine has, each with a card of its own."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.num_ranks))
+
+    @property
     def device(self) -> torch.device:
         """Where this rank's model lives."""
         import torch

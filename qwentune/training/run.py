@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from qwentune.training.stop import StopOnSignal
     from qwentune.training.trainer import SftTrainer
 
+# What torch says where its allocator, the driver or a library beside it got none.
+SIGNS_OF_A_FULL_GPU = ("CUDA out of memory", "error: out of memory", "CUBLAS_STATUS_ALLOC", "CUDNN_STATUS_ALLOC")
 # What gloo says on the ranks that are left; NCCL ends their processes itself.
 MOST_BF16_SUMS = 32
 SIGNS_OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
@@ -153,7 +155,9 @@ class Run:
             trainer, stop = self._trainer(base, start.checkpoint, checkpoints, facts, recorder)
             with recorder or nullcontext():
                 trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint.folder))
-        except OutOfMemoryError as error:  # whose traceback keeps alive what its frames hold
+        except RuntimeError as error:  # whose traceback keeps alive what its frames hold
+            if not isinstance(error, OutOfMemoryError) and not any(sign in str(error) for sign in SIGNS_OF_A_FULL_GPU):
+                raise
             closing = "Training ended; the last checkpoint is kept."
             raise DoesNotFitError(self._ran_out(trainer, error), closing) from None
         if recorder is not None:

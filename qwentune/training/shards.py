@@ -30,9 +30,10 @@ def load_only_weights() -> None:
 def configure(accelerator: Any, model: Any) -> None:
     """Makes DeepSpeed hold what the plan reckons, before it has seen the model; nothing where it is not used.
 
-    Its bucket for gradients, which is allocated whole, is no larger than all of them. Stage 2 adds gradients up in
-    fp32, which the optimizer takes as they are; sums in bf16 it would copy twice in its step. Offloaded states are
-    torch's AdamW's too: DeepSpeed's own would be compiled here, and be another optimizer than on the GPU.
+    Its bucket for gradients, which is allocated whole, is no larger than all of them. Stages 2 and 3 add gradients up in
+    fp32, which the optimizer takes as they are; sums in bf16 lose more with every micro-batch, and are copied twice in
+    the step. Offloaded states are our AdamW's too: DeepSpeed's own would be compiled here, and be another optimizer
+    than on the GPU.
     """
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None:
@@ -41,7 +42,7 @@ def configure(accelerator: Any, model: Any) -> None:
     options = config["zero_optimization"]
     if options["offload_optimizer"]["device"] != "none":
         config["zero_force_ds_cpu_optimizer"] = False
-    elif options["stage"] == 2:
+    if options["stage"] == 3 or (options["stage"] == 2 and options["offload_optimizer"]["device"] == "none"):
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     asked = options.get("reduce_bucket_size", DEEPSPEED_BUCKET_VALUES)
     most = int(asked) if isinstance(asked, int | float) else DEEPSPEED_BUCKET_VALUES

@@ -112,7 +112,7 @@ def test_a_checkpoint_of_another_layout_names_both(tmp_path: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest | {"schema": 99}))
     found = verify(folder)
     assert "layout 99" in str(found)
-    assert "reads layout 1" in str(found)
+    assert "reads layout 2" in str(found)
 
 
 @pytest.mark.fault("B16", "a checkpoint of another version of torch is taken, and both versions are said")

@@ -322,16 +322,32 @@ OUT_OF_MEMORY_LOADING = """
 import torch
 from qwentune.model import load
 def exhausted(*args, **kwargs):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    raise {error}
 load.load_model = exhausted
 """
 
 
 @pytest.mark.fault("G46", "out of memory while weights are loaded: what the plan had for it, exit 4")
-def test_out_of_memory_while_loading_is_no_bug(tmp_path: Path, warm: Warm, model: Path) -> None:
-    ended = warm.train(recipe_of(tmp_path, model), code=OUT_OF_MEMORY_LOADING + TRAIN)
+@pytest.mark.parametrize(
+    "error",
+    [
+        "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')",
+        "torch.AcceleratorError('CUDA error: out of memory')",
+        "RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`')",
+        "RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED')",
+    ],
+)
+def test_out_of_memory_while_loading_is_no_bug(tmp_path: Path, warm: Warm, model: Path, error: str) -> None:
+    ended = warm.train(recipe_of(tmp_path, model), code=OUT_OF_MEMORY_LOADING.format(error=error) + TRAIN)
     assert ended.code == 4, ended.said
     assert "loading  the GPU's memory ran out" in ended.said
+
+
+def test_another_error_while_loading_stays_a_bug(tmp_path: Path, warm: Warm, model: Path) -> None:
+    error = "RuntimeError('CUDA error: an illegal memory access was encountered')"
+    ended = warm.train(recipe_of(tmp_path, model), code=OUT_OF_MEMORY_LOADING.format(error=error) + TRAIN)
+    assert ended.code == 1, ended.said
+    assert "A bug in qwentune: RuntimeError" in ended.said
 
 
 WITHOUT_A_PROBE = """

@@ -1,0 +1,45 @@
+"""What the ranks of one machine need do only once: the first to come does it, the others read what it found."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from hashlib import sha256
+from typing import Any
+
+import psutil
+from filelock import FileLock
+
+from qwentune.data.checkpoint import cache_folder
+from qwentune.durable import write_text
+
+# What tells apart the starts of one launcher. The ranks of a machine are its children; where a script stands between,
+# each finds for itself, as it also does where the first one fails.
+OF_A_START = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+
+
+def once(what: str, find: Callable[[], Any]) -> Any:
+    """The JSON value that `find` gives on the first rank of this machine to come here; the others wait for it.
+
+    Ranks have not joined yet, so this goes through a file of the user's own cache. Who dies with the lock leaves it.
+    `what` tells apart what is found, also by its inputs.
+    """
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
+        return find()
+    try:
+        launcher = psutil.Process(os.getppid())
+        start = [what, launcher.create_time(), *(os.environ.get(name) for name in OF_A_START)]
+        folder = cache_folder() / "once" / socket.gethostname()  # machines may share a home
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, psutil.Error):  # a cache that is not to be written, a launcher in another container
+        return find()
+    file = folder / f"{launcher.pid}-{sha256(json.dumps(start).encode()).hexdigest()[:16]}.json"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            for old in folder.glob("[0-9]*"):
+                if not psutil.pid_exists(int(old.name.partition("-")[0])):  # its launcher has ended
+                    old.unlink(missing_ok=True)
+            write_text(file, json.dumps(find()))
+        return json.loads(file.read_text(encoding="utf-8"))
