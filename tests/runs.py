@@ -100,6 +100,12 @@ def loss_history(run: Path) -> list[tuple[float, ...]]:
     ]
 
 
+def last_states(run: Path) -> dict[str, bytes]:
+    """What the optimizer holds at the end, exact values and moments, file by file."""
+    folder = run / (run / "latest").read_text().strip()
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("optimizer*.pt"))}
+
+
 def final_weights(run: Path) -> dict[str, bytes]:
     """The trained weights, file by file."""
     folder = run / ("adapter" if (run / "adapter").exists() else "model")

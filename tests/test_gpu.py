@@ -16,6 +16,7 @@ from qwentune.memory.allocator import LARGE_PAGE_BYTES, CardIsFullError
 from qwentune.memory.meta_step import recorded_step
 from qwentune.memory.replay import replay
 from qwentune.memory.settings import device_overheads
+from qwentune.model.adamw import AdamW, split
 from qwentune.model.attention import IMPLEMENTATIONS
 from qwentune.model.head import LossHead
 from qwentune.model.load import load_model
@@ -70,6 +71,8 @@ def test_a_run_killed_on_a_gpu_ends_as_the_undisturbed_one(tmp_path: Path, kind:
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["choices"]["attention"] == "flex_attention"
     assert plan["choices"]["weights"] == "bf16"
+    assert plan["choices"]["adapters"] == "bf16"
+    assert plan["choices"]["optimizer_state"] == "fp32"
     weights, losses = final_weights(tmp_path / "run"), loss_history(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "undisturbed")
     assert train(recipe, kill_at=5).returncode == KILLED
@@ -78,6 +81,30 @@ def test_a_run_killed_on_a_gpu_ends_as_the_undisturbed_one(tmp_path: Path, kind:
     assert "from step 3" in resumed.stderr
     assert final_weights(tmp_path / "run") == weights
     assert loss_history(tmp_path / "run") == losses
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_exact_values_are_moved_on_a_gpu_as_on_a_cpu_and_nothing_waits(eight_bit: bool) -> None:
+    devices = ("cpu", "cuda")
+    moved: list[torch.Tensor] = []
+    for device in devices:
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn((300, 70), generator=generator).mul(0.02).bfloat16()
+        weight = torch.nn.Parameter(start.to(device))
+        optimizer = AdamW([weight], lr=1e-4, weight_decay=0.01, eight_bit=eight_bit)
+        optimizer.found_inf, optimizer.grad_scale = torch.zeros((), device=device), torch.ones((), device=device)
+        gradients = [torch.randn((300, 70), generator=generator).bfloat16().to(device) for _ in range(50)]
+        for step, gradient in enumerate(gradients):
+            weight.grad = gradient
+            if device == "cuda" and step:  # the first sends what 8 bits stand for
+                torch.cuda.set_sync_debug_mode("error")
+            optimizer.step()
+        torch.cuda.set_sync_debug_mode("default")
+        moved.append(optimizer.exact(weight).cpu() - start.float())
+        rounded = torch.empty_like(start)
+        split(optimizer.exact(weight).cpu().view(-1).clone(), [rounded.view(-1)], [torch.empty(21000).short()])
+        assert torch.equal(weight.cpu(), rounded)
+    assert torch.linalg.norm(moved[1] - moved[0]) <= (1e-2 if eight_bit else 1e-5) * torch.linalg.norm(moved[0])
 
 
 def test_the_allocator_grows_its_segments() -> None:

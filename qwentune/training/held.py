@@ -25,7 +25,7 @@ def held_bytes(model: nn.Module | None, optimizer: Any, device: torch.device) ->
         for name, tensors in (
             ("adapters", trained if len(trained) < len(parameters) else ()),
             ("weights", chain(_with_scales(parameters), () if model is None else model.buffers())),
-            ("gradients", (parameter.grad for parameter in parameters)),
+            ("gradients", chain((parameter.grad for parameter in parameters), _sums(optimizer))),
             ("optimizer", () if optimizer is None else _states(optimizer)),
         )
     }
@@ -51,8 +51,14 @@ def _with_scales(parameters: Iterable[Tensor]) -> Iterator[Tensor | None]:
             state = state.state2
 
 
+def _sums(optimizer: Any) -> Iterable[Tensor]:
+    """What gradients are added up in beside their own storage."""
+    own: Any = getattr(optimizer, "optimizer", optimizer)  # inside of accelerate's
+    return getattr(own, "sums", {}).values()
+
+
 def _states(optimizer: Any) -> Iterator[Tensor]:
-    """The moments, and the fp32 weights that DeepSpeed steps on in the model's place."""
+    """The moments and what is behind 16 bits, and the fp32 weights that DeepSpeed steps on in the model's place."""
     for state in optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor))
     for group in optimizer.param_groups:

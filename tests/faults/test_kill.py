@@ -26,14 +26,20 @@ import psutil
 import pytest
 
 from tests.checkpoints import add_weights, write_checkpoint
-from tests.runs import ENVIRONMENT, KILLED, final_weights, loss_history, train, write_recipe
+from tests.runs import ENVIRONMENT, KILLED, final_weights, last_states, loss_history, train, write_recipe
 from tests.warm import Warm
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}
-KINDS = {"lora": LORA, "qlora": {**LORA, "kind": "qlora"}, "full": {"kind": "full"}}
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"tuning": LORA, "precision": {"weights": "bf16", "adapters": "bf16"}},
+    "qlora": {"tuning": {**LORA, "kind": "qlora"}},
+    "full": {"precision": {"weights": "bf16"}},
+    "full-8bit": {"precision": {"weights": "bf16", "optimizer_state": "8bit"}},
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full-packed-qwen3": ("qwen3", {"batch": {"micro_batch": 4}}),
     "full-moe-accumulated": ("qwen3_moe", {"data": {"packing": False}, "batch": {"micro_batch": 1}}),
+    "full-bf16-qwen3": ("qwen3", {"precision": {"weights": "bf16"}, "batch": {"micro_batch": 1}}),
     "lora-dropout-qwen2": ("qwen2", {"tuning": LORA, "data": {"packing": False}, "batch": {"micro_batch": 4}}),
     "lora-packed-accumulated-qwen3": ("qwen3", {"tuning": LORA, "batch": {"micro_batch": 1}}),
     "qlora-dropout-qwen3": ("qwen3", {"tuning": {**LORA, "kind": "qlora"}, "batch": {"micro_batch": 2}}),
@@ -86,6 +92,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, case: str) ->
     assert [row[0] for row in history] == list(range(1, 41))
     assert history == loss_history(undisturbed)
     assert final_weights(run) == final_weights(undisturbed)
+    assert last_states(run) == last_states(undisturbed) != {}
 
     if case != FAST:
         return
@@ -225,7 +232,7 @@ def kill_until_done(folder: Path, kind: str, kills: int, start: Callable[[Path, 
     seed = int(os.environ.get("SEED", random.randrange(10_000)))
     model = add_weights(write_checkpoint(folder / "model", "qwen3"))
     recipe = write_recipe(
-        folder, model, tuning=KINDS[kind], optimizer={"max_steps": kills * int(MOST_STEPS + 1)},
+        folder, model, **KINDS[kind], optimizer={"max_steps": kills * int(MOST_STEPS + 1)},
         data={"max_tokens": 256}, batch={"sequences_per_step": 2, "micro_batch": 1}, output={"save_every_steps": 5},
     )  # fmt: skip
     run, chance = folder / "run", random.Random(seed)
@@ -233,7 +240,8 @@ def kill_until_done(folder: Path, kind: str, kills: int, start: Callable[[Path, 
 
     undisturbed = start(recipe, folder / "order.jsonl")
     assert undisturbed.wait() == 0, undisturbed.said
-    expected = loss_history(run), final_weights(run), order_of(folder / "order.jsonl")
+    expected = loss_history(run), final_weights(run), order_of(folder / "order.jsonl"), last_states(run)
+    assert expected[3]
     run.rename(folder / "undisturbed")
 
     order, moments = folder / "order-killed.jsonl", []
@@ -258,6 +266,7 @@ def kill_until_done(folder: Path, kind: str, kills: int, start: Callable[[Path, 
     assert "resuming" in last.said
     assert loss_history(run) == expected[0]
     assert final_weights(run) == expected[1]
+    assert last_states(run) == expected[3]
     assert order_of(order) == expected[2]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import add_weights, write_checkpoint
-from tests.runs import KILL_AT, KILLED, final_weights, loss_history, write_recipe
+from tests.runs import KILL_AT, KILLED, final_weights, last_states, loss_history, write_recipe
 from tests.warm import TRAIN, Warm
 
 pytestmark = pytest.mark.slow
@@ -58,8 +58,8 @@ def recipe_of(folder: Path, model: Path, **sections: Any) -> Path:
     return write_recipe(folder, model, **{**sections, "data": {"max_tokens": 256, **sections.get("data", {})}})
 
 
-def result(run: Path) -> tuple[object, object]:
-    return loss_history(run), final_weights(run)
+def result(run: Path) -> tuple[object, ...]:
+    return loss_history(run), final_weights(run), last_states(run)
 
 
 @pytest.mark.fault("E33 A01", "resumed at any step: the same losses and weights, bit for bit")
@@ -117,6 +117,11 @@ CELLS: dict[str, dict[str, Any]] = {
     },
     "full, recomputed, all logits": {
         "memory": {"gradient_checkpointing": True, "loss": "full"}, "batch": {"micro_batch": 2},
+    },
+    "full, exact values behind bf16": {"precision": {"weights": "bf16"}, "batch": {"micro_batch": 2}},
+    "full, exact values behind bf16, moments in 8 bits": {"precision": {"weights": "bf16", "optimizer_state": "8bit"}},
+    "lora, exact values behind bf16": {
+        "tuning": LORA, "precision": {"weights": "bf16", "adapters": "bf16"}, "batch": {"micro_batch": 1},
     },
     "full, the end of an epoch inside": {"optimizer": {"max_steps": None, "epochs": 2}, "data": {"packing": True}},
 }  # fmt: skip
