@@ -104,8 +104,10 @@ def test_tensors_never_overlap_and_no_more_is_reserved_than_the_card_has(
         ("Qwen/Qwen3-8B", {"gradient_checkpointing": 18}),
         ("Qwen/Qwen3-8B", {"gradient_checkpointing": False, "attention": "sdpa"}),
         ("Qwen/Qwen2.5-7B", {"kind": "qlora", "loss": "full"}),
-        ("Qwen/Qwen3-0.6B", {"kind": "full", "optimizer_state": "bf16"}),
+        ("Qwen/Qwen3-8B", {"adapters": "bf16", "rank": 64}),
+        ("Qwen/Qwen3-0.6B", {"kind": "full"}),
         ("Qwen/Qwen3-0.6B", {"kind": "full", "optimizer_state": "8bit", "accumulation": 2}),
+        ("Qwen/Qwen3-0.6B", {"kind": "full", "max_tokens": 64}),
         ("Qwen/Qwen3-30B-A3B", {}),
     ],
     ids=str,
@@ -156,13 +158,13 @@ def test_a_plan_that_only_the_closed_form_refuses_fits() -> None:
 
 def test_where_the_trace_refuses_the_next_fastest_plan_is_taken() -> None:
     """As if the closed form had missed a part of what keeping all activations takes."""
-    small = card(12 * GIB)
+    small = card(9 * GIB)
     too_large = replace(make_plan(SPEC, card(40 * GIB), REQUEST), usable_bytes=small.total_bytes)
     assert too_large.choices.gradient_checkpointing is False
     plan = cross_checked(SPEC, small, REQUEST, too_large, lambda _: None)
     assert plan.fits
     assert 0 < plan.choices.gradient_checkpointing < SPEC.num_layers
-    assert 0.9 * small.total_bytes < plan.peak_bytes <= plan.usable_bytes == small.total_bytes
+    assert 0.85 * small.total_bytes < plan.peak_bytes <= plan.usable_bytes == small.total_bytes
 
 
 def test_where_nothing_fits_the_refusal_has_mends() -> None:

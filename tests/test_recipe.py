@@ -203,6 +203,16 @@ def test_a_misspelt_choice_names_the_nearest_one() -> None:
     assert fixes(MINIMAL, "memory.attention=flash_attention_3") == ["Did you mean 'flash_attention_2'?"]
 
 
+def test_moments_in_bf16_are_refused_with_the_reason() -> None:
+    text = MINIMAL + "precision: {optimizer_state: bf16}\n"
+    assert problems(text) == [
+        "r.yaml:4:30  precision.optimizer_state: the text 'bf16' is given; auto, fp32 or 8bit is needed"
+    ]
+    assert "it would never fall" in fixes(text)[0]
+    assert "8bit" in fixes(text)[0]
+    assert len(problems(text + "sead: 1\n")) == 2, "beside all others"
+
+
 def test_quotes_around_a_number_are_named() -> None:
     assert fixes(MINIMAL + "seed: '17'\n") == ["Remove the quotes."]
     assert fixes(MINIMAL + "revision: 1234567\n") == ["In quotes it is text."]

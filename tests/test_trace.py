@@ -14,8 +14,8 @@ from qwentune.facts import present
 from qwentune.facts.architecture import MoeSpec
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.models import config_of, model_spec
-from qwentune.memory import HostMemory, PlanRequest, make_plan
-from qwentune.memory.closed_form import phases
+from qwentune.memory import HostMemory, PlanRequest, closed_form, make_plan
+from qwentune.memory.closed_form import moving_bytes, phases
 from qwentune.memory.cross_check import cross_checked
 from qwentune.memory.delta_rule import fold
 from qwentune.memory.judge import kernels_beside
@@ -23,6 +23,7 @@ from qwentune.memory.meta_step import (
     evaluation_of,
     meta_batch,
     meta_network,
+    meta_step,
     step_of,
     traceable,
     traced_evaluation,
@@ -31,7 +32,7 @@ from qwentune.memory.meta_step import (
 from qwentune.memory.remarks import kernel_remark
 from qwentune.memory.settings import Overheads, Settings
 from qwentune.memory.trace import live_bytes, peak
-from qwentune.model import attention
+from qwentune.model import adamw, attention
 from qwentune.model.attention import IMPLEMENTATIONS
 
 NO_OVERHEADS = Overheads(context_bytes=0, workspace_bytes=0, allocator_fraction=0.0, allocator_bytes=0)
@@ -89,10 +90,7 @@ def random_network(spec: Any, settings: Settings) -> Any:
 
 
 def measured_bytes(spec: Any, settings: Settings, network: Any = None, evaluates: bool = False) -> int:
-    """The peak of a real step with real weights and torch's own AdamW, after a first one made its states.
-
-    Or of an evaluation in its place.
-    """
+    """The peak of a real step with real weights, the optimizer's states there; or of an evaluation in its place."""
     network = network or random_network(spec, settings)
     num_tokens = settings.forward_tokens
     batch = meta_batch(settings)
@@ -104,14 +102,6 @@ def measured_bytes(spec: Any, settings: Settings, network: Any = None, evaluates
     real["predict_from"] = torch.arange(num_tokens)
     num_recomputed = settings.num_checkpointed(spec.num_layers)
     step = step_of(network, settings, num_recomputed, real)
-    trained = [parameter for parameter in step.network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, fused=True)
-    step.loss().backward()
-    optimizer.step()
-    if settings.accumulation == 1:
-        optimizer.zero_grad()
-    states = {parameter: list(state.values()) for parameter, state in optimizer.state.items()}
-    step = replace(step, states=states, optimize=lambda: optimizer.step() and None)
     step = evaluation_of(step) if evaluates else step
     return sum(peak(live_bytes(step, num_recomputed // spec.period))[1].values())
 
@@ -127,7 +117,6 @@ def test_a_real_step_on_the_cpu_takes_what_the_trace_says(
     settings, spec = replace(SETTINGS, **cast(Any, changes)), tiny(name)
     if spec.moe:  # grouped products run on meta in bf16 only, where the CPU's own SDPA takes a workspace more
         settings = replace(settings, weights="bf16", attention="eager")
-        settings = replace(settings, optimizer_state="bf16" if kind == "full" else "fp32")
     assert traced_peak(spec, settings).allocated == pytest.approx(measured_bytes(spec, settings), rel=0.005)
 
 
@@ -146,7 +135,6 @@ def test_a_real_step_of_a_hybrid_takes_what_the_trace_says(name: str, kind: str,
     settings, spec = replace(SETTINGS, **cast(Any, changes)), tiny(name)
     if spec.moe:
         settings = replace(settings, weights="bf16", attention="eager")
-        settings = replace(settings, optimizer_state="bf16" if kind == "full" else "fp32")
     assert traced_peak(spec, settings).allocated == pytest.approx(measured_bytes(spec, settings), rel=0.005)
 
 
@@ -166,6 +154,12 @@ def test_a_long_sequence_of_a_hybrid_may_be_folded() -> None:
         {"drops": True},
         {"dora": True},
         {"trains_rows": True},
+        {"adapters": "bf16"},
+        {"adapters": "bf16", "accumulation": 33},
+        {"kind": "full", "weights": "bf16", "attention": "eager", "accumulation": 33},
+        {"adapters": "bf16", "optimizer_state": "8bit", "rank": 64, "loss": "full", "micro_batch": 1},
+        {"kind": "full", "optimizer_state": "8bit"},
+        {"kind": "full", "weights": "bf16", "attention": "eager", "optimizer_state": "8bit"},
     ],
     ids=str,
 )
@@ -209,10 +203,39 @@ def test_a_real_evaluation_on_the_cpu_takes_what_the_trace_says(kind: str, loss:
     assert traced_evaluation(spec, settings).allocated == pytest.approx(measured, rel=0.005)
 
 
+def test_the_plan_counts_what_the_optimizer_moves_at_a_time() -> None:
+    assert (closed_form.PIECE_VALUES, closed_form.BLOCK_VALUES) == (adamw.PIECE_VALUES, adamw.BLOCK_VALUES)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Qwen/Qwen3-0.6B", {"kind": "full", "weights": "bf16"}),
+        ("Qwen/Qwen3-0.6B", {"kind": "full", "weights": "bf16", "optimizer_state": "8bit"}),
+        ("Qwen/Qwen3-0.6B", {"kind": "full"}),
+        ("Qwen/Qwen2.5-0.5B", {"adapters": "bf16"}),
+        ("Qwen/Qwen3-8B", {"adapters": "bf16", "rank": 16, "weights": "bf16"}),
+        ("Qwen/Qwen3-8B", {"adapters": "bf16", "rank": 16, "weights": "bf16", "optimizer_state": "8bit"}),
+        ("Qwen/Qwen3-30B-A3B", {"rank": 16, "weights": "bf16", "optimizer_state": "8bit"}),
+    ],
+    ids=str,
+)
+def test_the_optimizer_of_the_whole_model_steps_beside_a_copy_of_one_layer(name: str, changes: dict[str, Any]) -> None:
+    spec, settings = model_spec(name), replace(SETTINGS, max_tokens=8, micro_batch=1, **changes)
+    config = AutoConfig.for_model(**config_of(spec))
+    with traceable(spec, settings):
+        one = live_bytes(meta_step(config, settings, 1, 0, spec.num_layers), 1)["optimizer"]
+        alone = live_bytes(meta_step(config, settings, 1, 0), 1)["optimizer"]
+    moving = moving_bytes(spec, settings)
+    assert 0.85 * moving < one["temporaries"] < moving + 2**18
+    assert {**one, "temporaries": 0} == {**alone, "temporaries": 0}, "of its tensors none is counted"
+
+
 def cases(count: int) -> list[tuple[str, dict[str, Any]]]:
     """A fixed sample in which every two choices of different settings soon meet: strides without a common factor."""
     kinds, tokens, batches = ("lora", "qlora", "full"), (512, 2048, 4096, 8192, 32768), (1, 2, 4)
     checkpointing, losses = (True, False, 0.5, 0.9), ("supervised", "full")
+    states, adapters = ("fp32", "8bit", "fp32"), ("bf16", "fp32")
     found: list[tuple[str, dict[str, Any]]] = []
     for k in range(count):
         kind = kinds[k % 3]
@@ -227,8 +250,9 @@ def cases(count: int) -> list[tuple[str, dict[str, Any]]]:
                     "micro_batch": batches[k // 3 % 3],
                     "gradient_checkpointing": layers,
                     "loss": losses[k // 2 % 2],
-                    "optimizer_state": "bf16" if kind == "full" else "fp32",
+                    "optimizer_state": states[k // 4 % 3],
                     "weights": "bf16",
+                    "adapters": adapters[k // 5 % 2],
                     "attention": "flex_attention",
                     "rank": 16,
                 },
@@ -288,6 +312,7 @@ def test_the_closed_form_agrees_with_the_trace_whatever_attention_holds(changes:
                 ("Qwen/Qwen2.5-0.5B", {"trains_rows": True, "attention": "sdpa", "max_tokens": 16384}),
                 ("Qwen/Qwen3-4B", {"trains_rows": True, "loss": "full"}),
                 ("Qwen/Qwen3-8B", {"targets": ("q_proj", "lm_head"), "loss": "full"}),
+                ("Qwen/Qwen3-8B", {"trains_rows": True, "gradient_checkpointing": 7}),
             )
         ),
     ],
@@ -297,7 +322,30 @@ def test_the_closed_form_agrees_with_the_trace_of_dropout_dora_and_trained_rows(
     name: str, changes: dict[str, Any]
 ) -> None:
     same: dict[str, Any] = {"max_tokens": 4096, "micro_batch": 1, "rank": 16, "weights": "bf16"}
-    test_the_closed_form_agrees_with_the_trace(name, {**same, "optimizer_state": "fp32", **changes})
+    test_the_closed_form_agrees_with_the_trace(name, {**same, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Qwen/Qwen3-0.6B", {"kind": "full", "accumulation": 33}),
+        *(
+            pytest.param(name, changes, marks=pytest.mark.slow)
+            for name, changes in (
+                ("Qwen/Qwen3-0.6B", {"kind": "full", "accumulation": 32}),
+                ("Qwen/Qwen3-8B", {"adapters": "bf16", "rank": 128, "accumulation": 33}),
+                ("Qwen/Qwen3-4B", {"kind": "full", "accumulation": 64, "optimizer_state": "8bit"}),
+                ("Qwen/Qwen3-30B-A3B", {"kind": "full", "accumulation": 33}),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_the_closed_form_agrees_with_the_trace_of_sums_of_many_micro_batches(
+    name: str, changes: dict[str, Any]
+) -> None:
+    same: dict[str, Any] = {"max_tokens": 2048, "micro_batch": 1, "rank": 16, "weights": "bf16"}
+    test_the_closed_form_agrees_with_the_trace(name, {**same, **changes})
 
 
 @pytest.mark.parametrize(
@@ -312,7 +360,7 @@ def test_the_closed_form_agrees_with_the_trace_of_dropout_dora_and_trained_rows(
 )
 def test_the_closed_form_holds_the_new_gradients_of_a_layer_s_experts(name: str, accumulation: int) -> None:
     settings = replace(SETTINGS, kind="full", max_tokens=8192, micro_batch=1, accumulation=accumulation)
-    settings = replace(settings, gradient_checkpointing=accumulation > 1, weights="bf16", optimizer_state="bf16")
+    settings = replace(settings, gradient_checkpointing=accumulation > 1, weights="bf16")
     spec = model_spec(name)
     closed = phases(spec, settings, NO_OVERHEADS, merges_here=False)["train_step"].allocated
     traced = traced_peak(spec, settings).allocated
@@ -325,7 +373,8 @@ def hybrid_settings(k: int) -> dict[str, Any]:
         **{"kind": kind, "micro_batch": 1, "rank": 16, "weights": "bf16", "loss": ("supervised", "full")[k // 5 % 2]},
         "max_tokens": (512, 2048, 4096, 32768)[k * 3 % 4],
         "gradient_checkpointing": (True, False, 8)[k // 2 % 3],
-        "optimizer_state": "bf16" if kind == "full" else "fp32",
+        "optimizer_state": ("fp32", "8bit")[k // 7 % 2],
+        "adapters": ("bf16", "fp32")[k // 6 % 2],
     }
 
 
@@ -339,6 +388,13 @@ SIZES = [
 @pytest.mark.parametrize(("name", "changes"), [marked(k + 4, (SIZES[k % 8], hybrid_settings(k))) for k in range(24)])
 def test_the_closed_form_agrees_with_the_trace_of_hybrids_and_mixtures(name: str, changes: dict[str, Any]) -> None:
     test_the_closed_form_agrees_with_the_trace(name, changes)
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen3-8B"])
+@pytest.mark.parametrize("adapters", ["bf16", "fp32"])
+def test_the_closed_form_agrees_with_the_trace_of_adapters_beside_long_rows(name: str, adapters: str) -> None:
+    same: dict[str, Any] = {"kind": "qlora", "max_tokens": 32768, "micro_batch": 1, "weights": "bf16"}
+    test_the_closed_form_agrees_with_the_trace(name, {**same, "adapters": adapters, "attention": "flex_attention"})
 
 
 FUSED_PACKAGES = ("fla", "causal_conv1d")
@@ -387,7 +443,7 @@ def test_what_a_fused_delta_rule_keeps_is_what_its_source_saves() -> None:
 
 def test_fused_kernels_are_traced_where_they_are_installed_and_a_gpu_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, card = model_spec("Qwen/Qwen3.5-9B"), gpu_spec("h200")
-    request = PlanRequest("lora", 8192, 16, kernels=frozenset(FUSED_PACKAGES))
+    request = PlanRequest("lora", 12288, 16, kernels=frozenset(FUSED_PACKAGES))
     plain, fused = (make_plan(spec, card, asked) for asked in (replace(request, kernels=frozenset()), request))
     assert fused.choices.gradient_checkpointing < plain.choices.gradient_checkpointing
     said: list[str] = []

@@ -164,11 +164,12 @@ def forward_bytes(spec: ModelSpec, settings: Settings) -> int:
         if adapts_experts(spec, settings):  # PEFT adds the adapters' product to the experts' fused weights
             weights += 2 * width * spec.moe.num_experts * 2 * spec.moe.expert_intermediate * hidden
     attention = width * (3 * spec.query_size + 2 * spec.kv_size) + 2 * _FP32 * hidden
-    # The residual, the normed input and its casts for two adapters.
-    casts = 2 * settings.trained_bytes if is_adapted and settings.trained_bytes != width else 0
+    # What the embedding gave, the layer's input, the residual, the normed input, and its cast for adapters.
+    cast = settings.trained_bytes if is_adapted and settings.trained_bytes != width else 0
     rule = _running_delta_rule(settings, spec.linear_attention) + width * hidden if spec.linear_attention else 0
     attention += _running_scores(spec, settings)
-    per_token = 2 * width * hidden + max(casts * hidden + max(feed_forward, attention), rule)
+    feed_forward += (2 * width + cast) * hidden
+    per_token = 2 * width * hidden + max(feed_forward, 2 * cast * hidden + attention, rule)
     return settings.forward_tokens * per_token + weights
 
 

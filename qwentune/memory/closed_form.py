@@ -31,6 +31,9 @@ NF4_BYTES_PER_PARAMETER = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 DEEPSPEED_BUCKET_VALUES = 500_000_000
 # The most gathered values that its stage 3 keeps for later; what runs now may be more. For one rank it gathers nothing.
 DEEPSPEED_LIVE_VALUES = 1_000_000_000
+# The most values that AdamW moves at a time, and those of which moments in 8 bits share a scale: model/adamw.py's.
+PIECE_VALUES = 2**24
+BLOCK_VALUES = 256
 # One NCCL communicator; up to 1.6 GB was reported once (NVIDIA/nccl#864), unverified.
 NCCL_BYTES = 512 * MIB
 # Interpreter, torch, CUDA libraries and pinned buffers of a rank on a GPU, unverified.
@@ -117,15 +120,37 @@ def quantised_parameters(spec: ModelSpec) -> int:
 
 
 def state_bytes(spec: ModelSpec, settings: Settings) -> int:
-    """Bytes of AdamW's two moments (and DeepSpeed's fp32 weights) over all ranks."""
+    """Bytes of AdamW's states over all ranks: two moments, and what makes trained weights exact fp32 values.
+
+    That are 16 more bits of a weight in bf16, or DeepSpeed's fp32 weights.
+    """
     trained = trained_parameters(spec, settings)
     if settings.uses_deepspeed:
         return trained * (4 + 8)
+    rests = 2 * trained if settings.trained_bytes == 2 else 0
+    if settings.optimizer_state == "fp32":
+        return rests + 8 * trained
+    # Embeddings keep fp32 moments.
+    in_fp32 = spec.head_parameters if settings.kind == "full" else 0
+    return rests + 8 * in_fp32 + round((2 + 8 / BLOCK_VALUES) * (trained - in_fp32))
+
+
+def moving_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """Bytes that AdamW's step of one rank takes beside weights, gradients and states, wherever the states are.
+
+    Of a piece their fp32 values before the step; of weights in bf16 also the exact ones, and of gradients in bf16 the
+    same in fp32. Moments in 8 bits are unpacked, and new codes of a tensor are there twice, to be chosen from.
+    """
+    values, is_half = trained_parameters(spec, settings), settings.trained_bytes == 2 and not settings.uses_deepspeed
+    if settings.is_sharded or settings.uses_deepspeed:
+        values = _share(values, settings.num_ranks)
+    piece = min(values, PIECE_VALUES)
+    num_copies = 1 if not is_half else 2 if settings.adds_in_fp32 else 3
+    moved = 4 * num_copies * piece
     if settings.optimizer_state != "8bit":
-        return trained * (8 if settings.optimizer_state == "fp32" else 4)
-    # bitsandbytes keeps an fp32 scale per 256 values, and under the Trainer 32-bit moments for the embedding.
-    unquantised = spec.head_parameters if settings.kind == "full" else 0
-    return 8 * unquantised + round((2 + 8 / 256) * (trained - unquantised))
+        return moved
+    largest = min(piece, _largest_tensor_bytes(spec, settings) // settings.trained_bytes)
+    return moved + 8 * piece + round(2 * (1 + 4 / BLOCK_VALUES) * largest)
 
 
 def host_bytes(spec: ModelSpec, settings: Settings) -> dict[str, int]:
@@ -135,13 +160,12 @@ def host_bytes(spec: ModelSpec, settings: Settings) -> dict[str, int]:
     """
     running = settings.num_ranks * (HOST_BYTES_PER_RANK + offloaded_bytes(spec, settings))
     loading = saving = resuming = running
-    if settings.is_sharded and settings.kind == "full":
-        saving += base_weight_bytes(spec, settings)
+    if settings.is_sharded:  # rank 0 gathers what is trained, not the states, which every rank writes for itself
+        saving += settings.trained_bytes * trained_parameters(spec, settings)
     if settings.is_sharded and settings.uses_deepspeed:  # what rank 0 fuses
         loading += settings.weight_bytes * spec.expert_parameters_per_layer
-    elif settings.is_sharded:  # FSDP2 shares adapters out when all are there; rank 0 gathers and reads moments
+    elif settings.is_sharded:  # FSDP2 shares adapters out when all are there; every rank reads its states
         loading += settings.num_ranks * settings.trained_bytes * adapter_parameters(spec, settings)
-        saving = max(saving, running + state_bytes(spec, settings))
         resuming += state_bytes(spec, settings)
     merging = _with_overheads(_merge(spec, settings), settings, device_overheads(HostMemory(0))).total
     phases = dict.fromkeys(("load", "train_step", "evaluate", "save", "resume"), running)
@@ -153,13 +177,13 @@ def offloaded_bytes(spec: ModelSpec, settings: Settings) -> int:
 
     fp32 weights and gradients, the new weights and one tensor's gradient are pinned, in blocks of a power of two as
     torch takes them. The two moments are not; nor are the gradients summed over micro-batches, or, while a checkpoint
-    is read, its fp32 weights, which are more.
+    is read, its fp32 weights, which are more; nor what the step takes.
     """
     if not settings.offloads:
         return 0
     trained = _share(trained_parameters(spec, settings), settings.num_ranks)
     pinned = (4 * trained, 4 * trained, settings.trained_bytes * trained, _largest_tensor_bytes(spec, settings))
-    return sum(1 << (size - 1).bit_length() for size in pinned) + (8 + 4) * trained
+    return sum(1 << (size - 1).bit_length() for size in pinned) + (8 + 4) * trained + moving_bytes(spec, settings)
 
 
 def disk_bytes(spec: ModelSpec, settings: Settings, keep: int) -> int:
@@ -225,12 +249,15 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
     num_checkpointed = settings.num_checkpointed(spec.num_layers)
     num_saved = spec.num_layers - num_checkpointed
     saved = num_checkpointed * last.boundary_bytes + kept_bytes(spec, settings, num_saved) + mask_bytes(spec, settings)
+    if settings.trains_rows:  # laid over what the embedding gives
+        saved += settings.forward_tokens * spec.hidden_size * settings.weight_bytes
     # The first layers are the recomputed ones: where a layer after them keeps what it saved, it is free by then.
     recomputed = 0 if num_saved else last.saved_bytes
 
     gradients = _gradient_bytes(spec, settings)
     # Plain gradients are freed after each optimizer step, so in the only micro-batch of a step they do not exist yet.
-    starts_without = settings.accumulation == 1 and settings.sharding == "none"
+    # Sums in fp32 take them over after each micro-batch.
+    starts_without = settings.sharding == "none" and (settings.accumulation == 1 or settings.adds_in_fp32)
     head_gradient = settings.weight_bytes * spec.head_parameters if settings.kind == "full" else 0
     # New ones of a layer's experts: gate's and up's where earlier ones are there to be added to, else all three stay.
     experts = settings.weight_bytes * spec.expert_parameters_per_layer if settings.kind == "full" else 0
@@ -268,40 +295,57 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
         ),
         replace(static, gradients=gradients, temporaries=static.temporaries + waiting - embedding_gradient),
     ]
-    if settings.sharding == "zero1" or (settings.sharding == "zero2" and settings.trained_bytes == 4):
-        # A rank's share: as it came from the bucket, flat, and in fp32 where it was not.
-        share = _share(8 * trained_parameters(spec, settings), settings.num_ranks)
-        moments.append(replace(static, gradients=share))
+    moments.append(_optimizer_moment(spec, settings, static, gradients))
     if spec.period > 1:  # the layer before the last is of another kind
         before = saved - (last.saved_bytes if num_saved else last.boundary_bytes - first.saved_bytes)
         early += (gradients - early) // spec.num_layers
         activations = before + max(first.backward_bytes, at_last + first.experts_bytes)
         moments.append(replace(static, gradients=early, activations=activations, temporaries=temporaries))
-    return moments
+    sums = _sum_bytes(spec, settings)
+    return [replace(moment, gradients=moment.gradients + sums) for moment in moments]
+
+
+def _sum_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """Sums of gradients in fp32 beside those of a micro-batch; of shards their own."""
+    if not settings.adds_in_fp32:
+        return 0
+    return _share(4 * trained_parameters(spec, settings), settings.num_ranks if settings.is_sharded else 1)
+
+
+def _optimizer_moment(spec: ModelSpec, settings: Settings, static: Terms, gradients: int) -> Terms:
+    """The optimizer's step; of what is shared a rank has its share, and under FSDP2 all weights are shared by then."""
+    share = _share(trained_parameters(spec, settings), settings.num_ranks)
+    temporaries = static.temporaries
+    if settings.adds_in_fp32:  # of what was not added up yet nothing is left but DDP's buckets
+        gradients = gradients // 2 if settings.sharding == "ddp" else 0
+    if settings.sharding == "fsdp2":
+        gradients, temporaries = 0 if settings.adds_in_fp32 else settings.trained_bytes * share, 0
+    elif settings.offloads:
+        return replace(static, gradients=gradients)
+    elif settings.uses_deepspeed:
+        # As it came from the bucket, flat, and in fp32 where it was not; stage 2 has sums in fp32, stage 3 keeps one.
+        twice = settings.sharding == "zero1" or (settings.sharding == "zero2" and settings.trained_bytes == 4)
+        gradients = (8 if twice else 4) * share
+    return replace(static, gradients=gradients, temporaries=temporaries + moving_bytes(spec, settings))
 
 
 def _logit_bytes(spec: ModelSpec, settings: Settings) -> int:
     """Judged as if every token were trained."""
     tokens = settings.forward_tokens
     if settings.loss == "full":
-        return tokens * spec.vocab_rows * FULL_LOSS_BYTES_PER_LOGIT + _mixed_head_bytes(spec, settings)
+        return tokens * spec.vocab_rows * FULL_LOSS_BYTES_PER_LOGIT
     width, chunk_tokens = settings.weight_bytes, min(tokens, LOSS_CHUNK_TOKENS)
     # Logits in fp32, and of the same size their log-softmax or their slope; the slope of the chunk before is there too.
     before = width if tokens > LOSS_CHUNK_TOKENS else 0
     chunk = chunk_tokens * spec.vocab_rows * (4 + 4 + before)
     # What the head reads, and its gradient.
     hidden = 2 * tokens * spec.hidden_size * width
-    if settings.kind != "full" and not settings.trains_rows:
+    if settings.kind != "full":
         return chunk + hidden
     head_gradient = width * spec.head_parameters
     # Or the slope, and the chunk's share of the head's gradient beside the sum.
     share = chunk_tokens * spec.vocab_rows * width + head_gradient
-    return max(chunk, share) + head_gradient + hidden + _mixed_head_bytes(spec, settings)
-
-
-def _mixed_head_bytes(spec: ModelSpec, settings: Settings) -> int:
-    """The copy of the head with the rows laid in that are trained beside adapters."""
-    return settings.weight_bytes * spec.head_parameters if settings.trains_rows else 0
+    return max(chunk, share) + head_gradient + hidden
 
 
 def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
@@ -309,12 +353,10 @@ def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
     # DDP's buckets stay.
     gradients = _gradient_bytes(spec, settings) // 2 if settings.sharding == "ddp" else 0
     body = replace(static, gradients=gradients, activations=forward_bytes(spec, settings) + mask_bytes(spec, settings))
-    # Logits in fp32 and their log-softmax; before them the head with its trained rows, which chunks keep.
-    is_chunked, mixed_head = settings.loss == "supervised", _mixed_head_bytes(spec, settings)
-    # An adapter's part, and the sum with the base's in its type, come before them too.
+    # Logits in fp32 and their log-softmax; before them an adapter's part, and the sum with the base's in its type.
+    is_chunked = settings.loss == "supervised"
     per_logit = max(4 + 4, settings.weight_bytes + 2 * settings.trained_bytes) if adapts_head(settings) else 4 + 4
     logits = (min(tokens, LOSS_CHUNK_TOKENS) if is_chunked else tokens) * spec.vocab_rows * per_logit
-    logits = logits + mixed_head if is_chunked else max(logits, mixed_head + logits // 4)
     head = replace(
         static,
         gradients=gradients,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from qwentune.facts.launch import offloads, uses_deepspeed
 from qwentune.memory.plan import RunPlan, plan_warnings
 from qwentune.memory.profile import Profile
 from qwentune.memory.settings import GIB
@@ -76,15 +77,24 @@ def _explanation(plan: RunPlan, num_layers: int) -> tuple[str, str]:
         run += f", about {plan.gpu_hours:.2g} GPU-hours {_basis(plan.profile)}." if plan.gpu_hours is not None else "."
     if plan.expansion_factor is not None and round(plan.expansion_factor, 2) != 1:
         run += f" The data costs {plan.expansion_factor:.2f} times the tokens of one rendering."
-    has_adapters = plan.phases["train_step"].terms["adapters"] > 0
-    adapters = f" adapters {choices.adapters}," if has_adapters else ""
     return (
         f"Micro-batch {choices.micro_batch} × accumulation {choices.accumulation}, {recomputed} of {num_layers} "
         f"layers recomputed{sharding}: {reason}, {peak}.{run}",
-        f"Loss {choices.loss}, attention {choices.attention}, weights {choices.weights},{adapters} optimizer "
-        f"{choices.optimizer_state}; host {_gib(plan.host_bytes)} GiB{_merging(plan)}, "
-        f"disk {_gib(plan.disk_bytes)} GiB.",
+        f"Loss {choices.loss}, attention {choices.attention}; {_held(plan)}; host {_gib(plan.host_bytes)} "
+        f"GiB{_merging(plan)}, disk {_gib(plan.disk_bytes)} GiB.",
     )
+
+
+def _held(plan: RunPlan) -> str:
+    """How weights, what makes them exact, and the optimizer's averages are held."""
+    choices = plan.choices
+    has_adapters = plan.phases["train_step"].terms["adapters"] > 0
+    held = f"weights {choices.weights}, adapters {choices.adapters}" if has_adapters else f"weights {choices.weights}"
+    if uses_deepspeed(choices.sharding):
+        return f"{held}, fp32 masters and moments, shared" + (" in host memory" if offloads(choices.sharding) else "")
+    if (choices.adapters if has_adapters else choices.weights) == "bf16":
+        held += " with 16 more bits (exact fp32)"
+    return f"{held}, moments {'in 8 bits' if choices.optimizer_state == '8bit' else choices.optimizer_state}"
 
 
 def _merging(plan: RunPlan) -> str:

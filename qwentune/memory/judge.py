@@ -53,7 +53,7 @@ def judge(
     With `tell` the training step is traced too, which takes torch and some seconds, and the trace has the last word;
     `tell` gets the figures in words. GPU-hours are scaled by what was measured on such a card, where anything was.
 
-    Raises UsageError where the batch cannot be shared among the ranks, or for an optimizer state that AdamW never has.
+    Raises UsageError where the batch cannot be shared among the ranks, or for a kernel that does not run.
     """
     is_here = _is_here(device)
     request = replace(
@@ -82,7 +82,6 @@ def judge(
         from qwentune.memory.cross_check import cross_checked
 
         plan = cross_checked(spec, device, request, plan, tell)
-    _refuse_state_of_another_dtype(plan, tuning)
     _refuse_kernel_that_does_not_run(plan, device)
     return calibrated(plan, find_profile(spec, tuning.kind, device))
 
@@ -190,15 +189,6 @@ def _continued(tuning: Tuning) -> Tuning:
     variant = "dora" if adapter.get("use_dora") else "plain"
     dropout = adapter.get("lora_dropout") or 0.0
     return tuning.model_copy(update={"rank": adapter["r"], "targets": targets, "dropout": dropout, "variant": variant})
-
-
-def _refuse_state_of_another_dtype(plan: RunPlan, tuning: Tuning) -> None:
-    choices = plan.choices
-    trained = choices.weights if tuning.kind == "full" else choices.adapters
-    if choices.optimizer_state not in (trained, "8bit"):
-        what = f"{choices.optimizer_state}, but the trained parameters are {trained} and AdamW keeps its averages so"
-        fix = "Leave it at auto, take 8bit, or set precision.weights (full) or precision.adapters."
-        raise UsageError(Problem("precision.optimizer_state", what, fix))
 
 
 def _attention(memory: MemoryOptions, device: Device) -> Attention | Auto:

@@ -8,7 +8,7 @@ from itertools import combinations
 
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
-from qwentune.facts.launch import Sharding
+from qwentune.facts.launch import Sharding, uses_deepspeed
 from qwentune.memory.closed_form import disk_bytes
 from qwentune.memory.request import Device, PlanRequest, request_problems
 from qwentune.memory.search import Candidate, leanest, needed_host_bytes, shortages
@@ -139,7 +139,8 @@ def _costly_changes(device: Device, request: PlanRequest) -> Iterator[list[_Chan
     if isinstance(device, GpuSpec) and request.kind == "full" and request.sharding not in ("auto", *_OFFLOADING):
         yield [_offloaded(launch) for launch in _OFFLOADING]
     is_sharded = request.sharding not in ("auto", "none", "ddp")
-    if request.kind == "full" and request.optimizer_state != "8bit" and not is_sharded:
+    takes_8_bits = request.sharding == "auto" or not uses_deepspeed(request.sharding)
+    if request.kind == "full" and request.optimizer_state != "8bit" and takes_8_bits:
         yield [
             _Change(
                 "hold the optimizer's moments in 8 bits",
@@ -147,35 +148,29 @@ def _costly_changes(device: Device, request: PlanRequest) -> Iterator[list[_Chan
                 lambda asked: replace(asked, optimizer_state="8bit"),
             )
         ]
-    # A state pinned to the format of today's trained parameters goes with them.
-    is_pinned = request.optimizer_state not in ("auto", "8bit")
-    released = ("precision.optimizer_state=auto",) if is_pinned else ()
-    state = "auto" if is_pinned else request.optimizer_state
     has_bf16 = not isinstance(device, GpuSpec) or device.has_bf16
     if has_bf16 and (request.weights == "fp32" or (request.weights == "auto" and not isinstance(device, GpuSpec))):
         yield [
             _Change(
                 "hold the weights in bf16",
-                ("precision.weights=bf16", *released),
-                lambda asked: replace(asked, weights="bf16", optimizer_state=state),
+                ("precision.weights=bf16",),
+                lambda asked: replace(asked, weights="bf16"),
             )
         ]
     if request.kind == "full":
         yield [
             _Change(
                 "train adapters (LoRA) instead of all weights",
-                ("tuning.kind=lora", *released),
-                lambda asked: replace(asked, kind="lora", optimizer_state=state),
+                ("tuning.kind=lora",),
+                lambda asked: replace(asked, kind="lora"),
             )
         ]
     if request.kind != "qlora":
         yield [
             _Change(
                 "train adapters on 4-bit weights (QLoRA)",
-                ("tuning.kind=qlora", *released, *(("hardware.launch=auto",) if is_sharded else ())),
-                lambda asked: replace(
-                    asked, kind="qlora", optimizer_state=state, sharding="auto" if is_sharded else asked.sharding
-                ),
+                ("tuning.kind=qlora", *(("hardware.launch=auto",) if is_sharded else ())),
+                lambda asked: replace(asked, kind="qlora", sharding="auto" if is_sharded else asked.sharding),
             )
         ]
     shorter = [request.max_tokens >> halvings for halvings in range(1, 16)]

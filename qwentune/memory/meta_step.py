@@ -7,7 +7,7 @@ Kernels that do not run on meta are replaced by functions that save the same ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -26,6 +26,7 @@ from qwentune.memory.delta_rule import traceable_delta_rule
 from qwentune.memory.replay import BLOCKS_OF_A_KIND, Recording, depth, record
 from qwentune.memory.settings import Settings
 from qwentune.memory.trace import Bytes, Step, peak, trace
+from qwentune.model.adamw import PIECE_VALUES, AdamW
 from qwentune.model.adapters import add_adapters
 from qwentune.model.attention import IMPLEMENTATIONS, Visibility, tree_by_tree
 from qwentune.model.head import LossHead
@@ -90,19 +91,26 @@ def _steps(spec: ModelSpec, settings: Settings) -> tuple[Callable[[int, int], St
     config = AutoConfig.for_model(**config_of(spec))  # pyright: ignore[reportArgumentType]
 
     def build(recomputed: int, kept: int) -> Step:
-        return meta_step(config, settings, recomputed * spec.period, kept * spec.period)
+        return meta_step(config, settings, recomputed * spec.period, kept * spec.period, spec.num_layers)
 
     return build, num_recomputed, spec.num_layers // spec.period - num_recomputed
 
 
-def meta_step(config: PreTrainedConfig, settings: Settings, num_recomputed: int, num_kept: int) -> Step:
-    """One step of a model with as many layers, the first `num_recomputed` of them recomputed."""
+def meta_step(
+    config: PreTrainedConfig, settings: Settings, num_recomputed: int, num_kept: int, num_layers: int | None = None
+) -> Step:
+    """One step of a model with as many layers, the first `num_recomputed` of them recomputed.
+
+    Its optimizer moves what a model of `num_layers` has, for what that takes does not grow evenly with the depth.
+    """
     network = meta_network(config, settings, num_recomputed + num_kept)
-    return step_of(network, settings, num_recomputed, meta_batch(settings))
+    return step_of(network, settings, num_recomputed, meta_batch(settings), num_layers)
 
 
-def step_of(network: Any, settings: Settings, num_recomputed: int, batch: dict[str, Tensor]) -> Step:
-    """One step of a network whose base weights are there, on meta or not; its optimizer makes no temporaries."""
+def step_of(
+    network: Any, settings: Settings, num_recomputed: int, batch: dict[str, Tensor], num_layers: int | None = None
+) -> Step:
+    """One step of a network whose base weights are there, on meta or not; the optimizer's states are there too."""
     layers = list(network.model.layers)
     recompute_layers(network, num_recomputed if num_recomputed < len(layers) else True)
     period = _period(network.config)
@@ -123,14 +131,21 @@ def step_of(network: Any, settings: Settings, num_recomputed: int, batch: dict[s
     head = LossHead(network, settings.loss)
     head.attention = IMPLEMENTATIONS["eager"]  # so that probes hear of the batch's trees too
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    # The Trainer has bitsandbytes keep the states of embeddings in 32 bits.
-    embeddings = {module.weight for module in network.modules() if isinstance(module, nn.Embedding)}
-    states = {parameter: _states(parameter, settings, parameter in embeddings) for parameter in trained}
-    if settings.accumulation > 1:
+    blocks = [layers[at : at + period] for at in range(0, len(layers), period)]
+    optimizer, states = _optimizer(trained, _embeddings(network), settings)
+    moving = optimizer if num_layers is None else _standing_in(network, blocks, settings, num_layers // period)
+    if settings.adds_in_fp32:
+        optimizer.sums = _sums(trained)
+    elif settings.accumulation > 1:
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-    blocks = [layers[at : at + period] for at in range(0, len(layers), period)]
-    return Step(network, blocks, lambda: head.loss(network, batch), lambda: None, states)
+
+    def optimize() -> None:
+        if settings.adds_in_fp32:
+            optimizer.add_up()
+        moving.step()
+
+    return Step(network, blocks, lambda: head.loss(network, batch), optimize, states, {**optimizer.sums})
 
 
 def _period(config: PreTrainedConfig) -> int:
@@ -183,17 +198,60 @@ def hold_in_4_bits(network: nn.Module, dtype: torch.dtype, double_quantised: boo
     cast(Any, network).is_loaded_in_4bit = True  # what PEFT asks
 
 
-def _states(parameter: Tensor, settings: Settings, is_embedding: bool) -> list[Tensor]:
-    """AdamW's two moments and its count of steps; in 8 bits with an fp32 scale per 256 values."""
-    if settings.optimizer_state != "8bit":
-        moments = [torch.zeros_like(parameter, dtype=DTYPES[settings.optimizer_state]) for _ in range(2)]
-        return [*moments, torch.zeros((), device=parameter.device)]
+def _embeddings(network: nn.Module) -> set[Tensor]:
+    return {module.weight for module in network.modules() if isinstance(module, nn.Embedding)}
+
+
+def _optimizer(
+    trained: Sequence[Tensor], embeddings: set[Tensor], settings: Settings
+) -> tuple[AdamW, dict[Tensor, list[Tensor]]]:
+    """The optimizer of a run as the Trainer sets it up, with its states, which are there from the first step on."""
+    in_8_bits = settings.optimizer_state == "8bit"
+    groups = [
+        {"params": [x for x in trained if (in_8_bits and x not in embeddings) == eight_bit], "eight_bit": eight_bit}
+        for eight_bit in (False, True)
+    ]
+    optimizer = AdamW([group for group in groups if group["params"]])
+    device = trained[0].device
+    optimizer.found_inf, optimizer.grad_scale = torch.zeros((), device=device), torch.ones((), device=device)
+    states = {
+        parameter: list(optimizer._state(parameter, group["eight_bit"]).values())
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    return optimizer, states
+
+
+def _sums(trained: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """Gradients of earlier micro-batches, added up in fp32."""
+    return {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained}
+
+
+def _standing_in(network: nn.Module, blocks: Sequence[Any], settings: Settings, num_blocks: int) -> AdamW:
+    """The optimizer of a network of so many blocks, whose tensors take no bytes: those of the network count."""
+    inside = {parameter for block in blocks for layer in block for parameter in layer.parameters()}
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    block = [parameter for layer in blocks[0] for parameter in layer.parameters() if parameter.requires_grad]
+    outside, embeddings = [parameter for parameter in trained if parameter not in inside], _embeddings(network)
+    num_before = 0 if trained[0] in inside else 1
+    pairs = [(_alike(x), x) for x in (*outside[:num_before], *block * num_blocks, *outside[num_before:])]
+    standing_in = [alike for alike, _ in pairs]
+    optimizer, states = _optimizer(standing_in, {alike for alike, x in pairs if x in embeddings}, settings)
+    if settings.adds_in_fp32:
+        optimizer.sums = _sums(standing_in)
+    gradients = [*optimizer.sums.values(), *(alike.grad for alike in standing_in if alike.grad is not None)]
+    for tensor in (*standing_in, *gradients, *(state for held in states.values() for state in held)):
+        tensor.untyped_storage().resize_(0)
+    return optimizer
+
+
+def _alike(parameter: Tensor) -> Tensor:
+    """A parameter on meta with a gradient; of several whole pieces, which are moved alike, it has one."""
     size = parameter.numel()
-    if is_embedding or size < 4096:
-        return [torch.zeros_like(parameter, dtype=torch.float32) for _ in range(2)]
-    meta = parameter.device
-    moments = [torch.zeros(size, dtype=torch.uint8, device=meta) for _ in range(2)]
-    return [*moments, *(torch.zeros(-(-size // 256), device=meta) for _ in range(2))]
+    size = size if size <= PIECE_VALUES else PIECE_VALUES + size % PIECE_VALUES
+    alike = nn.Parameter(torch.empty(size, dtype=parameter.dtype, device="meta"))
+    alike.grad = torch.empty_like(alike)
+    return alike
 
 
 @contextmanager

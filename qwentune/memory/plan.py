@@ -94,7 +94,11 @@ class RunPlan:
         except ValidationError as error:
             raise ResumeError(
                 [
-                    Problem("plan.json: " + ".".join(str(part) for part in fault["loc"]), fault["msg"])
+                    Problem(
+                        "plan.json: " + ".".join(str(part) for part in fault["loc"]),
+                        fault["msg"],
+                        "It is damaged, or another version's; --fresh begins anew.",
+                    )
                     for fault in error.errors()
                 ]
             ) from None

@@ -49,7 +49,7 @@ class Recording:
 def record(step: Step, num_recomputed: int) -> Recording:
     """Runs the step once, of a model whose first blocks are recomputed."""
     tensors = [*step.network.parameters(), *step.network.buffers()]
-    gradients = [(x, x.grad) for x in tensors if x.grad is not None]
+    gradients = [*((x, x.grad) for x in tensors if x.grad is not None), *step.sums.items()]
     states = [(x, state) for x, states in step.states.items() for state in states]
     recorder = _Recorder()
     held = _by_block(step, [*zip(tensors, tensors, strict=True), *gradients])

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 from qwentune.errors import Problem
 from qwentune.facts.architecture import FUSED_ADAPTED_EXPERTS, ModelSpec
 from qwentune.facts.gpus import GpuSpec
-from qwentune.facts.launch import Sharding, offloads
+from qwentune.facts.launch import Sharding, uses_deepspeed
 from qwentune.memory.settings import (
     Attention,
     Dtype,
@@ -97,16 +97,10 @@ def request_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
     if request.kind == "qlora" and request.sharding in NOT_FOR_BITSANDBYTES:
         what = f"{request.sharding}, but bitsandbytes' 4-bit weights are neither sharded nor offloaded"
         problems.append(Problem("hardware.launch", what, "Leave it at auto, or take ddp, or tuning.kind=lora."))
-    if request.optimizer_state == "8bit" and request.sharding in ("zero3", "fsdp2"):
-        what = f"8bit, but {request.sharding} shards the states, and bitsandbytes' are not"
-        problems.append(
-            Problem("precision.optimizer_state", what, "Leave it at auto, or take another hardware.launch.")
-        )
-    if request.optimizer_state == "8bit" and request.sharding != "auto" and offloads(request.sharding):
-        what = f"8bit, but {request.sharding} holds the states in host memory, and 8 bits are a matter of GPU kernels"
-        problems.append(
-            Problem("precision.optimizer_state", what, "Leave it at auto, or take another hardware.launch.")
-        )
+    if request.optimizer_state == "8bit" and request.sharding != "auto" and uses_deepspeed(request.sharding):
+        what = f"8bit, but {request.sharding} is DeepSpeed's, which cuts every state to the length of the weights"
+        fix = "Leave it at auto, or take hardware.launch=fsdp2, or ddp."
+        problems.append(Problem("precision.optimizer_state", what, fix))
     rows, ranks = request.sequences_per_step, request.num_gpus
     if rows % ranks:
         below = rows // ranks * ranks

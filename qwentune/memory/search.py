@@ -149,8 +149,8 @@ def _candidate(
 ) -> Candidate:
     has_bf16 = isinstance(device, GpuSpec) and device.has_bf16
     weights: Dtype = ("bf16" if has_bf16 else "fp32") if request.weights == "auto" else request.weights
-    adapters: Dtype = "fp32" if request.adapters == "auto" else request.adapters
-    trained = weights if request.kind == "full" else adapters
+    are_half = has_bf16 and weights == "bf16"
+    adapters: Dtype = ("bf16" if are_half else "fp32") if request.adapters == "auto" else request.adapters
     settings = request.settings(
         device,
         micro_batch=micro_batch,
@@ -161,7 +161,7 @@ def _candidate(
         sharding=sharding,
         weights=weights,
         adapters=adapters,
-        optimizer_state=trained if request.optimizer_state == "auto" else request.optimizer_state,
+        optimizer_state="fp32" if request.optimizer_state == "auto" else request.optimizer_state,
     )
     overheads = device_overheads(device)
     merges_here = isinstance(device, HostMemory)
@@ -219,14 +219,14 @@ def _checkpointing(request: PlanRequest) -> tuple[bool | int, ...]:
 def _shardings(device: Device, request: PlanRequest) -> tuple[Sharding, ...]:
     if request.sharding != "auto":
         return (request.sharding,)
-    # Adapters have few states; bitsandbytes' weights and moments are neither sharded nor offloaded.
-    is_bitsandbytes = request.kind == "qlora" or request.optimizer_state == "8bit"
-    has_states = isinstance(device, GpuSpec) and request.kind == "full" and not is_bitsandbytes
+    # Adapters have few states, and DeepSpeed takes none in 8 bits.
+    uses_zero = isinstance(device, GpuSpec) and request.kind == "full" and request.optimizer_state != "8bit"
     # A host that nobody knows is not counted on.
-    offloads_states = has_states and request.host_free_bytes is not None
+    offloads_states = uses_zero and request.host_free_bytes is not None
     offloading: tuple[Sharding, ...] = ("zero2-offload", "zero3-offload") if offloads_states else ()
     if request.num_gpus == 1:
         return ("none", *offloading)
-    if isinstance(device, HostMemory) or is_bitsandbytes:  # on a CPU accelerate runs FSDP2 as DDP
+    # bitsandbytes' weights are not sharded; on a CPU accelerate runs FSDP2 as DDP.
+    if isinstance(device, HostMemory) or request.kind == "qlora":
         return ("ddp",)
-    return ("ddp", "zero1", "zero2", "fsdp2", *offloading) if request.kind == "full" else ("ddp", "fsdp2")
+    return ("ddp", "zero1", "zero2", "fsdp2", *offloading) if uses_zero else ("ddp", "fsdp2")

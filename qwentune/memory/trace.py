@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -36,7 +36,7 @@ class Step:
     """One training step, or the evaluation of a batch, whose loss has no gradient.
 
     `blocks` are the layers in groups that are all alike. `states` are the optimizer's by parameter, as they are between
-    steps; gradients that earlier micro-batches left lie in `.grad`.
+    steps; gradients that earlier micro-batches left lie in `.grad`, or have gone into the `sums` of a parameter.
     """
 
     network: nn.Module
@@ -44,6 +44,7 @@ class Step:
     loss: Callable[[], Tensor]
     optimize: Callable[[], None]
     states: Mapping[Tensor, Sequence[Tensor]]
+    sums: Mapping[Tensor, Tensor] = field(default_factory=dict[Tensor, Tensor])
 
 
 def trace(build: Callable[[int, int], Step], num_recomputed: int, num_kept: int) -> dict[str, dict[str, int]]:
@@ -86,6 +87,7 @@ def watch(step: Step, num_recomputed: int, live: LiveStorage) -> None:
     live.hold("adapters" if is_adapted else "weights", trained)
     live.hold("weights", (*step.network.parameters(), *step.network.buffers()))
     live.hold("optimizer", (state for states in step.states.values() for state in states))
+    live.hold("gradients", step.sums.values())
     live.hold("gradients", (parameter.grad for parameter in trained if parameter.grad is not None))
     hooks = [parameter.register_post_accumulate_grad_hook(live.holds_gradient) for parameter in trained]
     names = _block_names(num_recomputed, len(step.blocks))

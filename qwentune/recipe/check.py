@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from qwentune.errors import Problem, nearest
 from qwentune.recipe.contradictions import contradictions
 from qwentune.recipe.keys import bare, choices, describe_keys, fields, hint, in_words, is_section
-from qwentune.recipe.schema import Recipe, Section
+from qwentune.recipe.schema import REASONS_AGAINST, Recipe, Section
 from qwentune.recipe.secrets import secrets
 from qwentune.recipe.syntax import Node, Place, plain, resolve
 
@@ -77,7 +77,9 @@ def _problem(spot: _Spot) -> Problem:
         return _missing(spot)
     expected = in_words(spot.annotation)
     value, fix = spot.node.value, ""
-    if isinstance(value, str):
+    if isinstance(value, str) and (reason := REASONS_AGAINST.get((spot.name, value))):
+        fix = reason
+    elif isinstance(value, str):
         fix = nearest(value, choices(spot.annotation)).strip()
         if not isinstance(resolve(value), str):
             fix = "Remove the quotes."

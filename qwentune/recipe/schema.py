@@ -142,10 +142,18 @@ class OptimizerOptions(Section):
 
 class Precision(Section):
     weights: Dtype = _key("auto", "of the base weights; auto: bf16 where the hardware has it")
-    adapters: Dtype = _key("auto", "of the adapters")
-    optimizer_state: Literal["auto", "bf16", "fp32", "8bit"] = _key(
-        "auto", "of the optimizer's averages; auto: as the trained parameters"
+    adapters: Dtype = _key("auto", "of the adapters; auto: bf16 where the base is and the hardware has it")
+    optimizer_state: Literal["auto", "fp32", "8bit"] = _key(
+        "auto", "of the optimizer's averages; auto: fp32; weights trained in bf16 always have 16 more bits there"
     )
+
+
+REASONS_AGAINST = {  # values that were taken once, or that look as if they were: why they are not, and what to do
+    ("precision.optimizer_state", "bf16"): (
+        "A step takes 0.1 % off the average of the squares (beta2 is 0.999), which rounding to bf16 undoes: it would "
+        "never fall. Leave it at auto (fp32), or take 8bit, which takes less memory than bf16."
+    ),
+}
 
 
 class Hardware(Section):

@@ -85,8 +85,8 @@ class Case:
             sharding="none",
             num_ranks=1,
             weights="bf16",
-            adapters="fp32",
-            optimizer_state="bf16" if self.kind == "full" else "fp32",
+            adapters="bf16",
+            optimizer_state="fp32",
             rank=16,
             targets="all-linear",
         )
@@ -133,13 +133,14 @@ def measured(case: Case, device: str) -> dict[str, Any]:
     """Peak bytes and seconds of an optimizer step."""
     import torch
 
+    from qwentune.model.adamw import AdamW
     from qwentune.model.head import LossHead
 
     on_gpu = device == "cuda"
     model = network(case, device)
     head = LossHead(model, case.loss)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    optimizer = AdamW(trained, lr=1e-5)
     batch = full_rows(case, device)
     seconds: list[float] = []
     for _ in range(4):
