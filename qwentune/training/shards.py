@@ -30,9 +30,9 @@ def load_only_weights() -> None:
 def configure(accelerator: Any, model: Any, *, adds_in_fp32: bool) -> None:
     """Makes DeepSpeed hold what the plan reckons, before it has seen the model; nothing where it is not used.
 
-    Its bucket for gradients, which is allocated whole, is no larger than all of them. Stages 2 and 3 add gradients
-    up in fp32: sums in bf16 lose more with every micro-batch, and are copied twice in the step. Stage 1, where that takes the
-    room of all gradients, does so where the plan says so (`adds_in_fp32`). Offloaded states are our AdamW's too:
+    Its bucket for gradients, which is allocated whole, is no larger than all of them. Stages 2 and 3 add gradients up
+    in fp32: sums in bf16 lose more with every micro-batch, and are copied twice in the step. Stage 1, where that takes
+    the room of all gradients, does so where the plan says so (`adds_in_fp32`). Offloaded states are our AdamW's too:
     DeepSpeed's own would be compiled here, and be another optimizer than on the GPU.
     """
     plugin = accelerator.state.deepspeed_plugin
