@@ -92,7 +92,7 @@ def test_sums_of_many_micro_batches_are_the_same_on_one_rank_and_on_two(tmp_path
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
     many = ("batch.sequences_per_step=80", "optimizer.max_steps=3")
     alone = trained(tmp_path, model, "single", "bf16", *many)
-    for launch in ("cpu-2", "fsdp2"):
+    for launch in ("cpu-2", "fsdp2", "zero1"):
         together = trained(tmp_path, model, launch, "bf16", *many)
         plan = json.loads((together / "plan.json").read_text())
         assert plan["choices"]["accumulation"] == 40

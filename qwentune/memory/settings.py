@@ -74,8 +74,9 @@ class Settings:
 
     @property
     def adds_in_fp32(self) -> bool:
-        """Whether a rank adds up its gradients in fp32 beside those of a micro-batch; DeepSpeed adds up by itself."""
-        return self.trained_bytes == 2 and self.accumulation > MOST_BF16_SUMS and not self.uses_deepspeed
+        """Whether a rank adds up its gradients in fp32 beside those of a micro-batch, as ZeRO-2 and 3 always do."""
+        is_asked = not self.uses_deepspeed or self.sharding == "zero1"
+        return self.trained_bytes == 2 and self.accumulation > MOST_BF16_SUMS and is_asked
 
     @property
     def sums_lose_too_much(self) -> bool:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from qwentune.facts.architecture import ModelSpec
     from qwentune.memory.plan import RunPlan
     from qwentune.memory.request import Device
+    from qwentune.memory.settings import Settings
     from qwentune.model.sharded import Shards
     from qwentune.recipe import LoadedRecipe
     from qwentune.training.checkpoints import Checkpoint, Checkpoints
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
 # What torch says where its allocator, the driver or a library beside it got none.
 SIGNS_OF_A_FULL_GPU = ("CUDA out of memory", "error: out of memory", "CUBLAS_STATUS_ALLOC", "CUDNN_STATUS_ALLOC")
 # What gloo says on the ranks that are left; NCCL ends their processes itself.
-MOST_BF16_SUMS = 32
 SIGNS_OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 
@@ -145,7 +145,6 @@ class Run:
         """Trains until nothing is left to do; the exit code where a signal stopped it before that, else None."""
         from torch import OutOfMemoryError
 
-        from qwentune.memory.judge import settings_of
         from qwentune.memory.profile import keep_profile
         from qwentune.training.progress import Recorder
 
@@ -161,23 +160,28 @@ class Run:
             closing = "Training ended; the last checkpoint is kept."
             raise DoesNotFitError(self._ran_out(trainer, error), closing) from None
         if recorder is not None:
-            recipe = self.loaded.recipe
-            settings = settings_of(
-                self.plan,
-                self.spec,
-                tuning=recipe.tuning,
-                max_tokens=recipe.data.max_tokens,
-                batch=recipe.batch,
-                device=self.device,
-                learns_chat=recipe.data.has_turns,
-            )
-            keep_profile([*recorder.latest], self.spec, settings, self.device, _library_versions())
+            keep_profile([*recorder.latest], self.spec, self._settings(), self.device, _library_versions())
         step = trainer.state.global_step
         if stop.agreed and step < self.schedule.num_steps:
             self._status(_state(stop.exit_code), stop.exit_code, f"signal {stop.agreed}: saved at step {step}", step)
             console.say(f"saved step {step}; continue with: {shlex.join(self.request.command)}")
             return stop.exit_code
         return None
+
+    def _settings(self) -> Settings:
+        """The settings of the step that the plan has chosen."""
+        from qwentune.memory.judge import settings_of
+
+        recipe = self.loaded.recipe
+        return settings_of(
+            self.plan,
+            self.spec,
+            tuning=recipe.tuning,
+            max_tokens=recipe.data.max_tokens,
+            batch=recipe.batch,
+            device=self.device,
+            learns_chat=recipe.data.has_turns,
+        )
 
     def _ran_out(self, trainer: SftTrainer | None, error: Exception) -> Problem:
         """Out of memory in words, with what this rank holds of it at that moment; without a trainer it still loads."""
@@ -292,6 +296,7 @@ class Run:
             on_gpu=ranks.device.type == "cuda",
         )
         model, shards = self._model(base, checkpoint)
+        adds_in_fp32 = self._settings().adds_in_fp32
         minutes = recipe.output.save_every_minutes
         stop = StopOnSignal(None if minutes is None else minutes * 60)
         stop.install()
@@ -314,10 +319,10 @@ class Run:
             recorder=recorder,
             output=recipe.output,
             eight_bit=choices.optimizer_state == "8bit",
-            fp32_sums=self._adds_in_fp32(),
+            fp32_sums=adds_in_fp32,
             shards=shards,
         )
-        configure(trainer.accelerator, model)
+        configure(trainer.accelerator, model, adds_in_fp32=adds_in_fp32)
         trainer.add_callback(Probe(trainer, self._measured))
         return trainer, stop
 
@@ -358,14 +363,6 @@ class Run:
         if tuning.start_from is not None:
             return load_adapters(model, Path(tuning.start_from), choices.adapters), shards
         return add_adapters(model, tuning, choices.adapters, self._untaught_tokens(), shards), shards
-
-    def _adds_in_fp32(self) -> bool:
-        """Whether gradients in 16 bits are of too many micro-batches to be added up in 16 bits."""
-        from qwentune.facts.launch import uses_deepspeed
-
-        choices = self.plan.choices
-        trained = choices.weights if self.loaded.recipe.tuning.kind == "full" else choices.adapters
-        return trained == "bf16" and choices.accumulation > MOST_BF16_SUMS and not uses_deepspeed(choices.sharding)
 
     def _untaught_tokens(self) -> list[int]:
         """The control tokens of the data whose rows a base model never learnt; none for one that was taught to chat."""

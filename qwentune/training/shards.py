@@ -27,22 +27,23 @@ def load_only_weights() -> None:
     TorchCheckpointEngine.load = load
 
 
-def configure(accelerator: Any, model: Any) -> None:
+def configure(accelerator: Any, model: Any, *, adds_in_fp32: bool) -> None:
     """Makes DeepSpeed hold what the plan reckons, before it has seen the model; nothing where it is not used.
 
-    Its bucket for gradients, which is allocated whole, is no larger than all of them. Stages 2 and 3 add gradients up in
-    fp32, which the optimizer takes as they are; sums in bf16 lose more with every micro-batch, and are copied twice in
-    the step. Offloaded states are our AdamW's too: DeepSpeed's own would be compiled here, and be another optimizer
-    than on the GPU.
+    Its bucket for gradients, which is allocated whole, is no larger than all of them. Stages 2 and 3 add gradients
+    up in fp32: sums in bf16 lose more with every micro-batch, and are copied twice in the step. Stage 1, where that takes the
+    room of all gradients, does so where the plan says so (`adds_in_fp32`). Offloaded states are our AdamW's too:
+    DeepSpeed's own would be compiled here, and be another optimizer than on the GPU.
     """
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None:
         return
     config = plugin.deepspeed_config
     options = config["zero_optimization"]
-    if options["offload_optimizer"]["device"] != "none":
+    offloads = options["offload_optimizer"]["device"] != "none"
+    if offloads:
         config["zero_force_ds_cpu_optimizer"] = False
-    if options["stage"] == 3 or (options["stage"] == 2 and options["offload_optimizer"]["device"] == "none"):
+    if options["stage"] == 3 or adds_in_fp32 or (options["stage"] == 2 and not offloads):
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     asked = options.get("reduce_bucket_size", DEEPSPEED_BUCKET_VALUES)
     most = int(asked) if isinstance(asked, int | float) else DEEPSPEED_BUCKET_VALUES

@@ -119,7 +119,7 @@ class ExactResume(_Mixed):
             self.adamw.moved.clear()
         kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(loss, **kwargs)
-        if self.fp32_sums:
+        if self.fp32_sums and not self.is_deepspeed_enabled:
             self.adamw.add_up()
         return loss.detach()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from qwentune.training.checkpoints import MANIFEST
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.runs import KILL_AT, KILLED, final_weights, last_states, loss_history, write_recipe
 from tests.warm import TRAIN, Warm
@@ -140,6 +141,29 @@ def test_settings_resume_exactly(tmp_path: Path, warm: Warm, model: Path, cell: 
     last = warm.train(recipe)
     assert last.code == 0, last.said
     assert result(tmp_path / "run") == result(tmp_path / "whole")
+
+
+@pytest.mark.fault("B16", "a run of before exact values: refused with both layouts and --fresh, exit 5")
+def test_a_run_of_the_old_layout_is_refused_and_fresh_moves_it_aside(tmp_path: Path, warm: Warm, model: Path) -> None:
+    recipe = recipe_of(tmp_path, model, optimizer={"max_steps": 2}, output={"save_every_steps": 2})
+    assert warm.train(recipe).code == 0
+    run = tmp_path / "run"
+    manifest = json.loads((run / "checkpoints" / "step-2" / MANIFEST).read_bytes())
+    old = {**manifest, "schema": 1}
+    del old["sha256"]
+    old["sha256"] = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
+    (run / "checkpoints" / "step-2" / MANIFEST).write_text(json.dumps(old))
+    plan = json.loads((run / "plan.json").read_bytes())
+    plan["choices"]["optimizer_state"] = "bf16"  # as full tuning on a GPU had it
+    for text in (json.dumps(json.loads((run / "plan.json").read_bytes())), json.dumps(plan)):
+        (run / "plan.json").write_text(text)
+        refused = warm.train(recipe, "optimizer.max_steps=4")
+        assert refused.code == 5, refused.said
+        assert "--fresh" in refused.said
+        assert "Traceback" not in refused.said
+    assert "reads layout 2" in warm.train(recipe).said or "bf16" in refused.said
+    assert warm.train(recipe, "--fresh").code == 0
+    assert len(list(tmp_path.glob("run.*"))) == 1
 
 
 @pytest.mark.fault("E36", "the best step and the patience of early stopping go on, they do not start anew")
