@@ -30,11 +30,10 @@ from qwentune.memory.meta_step import (
     traced_peak,
 )
 from qwentune.memory.remarks import kernel_remark
-from qwentune.memory.settings import MOST_BF16_SUMS, Overheads, Settings
+from qwentune.memory.settings import Overheads, Settings
 from qwentune.memory.trace import live_bytes, peak
 from qwentune.model import adamw, attention
 from qwentune.model.attention import IMPLEMENTATIONS
-from qwentune.training import run
 
 NO_OVERHEADS = Overheads(context_bytes=0, workspace_bytes=0, allocator_fraction=0.0, allocator_bytes=0)
 MODELS = (
@@ -206,7 +205,6 @@ def test_a_real_evaluation_on_the_cpu_takes_what_the_trace_says(kind: str, loss:
 
 def test_the_plan_counts_what_the_optimizer_moves_at_a_time() -> None:
     assert (closed_form.PIECE_VALUES, closed_form.BLOCK_VALUES) == (adamw.PIECE_VALUES, adamw.BLOCK_VALUES)
-    assert MOST_BF16_SUMS == run.MOST_BF16_SUMS
 
 
 @pytest.mark.parametrize(

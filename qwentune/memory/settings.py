@@ -80,8 +80,8 @@ class Settings:
 
     @property
     def sums_lose_too_much(self) -> bool:
-        """Whether too many gradients are added up in 16 bits, as DeepSpeed does where no option has it do otherwise."""
-        adds_in_16_bits = self.sharding in ("zero1", "zero2-offload") and self.trained_bytes == 2
+        """Whether too many gradients are added up in 16 bits, as DeepSpeed's stage 2 does that has sums in the host."""
+        adds_in_16_bits = self.sharding == "zero2-offload" and self.trained_bytes == 2
         return adds_in_16_bits and self.accumulation > MOST_BF16_SUMS
 
     @property
