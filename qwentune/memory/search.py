@@ -53,7 +53,9 @@ def candidates(spec: ModelSpec, device: Device, request: PlanRequest) -> Iterato
     for micro_batch in _micro_batches(spec, request):
         for checkpointing in _checkpointing(request):
             for sharding in _shardings(device, request):
-                yield _candidate(spec, device, request, micro_batch, checkpointing, sharding)
+                found = _candidate(spec, device, request, micro_batch, checkpointing, sharding)
+                if _adds_up(request, found):
+                    yield found
 
 
 def leanest(spec: ModelSpec, device: Device, request: PlanRequest) -> Candidate:
@@ -61,10 +63,11 @@ def leanest(spec: ModelSpec, device: Device, request: PlanRequest) -> Candidate:
     sizes = _micro_batches(spec, request)
     return min(
         (
-            _candidate(spec, device, request, micro_batch, checkpointing, sharding)
+            found
             for micro_batch in {sizes[0], sizes[-1]}
             for checkpointing in _checkpointing(request)
             for sharding in _shardings(device, request)
+            if _adds_up(request, found := _candidate(spec, device, request, micro_batch, checkpointing, sharding))
         ),
         key=partial(burden, spec, device, request),
     )
@@ -87,6 +90,7 @@ def fastest(spec: ModelSpec, device: Device, request: PlanRequest) -> Candidate 
         for micro_batch in _micro_batches(spec, request)
         for sharding in _shardings(device, request)
         if (found := _least_recomputing(spec, device, request, micro_batch, sharding)) is not None
+        and _adds_up(request, found)
     ]
     return min(
         fitting,
@@ -132,6 +136,11 @@ def _has_host_bytes(spec: ModelSpec, device: Device, request: PlanRequest, candi
 def _host_takes(spec: ModelSpec, device: Device, request: PlanRequest, candidate: Candidate) -> bool:
     """Whether the host holds what the candidate offloads; where it holds too little for any run, nothing is chosen."""
     return not candidate.settings.offloads or _has_host_bytes(spec, device, request, candidate)
+
+
+def _adds_up(request: PlanRequest, candidate: Candidate) -> bool:
+    """Whether sums of gradients lose little enough to be chosen; a launch file that is named is taken as it is."""
+    return request.sharding != "auto" or not candidate.settings.sums_lose_too_much
 
 
 def _check(spec: ModelSpec, request: PlanRequest) -> None:

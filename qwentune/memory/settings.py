@@ -79,6 +79,12 @@ class Settings:
         return self.trained_bytes == 2 and self.accumulation > MOST_BF16_SUMS and is_asked
 
     @property
+    def sums_lose_too_much(self) -> bool:
+        """Whether too many gradients are added up in 16 bits, as DeepSpeed's stage 2 does that has sums in the host."""
+        adds_in_16_bits = self.sharding == "zero2-offload" and self.trained_bytes == 2
+        return adds_in_16_bits and self.accumulation > MOST_BF16_SUMS
+
+    @property
     def is_sharded(self) -> bool:
         """Whether a rank holds only its share of the weights."""
         return self.sharding in ("zero3", "zero3-offload", "fsdp2")
