@@ -159,17 +159,16 @@ def host_bytes(spec: ModelSpec, settings: Settings) -> dict[str, int]:
     Its ranks train at once; adapters are merged later, by one process without a GPU.
     """
     running = settings.num_ranks * (HOST_BYTES_PER_RANK + offloaded_bytes(spec, settings))
-    loading = saving = resuming = running
+    loading = saving = running
     if settings.is_sharded:  # rank 0 gathers what is trained, not the states, which every rank writes for itself
         saving += settings.trained_bytes * trained_parameters(spec, settings)
     if settings.is_sharded and settings.uses_deepspeed:  # what rank 0 fuses
         loading += settings.weight_bytes * spec.expert_parameters_per_layer
-    elif settings.is_sharded:  # FSDP2 shares adapters out when all are there; every rank reads its states
+    elif settings.is_sharded:  # FSDP2 shares adapters out when all are there
         loading += settings.num_ranks * settings.trained_bytes * adapter_parameters(spec, settings)
-        resuming += state_bytes(spec, settings)
     merging = _with_overheads(_merge(spec, settings), settings, device_overheads(HostMemory(0))).total
     phases = dict.fromkeys(("load", "train_step", "evaluate", "save", "resume"), running)
-    return {**phases, "load": loading, "save": saving, "resume": max(loading, resuming), "merge": merging}
+    return {**phases, "load": loading, "save": saving, "resume": loading, "merge": merging}
 
 
 def offloaded_bytes(spec: ModelSpec, settings: Settings) -> int:

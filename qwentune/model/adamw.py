@@ -125,7 +125,10 @@ class AdamW(torch.optim.Optimizer):
         for number, saved in state_dict["state"].items():
             parameter = parameters[number]
             local = _local(parameter).detach()
-            state = self.state[parameter] = {name: tensor.to(parameter.device) for name, tensor in saved.items()}
+            # Copied, for the saved ones may be a file that is mapped.
+            state = self.state[parameter] = {
+                name: tensor.to(parameter.device, copy=True) for name, tensor in saved.items()
+            }
             if local.dtype == torch.float32 and "remainder" in state:
                 rest = state.pop("remainder")
                 local.copy_(joined([local.bfloat16().view(-1)], [rest.view(-1)]).view(local.shape))

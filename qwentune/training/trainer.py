@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from qwentune.data.batch import Batch, EvalBatches, TrainBatches
 from qwentune.durable import remove
@@ -131,7 +131,7 @@ class ExactResume(_Mixed):
             self.shards.lay_in(network)
         decayed = {*self.get_decay_parameter_names(network)}
         # Of most rows of an embedding a batch says nothing: their moments, small as they get, stay in fp32.
-        wide = {module.weight for module in network.modules() if isinstance(module, nn.Embedding)}
+        wide = {module.weight for module in network.modules() if self.eight_bit and isinstance(module, nn.Embedding)}
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in network.named_parameters():
             if parameter.requires_grad:
@@ -395,13 +395,15 @@ class ExactResume(_Mixed):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        if self.is_fsdp_enabled:
-            states = Path(checkpoint, OWN_STATES.format(self.args.process_index))
-            self.adamw.load_state_dict(torch.load(states, map_location="cpu", weights_only=True))
+        if self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            name = OWN_STATES.format(self.args.process_index) if self.is_fsdp_enabled else OPTIMIZER_NAME
+            # Mapped, so that what goes to a GPU takes no room in the host.
+            states = torch.load(Path(checkpoint, name), map_location="cpu", mmap=True, weights_only=True)
+            self.adamw.load_state_dict(states)
             scheduler_state = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
             cast(Any, self.lr_scheduler).load_state_dict(scheduler_state)
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
         # The states come from the checkpoint, the settings from the recipe: an allowed change of them must count.
         scheduler, optimizer = cast(Any, self.lr_scheduler), cast(Any, self.optimizer)
         base, step = self.args.learning_rate, scheduler.last_epoch
