@@ -1072,3 +1072,20 @@ def _seconds(run: object) -> float:
     started = time.process_time()
     run()
     return time.process_time() - started
+
+
+@pytest.mark.parametrize(
+    ("card", "weights", "dora", "adapters"),
+    [
+        (RTX_4090, "auto", False, "bf16"),
+        (RTX_4090, "auto", True, "fp32"),
+        (RTX_4090, "fp32", False, "fp32"),
+        (gpu_spec("t4"), "auto", False, "fp32"),
+        (HostMemory(64 * GIB), "bf16", False, "fp32"),
+    ],
+)
+def test_adapters_are_in_bf16_where_card_and_base_are(card: Any, weights: Any, dora: bool, adapters: str) -> None:
+    request = PlanRequest("lora", 512, 16, weights=weights, dora=dora)
+    plan = make_plan(model_spec("Qwen/Qwen3-0.6B"), card, request)
+    assert plan.choices.adapters == adapters
+    assert make_plan(model_spec("Qwen/Qwen3-0.6B"), card, replace(request, adapters="fp32")).choices.adapters == "fp32"

@@ -158,7 +158,8 @@ def _candidate(
 ) -> Candidate:
     has_bf16 = isinstance(device, GpuSpec) and device.has_bf16
     weights: Dtype = ("bf16" if has_bf16 else "fp32") if request.weights == "auto" else request.weights
-    are_half = has_bf16 and weights == "bf16"
+    # DoRA divides by norms of the adapted weights, whose changes are below the last place of bf16.
+    are_half = has_bf16 and weights == "bf16" and not request.dora
     adapters: Dtype = ("bf16" if are_half else "fp32") if request.adapters == "auto" else request.adapters
     settings = request.settings(
         device,

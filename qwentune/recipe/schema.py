@@ -142,7 +142,7 @@ class OptimizerOptions(Section):
 
 class Precision(Section):
     weights: Dtype = _key("auto", "of the base weights; auto: bf16 where the hardware has it")
-    adapters: Dtype = _key("auto", "of the adapters; auto: bf16 where the base is and the hardware has it")
+    adapters: Dtype = _key("auto", "of the adapters; auto: bf16 where base and hardware have it; fp32 for DoRA")
     optimizer_state: Literal["auto", "fp32", "8bit"] = _key(
         "auto", "of the optimizer's averages; auto: fp32; weights trained in bf16 always have 16 more bits there"
     )
