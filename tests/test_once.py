@@ -35,6 +35,7 @@ def counted(spec, device, request, plan, tell):
 cross_check.cross_checked = counted
 say = console.say
 console.say = lambda words, by_any_rank=False: say(f"<{words}>", by_any_rank=True)
+train._end_rank = lambda code: (time.sleep(5), os._exit(code))  # the launcher ends the rank that has not spoken yet
 console.main(train.train)
 """
 
