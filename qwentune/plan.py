@@ -33,7 +33,7 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     from qwentune.facts.models import model_spec
     from qwentune.memory import render_plan
     from qwentune.memory.judge import device_of, judge_recipe
-    from qwentune.memory.remarks import remarks
+    from qwentune.memory.remarks import recipe_remarks
     from qwentune.recipe import load_recipe
 
     # A mend that is pasted after the command counts: the last override of a key does.
@@ -46,14 +46,7 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     recipe = loaded.recipe
     device, count, sharding = device_of(recipe.hardware, here=False)
     spec = model_spec(recipe.model, packing=recipe.data.packing)
-    for remark in remarks(
-        spec,
-        device,
-        recipe.data.max_tokens,
-        loaded.origins["data.max_tokens"],
-        attention=recipe.memory.attention,
-        weights=recipe.precision.weights,
-    ):
+    for remark in recipe_remarks(spec, device, loaded):
         console.say(remark)
     steps, expansion_factor = _of_data(recipe)
     verdict = judge_recipe(

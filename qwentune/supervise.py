@@ -64,7 +64,7 @@ def run(
     from qwentune.facts.present import count_cards_by_bus
     from qwentune.memory import render_plan
     from qwentune.memory.judge import device_of, judge_recipe
-    from qwentune.memory.remarks import remarks
+    from qwentune.memory.remarks import recipe_remarks
     from qwentune.memory.shortage import refusal
     from qwentune.recipe import load_recipe
     from qwentune.training.run_folder import RunFolder
@@ -77,14 +77,7 @@ def run(
     launch = recipe.hardware.launch
     spec = model_spec(recipe.model, packing=recipe.data.packing)
     refuse_untrainable(spec)
-    for remark in remarks(
-        spec,
-        device,
-        recipe.data.max_tokens,
-        loaded.origins["data.max_tokens"],
-        attention=recipe.memory.attention,
-        weights=recipe.precision.weights,
-    ):
+    for remark in recipe_remarks(spec, device, loaded):
         console.say(remark)
     plan = judge_recipe(
         spec,

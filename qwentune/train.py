@@ -114,7 +114,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     from qwentune.facts.present import count_cards_by_bus, may_have_gpu
     from qwentune.memory.judge import changes_the_plan, device_of, judge_recipe
     from qwentune.memory.plan import RunPlan
-    from qwentune.memory.remarks import remarks
+    from qwentune.memory.remarks import recipe_remarks
     from qwentune.memory.shortage import refusal
     from qwentune.recipe import load_recipe
     from qwentune.training.device import refuse_other_device
@@ -135,14 +135,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     spec = model_spec(recipe.model, packing=recipe.data.packing)
     refuse_untrainable(spec)
     if reports.FOLDER not in os.environ:  # a supervisor has said them
-        for remark in remarks(
-            spec,
-            device,
-            recipe.data.max_tokens,
-            loaded.origins["data.max_tokens"],
-            attention=recipe.memory.attention,
-            weights=recipe.precision.weights,
-        ):
+        for remark in recipe_remarks(spec, device, loaded):
             console.say(remark)
     judged = partial(judge_recipe, spec, device=device, fresh=request.fresh)
     judged_here = partial(judged, recipe, num_ranks=ranks.num_ranks, sharding=ranks.sharding, stored=stored)

@@ -9,6 +9,7 @@ from qwentune.facts.towers import tower_remark
 from qwentune.memory.judge import kernels_beside
 from qwentune.memory.request import Device
 from qwentune.memory.settings import HostMemory
+from qwentune.recipe import LoadedRecipe
 
 
 def remarks(
@@ -34,6 +35,13 @@ def remarks(
         spill_remark(device),
     )
     return [remark for remark in every if remark]
+
+
+def recipe_remarks(spec: ModelSpec, device: Device, loaded: LoadedRecipe) -> list[str]:
+    """What is to be said beside the plan of a recipe on the device."""
+    recipe, where = loaded.recipe, loaded.origins["data.max_tokens"]
+    choices = {"attention": recipe.memory.attention, "weights": recipe.precision.weights}
+    return remarks(spec, device, recipe.data.max_tokens, where, **choices)
 
 
 def kernel_remark(spec: ModelSpec, device: Device) -> str:
