@@ -264,12 +264,13 @@ class Run:
         from qwentune.data.batch import EvalBatches, TrainBatches
         from qwentune.facts.launch import uses_deepspeed
         from qwentune.model.head import LossHead
+        from qwentune.training.arguments import training_arguments
         from qwentune.training.learning_rate import learning_rate_factor
         from qwentune.training.probe import Probe
         from qwentune.training.shards import configure
         from qwentune.training.stop import StopOnSignal
         from qwentune.training.trackers import continue_record
-        from qwentune.training.trainer import SftTrainer, training_arguments
+        from qwentune.training.trainer import SftTrainer
 
         recipe, ranks, choices = self.loaded.recipe, self.ranks, self.plan.choices
         evaluation = self.dataset.evaluation

@@ -1,49 +1,45 @@
-"""The step and its guarantees, over transformers' Trainer: what every objective inherits."""
+"""Batches, records, evaluation, checkpoints and resume, over transformers' Trainer: what every objective inherits."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from qwentune.data.batch import Batch, EvalBatches, TrainBatches
 from qwentune.durable import remove
 from qwentune.errors import NotFiniteError, Problem, UserError
-from qwentune.model.adamw import AdamW
 from qwentune.model.head import LossHead
 from qwentune.model.sharded import Shards
-from qwentune.recipe import OptimizerOptions, OutputOptions
+from qwentune.recipe import OutputOptions
 from qwentune.training.best import has_stopped_improving
 from qwentune.training.checkpoints import Checkpoints
 from qwentune.training.diagnose import first_not_finite
 from qwentune.training.disk import disk_error
 from qwentune.training.progress import Recorder
 from qwentune.training.reports import Report
+from qwentune.training.step import ExactStep
 from qwentune.training.trackers import observe
 
-_Mixed = Trainer if TYPE_CHECKING else object
 OWN_STATES = "optimizer_{}.pt"  # what one of several ranks keeps for its shards
 
 
-class ExactResume(_Mixed):
+class ExactResume(ExactStep):
     """Mixin for a transformers Trainer: exact batches, lean step, atomic checkpoints, exact resume.
 
-    Batches come from a pure function of the step and carry weights that are already normalised over the whole
-    optimizer batch, so nothing is counted or gathered while training. Nothing waits for the device between two log
-    points. A step whose gradient is not finite leaves weights and optimizer untouched and ends the run when it is next
-    logged.
+    Batches come from a pure function of the step. Nothing waits for the device between two log points. A step whose
+    gradient is not finite ends the run when it is next logged.
     """
 
     def __init__(
@@ -78,7 +74,6 @@ class ExactResume(_Mixed):
         self.shards = shards
         self.report = Report()
         self.report.listen()
-        self._first_bad_step: Tensor | None = None
         self._window_start = time.monotonic()
 
     # Batches: already this rank's, already in order; nothing is left for accelerate to shard or shuffle.
@@ -105,109 +100,6 @@ class ExactResume(_Mixed):
         # The sizes of trees are read on the CPU: on a GPU reading them would wait for the device.
         device = self.args.device
         return {n: t if n == "trees" else t.to(device, non_blocking=True) for n, t in inputs.items()}
-
-    # The step.
-
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        self.report.pass_mark()
-        if not model.training:
-            model.train()  # walks all modules, so only when an evaluation went before
-        # Ranks average their gradients; the loss is already a share of the whole batch's mean.
-        loss = self.loss_head.loss(model, self._prepare_inputs(inputs)) * self.args.world_size
-        self.report.pass_mark()
-        if self.accelerator.sync_gradients:  # what is measured is the step that comes; DeepSpeed's comes in `backward`
-            self.adamw.moved.clear()
-        kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        self.accelerator.backward(loss, **kwargs)
-        if self.fp32_sums and not self.is_deepspeed_enabled:
-            self.adamw.add_up()
-        return loss.detach()
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        network: Any = self.model if model is None else model
-        if self.shards is not None:
-            plugin: Any = self.accelerator.state.fsdp_plugin
-            plugin.set_auto_wrap_policy(network)  # before layers go by other names, which accelerate would not find
-            self.shards.lay_in(network)
-        decayed = {*self.get_decay_parameter_names(network)}
-        # Of most rows of an embedding a batch says nothing: their moments, small as they get, stay in fp32.
-        wide = {module.weight for module in network.modules() if self.eight_bit and isinstance(module, nn.Embedding)}
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in network.named_parameters():
-            if parameter.requires_grad:
-                groups.setdefault((name in decayed, parameter in wide), []).append(parameter)
-        self.adamw = AdamW(
-            [
-                {
-                    "params": parameters,
-                    "weight_decay": self.args.weight_decay if is_decayed else 0.0,
-                    "eight_bit": self.eight_bit and not is_wide,
-                }
-                for (is_decayed, is_wide), parameters in groups.items()
-            ],
-            lr=self.args.learning_rate,
-            betas=(self.args.adam_beta1, self.args.adam_beta2),
-        )
-        if self.shards is not None:
-            self._trained = [group["params"][:] for group in self.adamw.param_groups]
-        self.optimizer = self.adamw
-        return self.adamw
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        chosen: Any = optimizer or self.optimizer
-        # accelerate has looked for each parameter by its address, and those of which a rank has no row share one.
-        for group, parameters in zip(chosen.param_groups, self._trained, strict=False):
-            group["params"] = parameters
-        self._settings = [{name: group[name] for name in ("betas", "weight_decay")} for group in chosen.param_groups]
-        self.lr_scheduler: Any = LambdaLR(chosen, self.learning_rate_factor)
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def floating_point_ops(self, inputs: Batch) -> int:
-        return 0  # the stock count walks all parameters at every step
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if self.is_deepspeed_enabled:
-            return super()._clip_grad_norm(model)
-        norm = self._norm_of_gradients()
-        # The optimizer divides as it reads: gradients in 16 bits would be rounded once more.
-        self.adamw.grad_scale = ((norm + 1e-6) / self.args.max_grad_norm).clamp(min=1.0)
-        return norm
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
-        if self.is_deepspeed_enabled:
-            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        else:
-            norm = self._norm_of_gradients() if grad_norm is None else grad_norm
-        finite = torch.isfinite(torch.as_tensor(norm, device=self.args.device))
-        step = torch.where(finite, torch.inf, float(self.state.global_step + 1))
-        self._first_bad_step = step if self._first_bad_step is None else torch.minimum(self._first_bad_step, step)
-        if not self.is_deepspeed_enabled:  # DeepSpeed's engine leaves such a step out by itself
-            # Read on the device, where weights and state then stay as they are.
-            self.adamw.found_inf = torch.isfinite(self._first_bad_step).float().reshape(())
-        return norm
-
-    def _norm_of_gradients(self) -> Tensor:
-        """The norm over all ranks' parts, in fp32 whatever the gradients are held in."""
-        if self.fp32_sums and self.args.world_size > 1 and not self.is_fsdp_enabled:
-            # Those of earlier micro-batches are this rank's own; DDP's last ones, the mean of all, stay the same.
-            for total in self.adamw.sums.values():
-                dist.all_reduce(total)
-                total /= self.args.world_size
-        norms: Any = torch._foreach_norm(self.adamw.gradients(), 2, torch.float32)  # pyright: ignore
-        squares = torch.stack(norms).square().sum()
-        if self.is_fsdp_enabled:
-            dist.all_reduce(squares)
-        return squares.sqrt()
-
-    def _update_ratio(self) -> float | None:
-        """The norm of the last step over that of the trained weights; all ranks come here."""
-        moved = [each.to(self.args.device) for each in self.adamw.moved.values()]
-        total = sum(moved, torch.zeros(2, device=self.args.device))
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # each rank has moved its share
-            dist.all_reduce(total)
-        step, weights = total.sqrt().tolist()
-        return step / weights if weights else None
 
     # Logging.
 
@@ -430,7 +322,6 @@ class ExactResume(_Mixed):
 
     _has_ended: bool = False
     _published_step: int | None = None
-    _trained: Sequence[list[nn.Parameter]] = ()
     _window_first_step: int = 0
 
 
@@ -444,59 +335,6 @@ def save_weights(model: nn.Module, folder: Path, state_dict: dict[str, Any] | No
     if hasattr(model, "peft_config"):
         options["save_embedding_layers"] = False  # `auto` asks the hub for the base's vocabulary size
     model.save_pretrained(str(folder), state_dict=state_dict, **options)  # type: ignore[operator]
-
-
-def training_arguments(
-    optimizer: OptimizerOptions,
-    output: OutputOptions,
-    *,
-    name: str,
-    staging: Path,
-    num_steps: int,
-    micro_batch: int,
-    accumulation: int,
-    evaluates: bool,
-    deepspeed_bf16: bool,
-    seed: int,
-    on_gpu: bool,
-) -> TrainingArguments:
-    """Transformers' arguments for a run whose batches, saves, logs and learning rates are ours.
-
-    The run is one epoch of `num_steps` steps: epochs of the data are the schedule's business.
-    """
-    keeps_best = evaluates and (output.best is not None or output.early_stopping is not None)
-    arguments = TrainingArguments(
-        output_dir=str(staging),
-        max_steps=num_steps,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=optimizer.learning_rate,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.betas[0],
-        adam_beta2=optimizer.betas[1],
-        max_grad_norm=optimizer.max_grad_norm,
-        save_strategy="steps",
-        save_steps=output.save_every_steps,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=output.eval_every_steps if evaluates else None,
-        metric_for_best_model="loss" if keeps_best else None,
-        greater_is_better=False if keeps_best else None,
-        logging_steps=output.log_every_steps,
-        logging_nan_inf_filter=False,
-        report_to=list(output.report_to),
-        run_name=name,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        seed=seed,
-        use_cpu=not on_gpu,
-        bf16=deepspeed_bf16,  # never for autocast: weights and adapters have the dtype of the plan
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-        average_tokens_across_devices=False,
-    )
-    # One process trains on one device: what other GPUs are visible must not make the Trainer use nn.DataParallel.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
 
 
 def _only(items: list[Batch]) -> Batch:
