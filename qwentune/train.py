@@ -145,7 +145,8 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
         return {"plan": judged_here(tell=said.append).to_json(), "said": said}
 
     if stored is None and isinstance(device, GpuSpec):  # the first start on a GPU: seconds of work for every rank alike
-        found = once("plan", traced)
+        asked = ["plan", loaded.text, *request.overrides, ranks.sharding, str(ranks.num_ranks)]
+        found = once("\n".join(asked), traced)
         plan = RunPlan.from_json(found["plan"])
         for words in found["said"]:
             console.say(words)

@@ -103,7 +103,8 @@ def loss_history(run: Path) -> list[tuple[float, ...]]:
 def last_states(run: Path) -> dict[str, bytes]:
     """What the optimizer holds at the end, exact values and moments, file by file."""
     folder = run / (run / "latest").read_text().strip()
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("optimizer*.pt"))}
+    names = ("optimizer*.pt", "*_optim_states.pt")  # the second by DeepSpeed
+    return {path.name: path.read_bytes() for name in names for path in sorted(folder.rglob(name))}
 
 
 def final_weights(run: Path) -> dict[str, bytes]:

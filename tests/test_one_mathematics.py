@@ -16,7 +16,7 @@ import pytest
 from tests.checkpoints import ModelType, add_weights, write_checkpoint
 from tests.runs import train, write_recipe
 
-LAUNCHES = ("single", "cpu-2", "fsdp2", "zero1", "zero2", "zero3", "zero2-offload")
+LAUNCHES = ("single", "cpu-2", "fsdp2", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 MODELS: tuple[ModelType, ...] = ("qwen2", "qwen3", "qwen3_moe")
 NUM_STEPS = 60
 

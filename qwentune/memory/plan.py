@@ -20,7 +20,7 @@ from qwentune.memory.profile import Profile
 from qwentune.memory.request import Device, PlanRequest, usable_bytes
 from qwentune.memory.roofline import step_seconds
 from qwentune.memory.search import burden, candidates, fastest, host_phases, needed_host_bytes, shortages
-from qwentune.memory.settings import Attention, Dtype, Loss, Settings, StateDtype
+from qwentune.memory.settings import MOST_BF16_SUMS, Attention, Dtype, Loss, Settings, StateDtype
 
 FEWEST_USEFUL_STEPS = 50
 
@@ -172,12 +172,19 @@ def pinned(request: PlanRequest, choices: Choices) -> PlanRequest:
 
 def plan_warnings(plan: RunPlan) -> tuple[str, ...]:
     """What the user should change although the run fits."""
-    if plan.optimizer_steps is None or plan.optimizer_steps >= FEWEST_USEFUL_STEPS:
-        return ()
-    return (
-        f"The data makes {plan.optimizer_steps} optimizer steps; below {FEWEST_USEFUL_STEPS} little is learned. "
-        "Lower batch.sequences_per_step or raise optimizer.epochs.",
-    )
+    found: list[str] = []
+    if plan.optimizer_steps is not None and plan.optimizer_steps < FEWEST_USEFUL_STEPS:
+        found.append(
+            f"The data makes {plan.optimizer_steps} optimizer steps; below {FEWEST_USEFUL_STEPS} little is learned. "
+            "Lower batch.sequences_per_step or raise optimizer.epochs."
+        )
+    choices = plan.choices
+    if choices.sharding == "zero2-offload" and choices.weights == "bf16" and choices.accumulation > MOST_BF16_SUMS:
+        found.append(
+            f"zero2-offload adds up the gradients of {choices.accumulation} micro-batches in bf16, which loses more "
+            f"than 1 % above {MOST_BF16_SUMS}. Take hardware.launch=zero3-offload, or lower batch.sequences_per_step."
+        )
+    return tuple(found)
 
 
 def _choices(settings: Settings) -> Choices:

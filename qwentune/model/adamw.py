@@ -73,6 +73,10 @@ class AdamW(torch.optim.Optimizer):
         self._codes: dict[tuple[str, torch.device], Tensor] = {}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "eight_bit": eight_bit}
         super().__init__(params, defaults)
+        strided = [
+            tuple(x.shape) for group in self.param_groups for x in group["params"] if not _local(x).is_contiguous()
+        ]
+        assert not strided, f"pieces are views, and parameters of these shapes are not contiguous: {strided}"
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -181,7 +185,7 @@ class AdamW(torch.optim.Optimizer):
         before = _flat(exact, torch.float32)
         moments = {name: [self._unpacked(part.held, name) for part in piece] for name in MOMENTS}
         gradients = [part.gradient for part in piece]
-        if gradients[0].dtype != torch.float32:
+        if any(gradient.dtype != torch.float32 for gradient in gradients):
             sizes = [len(gradient) for gradient in gradients]
             gradients = list(_flat(gradients, torch.float32).split(sizes))
         kernels._fused_adamw_(

@@ -7,7 +7,7 @@ twice the embedding's bytes each time, and in the head a gradient of its size. F
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -41,16 +41,16 @@ def rows_of(head: nn.Module) -> Rows | None:
 
 
 class _LaidOver(TrainableTokensLayer):
-    numbers: Tensor | None = None  # of the rows, on the device, where they are sent once
+    sent: tuple[tuple[str, torch.device], Tensor] | None = None  # of which adapter to which device, once
 
     def rows(self, active: Sequence[str]) -> Rows | None:
         if self.disable_adapters or self.merged or len(active) != 1:
             return None
-        frozen: Any = self.base_layer.weight
-        values = self.trainable_tokens_delta[active[0]]
-        if self.numbers is None or self.numbers.device != values.device:
-            self.numbers = torch.tensor(self.token_indices[active[0]], device=values.device)
-        return Rows(frozen, self.numbers, values)
+        (name,), frozen = active, cast(Tensor, self.base_layer.weight)
+        values = self.trainable_tokens_delta[name]
+        if self.sent is None or self.sent[0] != (name, values.device):
+            self.sent = (name, values.device), torch.tensor(self.token_indices[name], device=values.device)
+        return Rows(frozen, self.sent[1], values)
 
     def forward_adapters(self, x: Tensor, active_adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         rows = self.rows(active_adapters)

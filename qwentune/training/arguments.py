@@ -20,6 +20,7 @@ def training_arguments(
     accumulation: int,
     evaluates: bool,
     deepspeed_bf16: bool,
+    shards_weights: bool,
     seed: int,
     on_gpu: bool,
 ) -> TrainingArguments:
@@ -54,6 +55,8 @@ def training_arguments(
         ddp_broadcast_buffers=False,
         average_tokens_across_devices=False,
     )
+    if shards_weights:  # else FSDP2 holds whole gradients of all micro-batches but the last, in 16 bits, on every rank
+        arguments.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
     # One process trains on one device: what other GPUs are visible must not make the Trainer use nn.DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

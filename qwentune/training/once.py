@@ -17,6 +17,7 @@ from qwentune.durable import write_text
 
 # What tells apart the starts of one launcher. The ranks of a machine are its children; where a script stands between,
 # each finds for itself, as it also does where the first one fails.
+OLDEST_SECONDS = 60.0  # before a rank began: who launches without torchrun may start again under the same names
 OF_A_START = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
 
 
@@ -24,7 +25,7 @@ def once(what: str, find: Callable[[], Any]) -> Any:
     """The JSON value that `find` gives on the first rank of this machine to come here; the others wait for it.
 
     Ranks have not joined yet, so this goes through a file of the user's own cache. Who dies with the lock leaves it.
-    `what` tells apart what is found, also by its inputs.
+    `what` tells apart what is found, and must hold all that it depends on.
     """
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
         return find()
@@ -33,11 +34,14 @@ def once(what: str, find: Callable[[], Any]) -> Any:
         start = [what, launcher.create_time(), *(os.environ.get(name) for name in OF_A_START)]
         folder = cache_folder() / "once" / socket.gethostname()  # machines may share a home
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{os.getpid()}.tried").touch()
+        (folder / f"{os.getpid()}.tried").unlink()
     except (OSError, psutil.Error):  # a cache that is not to be written, a launcher in another container
         return find()
     file = folder / f"{launcher.pid}-{sha256(json.dumps(start).encode()).hexdigest()[:16]}.json"
     with FileLock(f"{file}.lock"):
-        if not file.exists():
+        oldest = psutil.Process().create_time() - OLDEST_SECONDS
+        if not file.exists() or file.stat().st_mtime < oldest:
             for old in folder.glob("[0-9]*"):
                 if not psutil.pid_exists(int(old.name.partition("-")[0])):  # its launcher has ended
                     old.unlink(missing_ok=True)

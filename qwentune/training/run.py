@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from qwentune.training.stop import StopOnSignal
     from qwentune.training.trainer import SftTrainer
 
-# What torch says where its allocator, the driver or a library beside it got none.
-SIGNS_OF_A_FULL_GPU = ("CUDA out of memory", "error: out of memory", "CUBLAS_STATUS_ALLOC", "CUDNN_STATUS_ALLOC")
+# What torch, Triton, NCCL and NVIDIA's libraries say where the driver or an allocator gave none.
+SIGNS_OF_A_FULL_GPU = ("out of memory", "CUBLAS_STATUS_ALLOC", "CUDNN_STATUS_ALLOC")
 # What gloo says on the ranks that are left; NCCL ends their processes itself.
 SIGNS_OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
@@ -293,6 +293,7 @@ class Run:
             accumulation=choices.accumulation,
             evaluates=len(evaluation) > 0,
             deepspeed_bf16=uses_deepspeed(ranks.sharding) and choices.weights == "bf16",
+            shards_weights=ranks.shards_weights,
             seed=recipe.seed,
             on_gpu=ranks.device.type == "cuda",
         )

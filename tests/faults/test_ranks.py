@@ -18,7 +18,7 @@ import pytest
 
 from qwentune.training import hangs
 from tests.checkpoints import add_weights, write_checkpoint
-from tests.runs import ENVIRONMENT, KILL_AT, KILLED, final_weights, loss_history, train, write_recipe
+from tests.runs import ENVIRONMENT, KILL_AT, KILLED, final_weights, last_states, loss_history, train, write_recipe
 from tests.warm import Warm
 
 pytestmark = pytest.mark.slow
@@ -366,11 +366,13 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
         "tuning": {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}, "data": {"eval_fraction": 0.1},
         "output": {"save_every_minutes": 1e-5, "eval_every_steps": 2, "best": "loss"},
     },
+    "cpu-2 ": {"output": {"save_every_steps": 4}, "precision": {"weights": "bf16"}},
     "zero1": {"output": {"save_every_steps": 4}},
-    "zero2": {"output": {"save_every_steps": 4}},
+    "zero2": {"output": {"save_every_steps": 4}, "precision": {"weights": "bf16"}},
+    "zero3": {"output": {"save_every_steps": 4}, "precision": {"weights": "bf16"}},
     "zero2-offload": {"output": {"save_every_steps": 4}},
     "zero3-offload": {"output": {"save_every_steps": 4}},
-    "fsdp2": {"output": {"save_every_steps": 4}},
+    "fsdp2": {"output": {"save_every_steps": 4}, "precision": {"weights": "bf16", "optimizer_state": "8bit"}},
     "fsdp2 ": {"output": {"save_every_steps": 4}, "tuning": {"kind": "lora", "rank": 1, "alpha": 8, "dropout": 0.1}},
 }  # fmt: skip
 
@@ -384,15 +386,15 @@ def test_two_killed_ranks_end_like_undisturbed_ones(tmp_path: Path, launch: str)
     run = tmp_path / "run"
     whole = train(recipe, launch=file)
     assert whole.returncode == 0, whole.stderr
-    undisturbed = loss_history(run), final_weights(run)
+    undisturbed = loss_history(run), final_weights(run), last_states(run)
     run.rename(tmp_path / "undisturbed")
     assert train(recipe, launch=file, kill_at=5).returncode != 0
     resumed = train(recipe, launch=file)
     assert resumed.returncode == 0, resumed.stderr
     assert "from step 4" in resumed.stderr
-    assert (loss_history(run), final_weights(run)) == undisturbed
+    assert (loss_history(run), final_weights(run), last_states(run)) == undisturbed
     if "tuning" not in TWO_RANKS[launch]:  # of full tuning, beside which the rest of a checkpoint is small
-        weighed = ("*.safetensors", "*_states.pt", "optimizer_*.pt")
+        weighed = ("*.safetensors", "*_states.pt", "optimizer*.pt")
         written = sum(file.stat().st_size for name in weighed for file in (run / "checkpoints/step-8").rglob(name))
         published = sum(file.stat().st_size for file in run.glob("model/*.safetensors"))
         planned = json.loads((run / "plan.json").read_text())["disk_bytes"]  # of three, one more and the model
