@@ -338,12 +338,13 @@ def test_small_parameters_keep_fp32_moments() -> None:
 def counted() -> Iterator[list[str]]:
     """The operators that would make a GPU's host wait."""
     from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
 
     waits: list[str] = []
 
     class Counting(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            name, given = str(func), [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)]
+            name, given = str(func), [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             out = func(*args, **(kwargs or {}))
             if "_local_scalar_dense" in name or "nonzero" in name:
                 waits.append(name)
@@ -370,5 +371,38 @@ def test_a_step_on_a_gpu_waits_for_nothing(dtype: torch.dtype, eight_bit: bool) 
             for _ in range(2):
                 for weight in weights:
                     weight.grad = torch.zeros_like(weight)
+                optimizer.step()
+    assert waits == []
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_what_the_trainer_does_around_a_step_waits_for_nothing(sums: bool) -> None:
+    """The norm of the gradients, clipping, the flag of a step that is not finite, sums of many micro-batches."""
+    from types import SimpleNamespace
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from qwentune.training.step import ExactStep
+
+    class Around(ExactStep):
+        is_deepspeed_enabled = is_fsdp_enabled = False
+
+        def __init__(self, optimizer: AdamW, device: torch.device) -> None:
+            self.adamw, self.fp32_sums = optimizer, sums
+            self.args = SimpleNamespace(max_grad_norm=1.0, device=device, world_size=1)
+            self.state = SimpleNamespace(global_step=0)
+
+    with FakeTensorMode():
+        weights = [nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16, device="cuda")) for shape in SHAPES]
+        optimizer = AdamW(weights)
+        around: Any = Around(optimizer, torch.device("cuda"))
+        with counted() as waits:
+            for _ in range(2):
+                for weight in weights:
+                    weight.grad = torch.zeros_like(weight)
+                if sums:
+                    optimizer.add_up()
+                    assert len(optimizer.sums) == len(weights)
+                around._get_grad_norm(None, around._clip_grad_norm(None))
                 optimizer.step()
     assert waits == []

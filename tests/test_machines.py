@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -282,8 +283,16 @@ def test_a_v100_is_in_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 RANK = Ranks(0, 1, "none")
 
 
-def cuda(monkeypatch: pytest.MonkeyPatch, *cards: tuple[str, tuple[int, int]], codes: str = "") -> None:
-    """Makes torch see these cards, with code for these architectures."""
+def cuda(
+    monkeypatch: pytest.MonkeyPatch, *cards: tuple[str, tuple[int, int]], codes: str = "", gib: float = 400.0
+) -> None:
+    """Makes torch see these cards of that memory, with code for these architectures."""
+
+    def properties(number: int) -> SimpleNamespace:
+        name, (major, minor) = cards[number]
+        return SimpleNamespace(name=name, major=major, minor=minor, total_memory=int(gib * 2**30))
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cards))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: cards[number][0])
@@ -319,6 +328,17 @@ def test_more_ranks_than_torch_sees_cards_are_refused(monkeypatch: pytest.Monkey
     cuda(monkeypatch, ("NVIDIA A10G", (8, 6)), codes="sm_80")
     with pytest.raises(UsageError, match="2 processes take a GPU each, and torch sees 1"):
         refuse_other_device(gpu_spec("a10g"), Ranks(0, 2, "ddp"))
+
+
+@pytest.mark.parametrize(("card", "capability", "gib"), [("Tesla T4", (7, 5), 24.0), ("NVIDIA A10G", (8, 6), 11.0)])
+def test_a_plan_for_another_card_than_torch_takes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, card: str, capability: tuple[int, int], gib: float
+) -> None:
+    cuda(monkeypatch, (card, capability), codes=CUDA_13, gib=gib)
+    with pytest.raises(UsageError, match=rf"plan is for a10g \(compute capability 8\.6, 22\.0 GiB\).* on {card}"):
+        refuse_other_device(gpu_spec("a10g"), RANK)
+    cuda(monkeypatch, ("NVIDIA A10G", (8, 6)), codes=CUDA_13, gib=22.0)
+    refuse_other_device(gpu_spec("a10g"), RANK)
 
 
 CUDA_13 = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120"

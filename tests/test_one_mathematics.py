@@ -88,7 +88,10 @@ def test_every_launch_file_gives_the_same_run_and_bf16_goes_the_way_of_fp32(
 
 @pytest.mark.slow
 def test_sums_of_many_micro_batches_are_the_same_on_one_rank_and_on_two(tmp_path: Path) -> None:
-    """Above 32 micro-batches gradients in bf16 are added up in fp32, of which each of DDP's ranks has its own."""
+    """Above 32 micro-batches gradients in bf16 are added up in fp32, of which each of DDP's ranks has its own.
+
+    After each micro-batch a rank holds the sums alone, also under FSDP2, which may put off sharing gradients out.
+    """
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
     many = ("batch.sequences_per_step=80", "optimizer.max_steps=3")
     alone = trained(tmp_path, model, "single", "bf16", *many)

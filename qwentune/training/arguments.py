@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -56,7 +57,8 @@ def training_arguments(
         average_tokens_across_devices=False,
     )
     if shards_weights:  # else FSDP2 holds whole gradients of all micro-batches but the last, in 16 bits, on every rank
-        arguments.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
+        configuration: Any = arguments.accelerator_config
+        configuration.gradient_accumulation_kwargs = {"sync_each_batch": True}
     # One process trains on one device: what other GPUs are visible must not make the Trainer use nn.DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

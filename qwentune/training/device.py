@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 WHERE = "hardware.gpu"
 OLDER_CUDA = "https://download.pytorch.org/whl/cu126"  # holds code for cards from Maxwell to Hopper
+TOLERANCE = 0.03  # of a card's memory, by which the driver's figure may be above torch's
 CODE = re.compile(r"(?P<kind>sm|compute)_(?P<major>\d+)(?P<minor>\d)(?P<only>[af]?)")
 
 
@@ -45,6 +46,14 @@ def refuse_other_device(device: Device, ranks: Ranks) -> None:
     if seen < needed:
         what = f"{needed} processes take a GPU each, and torch sees {seen}"
         raise UsageError(Problem("hardware.count", what, f"accelerate launch --num_processes {seen} …"))
+    found = [torch.cuda.get_device_properties(card) for card in range(needed)]
+    weakest, least = min((card.major, card.minor) for card in found), min(card.total_memory for card in found)
+    if weakest != device.compute_capability or least < device.total_bytes * (1 - TOLERANCE):
+        names = ", ".join(dict.fromkeys(card.name for card in found))
+        what = f"the plan is for {_described(device.name, device.compute_capability, device.total_bytes)}, but torch "
+        what += f"would train on {_described(names, weakest, least)}"
+        fix = "Make nvidia-smi and torch see the same cards: CUDA_VISIBLE_DEVICES, and CUDA_DEVICE_ORDER=PCI_BUS_ID."
+        raise UsageError(Problem(WHERE, what, fix))
     codes = torch.cuda.get_arch_list()
     without = [card for card in range(needed) if not runs(torch.cuda.get_device_capability(card), codes)]
     if without:
@@ -64,6 +73,10 @@ def runs(capability: tuple[int, int], codes: Sequence[str]) -> bool:
         if capability == built_for or (code["only"] != "a" and is_kin and built_for <= capability):
             return True
     return not found
+
+
+def _described(name: str, capability: tuple[int, int], num_bytes: int) -> str:
+    return f"{name} (compute capability {capability[0]}.{capability[1]}, {num_bytes / 2**30:.1f} GiB)"
 
 
 def _why_no_gpu() -> str:

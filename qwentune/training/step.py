@@ -108,7 +108,7 @@ class ExactStep(_Mixed):
             norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         else:
             norm = self._norm_of_gradients() if grad_norm is None else grad_norm
-        finite = torch.isfinite(torch.as_tensor(norm, device=self.args.device))
+        finite = torch.isfinite(norm if isinstance(norm, Tensor) else torch.tensor(norm, device=self.args.device))
         step = torch.where(finite, torch.inf, float(self.state.global_step + 1))
         self._first_bad_step = step if self._first_bad_step is None else torch.minimum(self._first_bad_step, step)
         if not self.is_deepspeed_enabled:  # DeepSpeed's engine leaves such a step out by itself
