@@ -6,15 +6,17 @@ python tests/test_one_mathematics.py        prints the table of the README
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.checkpoints import ModelType, add_weights, write_checkpoint
-from tests.runs import train, write_recipe
+from tests.runs import ENVIRONMENT, train, write_recipe
 
 LAUNCHES = ("single", "cpu-2", "fsdp2", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 MODELS: tuple[ModelType, ...] = ("qwen2", "qwen3", "qwen3_moe")
@@ -84,6 +86,51 @@ def test_every_launch_file_gives_the_same_run_and_bf16_goes_the_way_of_fp32(
         rounded = trained(tmp_path, model, launch, "bf16")
         assert way_along(rounded, reference, model) == pytest.approx(1, abs=0.03), launch
         assert farthest(metric(rounded, "update_ratio"), metric(reference, "update_ratio")) < 0.05, launch
+
+
+# After each micro-batch whether a rank holds sums alone: no gradient beside them, neither sharded nor whole.
+HELD = """
+import sys
+from tests.fsdp2 import pretend
+if sys.argv[1] == "fsdp2":
+    pretend()
+del sys.argv[1]
+from torch.distributed.fsdp import FSDPModule
+from qwentune import console, train
+from qwentune.training.step import ExactStep
+stepped = ExactStep.training_step
+def looked_at(self, model, inputs, num_items_in_batch=None):
+    loss = stepped(self, model, inputs, num_items_in_batch)
+    trained = [x for x in model.parameters() if x.requires_grad]
+    whole = [
+        each
+        for module in model.modules()
+        if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None
+        for each in group.fsdp_params
+        if each.unsharded_accumulated_grad is not None
+    ]
+    assert not whole, "whole gradients wait on a rank"
+    assert all(x.grad is None for x in trained)
+    assert len(self.adamw.sums) == len(trained), "sums are in fp32 from the first micro-batch on"
+    return loss
+ExactStep.training_step = looked_at
+console.main(train.train)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["cpu-2", "fsdp2"])
+def test_a_rank_holds_sums_alone_between_many_micro_batches(tmp_path: Path, launch: str) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    script = tmp_path / "held.py"
+    script.write_text(HELD)
+    sections: dict[str, Any] = {"precision": {"weights": "bf16"}, "optimizer": {"max_steps": 1}}
+    recipe = write_recipe(tmp_path, model, batch={"sequences_per_step": 80, "micro_batch": 1}, **sections)
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", f"launch/{launch}.yaml"]
+    command = [sys.executable, *launcher, str(script), launch, str(recipe)]
+    environment = {**ENVIRONMENT, "PYTHONPATH": "."}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.slow

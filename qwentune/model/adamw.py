@@ -154,7 +154,9 @@ class AdamW(torch.optim.Optimizer):
             if local.dtype == torch.bfloat16:
                 state["remainder"] = torch.zeros_like(local, dtype=torch.int16)
             for name in MOMENTS:
-                if not eight_bit or local.numel() < FEWEST_IN_8_BITS:
+                if (
+                    not eight_bit or parameter.numel() < FEWEST_IN_8_BITS
+                ):  # of a shard the whole, so that all ranks agree
                     state[name] = torch.zeros_like(local, dtype=torch.float32)
                     continue
                 state[name] = torch.full_like(local, _code_values(name).index(0.0), dtype=torch.uint8)
