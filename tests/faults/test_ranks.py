@@ -393,7 +393,8 @@ def test_two_killed_ranks_end_like_undisturbed_ones(tmp_path: Path, launch: str)
     assert resumed.returncode == 0, resumed.stderr
     assert "from step 4" in resumed.stderr
     assert (loss_history(run), final_weights(run), last_states(run)) == undisturbed
-    if "tuning" not in TWO_RANKS[launch]:  # of full tuning, beside which the rest of a checkpoint is small
+    has_small_states = "optimizer_state" in TWO_RANKS[launch].get("precision", {})  # of which many here are in fp32
+    if "tuning" not in TWO_RANKS[launch] and not has_small_states:  # beside full states the rest is small
         weighed = ("*.safetensors", "*_states.pt", "optimizer*.pt")
         written = sum(file.stat().st_size for name in weighed for file in (run / "checkpoints/step-8").rglob(name))
         published = sum(file.stat().st_size for file in run.glob("model/*.safetensors"))
