@@ -153,10 +153,10 @@ class AdamW(torch.optim.Optimizer):
             state["step"] = torch.zeros((), device=local.device)
             if local.dtype == torch.bfloat16:
                 state["remainder"] = torch.zeros_like(local, dtype=torch.int16)
+            # Of a shard the whole parameter counts, so that all ranks agree.
+            in_fp32 = not eight_bit or parameter.numel() < FEWEST_IN_8_BITS
             for name in MOMENTS:
-                if (
-                    not eight_bit or parameter.numel() < FEWEST_IN_8_BITS
-                ):  # of a shard the whole, so that all ranks agree
+                if in_fp32:
                     state[name] = torch.zeros_like(local, dtype=torch.float32)
                     continue
                 state[name] = torch.full_like(local, _code_values(name).index(0.0), dtype=torch.uint8)
