@@ -183,25 +183,27 @@ def mask_bytes(spec: ModelSpec, settings: Settings) -> int:
         return settings.forward_tokens**2
     if not _sees_chunks(settings):
         return 0
-    chunks = [(stop - start, stop) for start, stop in _chunks(settings)]
-    return settings.micro_batch * sum((settings.weight_bytes * queries + 8) * keys for queries, keys in chunks)
+    keys, pairs = _chunks(settings)
+    return settings.micro_batch * (settings.weight_bytes * pairs + 8 * keys)
 
 
 def _sees_chunks(settings: Settings) -> bool:
     return settings.attention == "sdpa" and settings.branches
 
 
-def _chunks(settings: Settings) -> list[tuple[int, int]]:
-    """Where each chunk of a row's queries begins and ends; its keys may be all before the end."""
-    tokens = settings.max_tokens
-    return [(start, min(start + CHUNK_TOKENS, tokens)) for start in range(0, tokens, CHUNK_TOKENS)]
+def _chunks(settings: Settings) -> tuple[int, int]:
+    """Over all chunks of a row's queries: keys that they see, at most all before their end, and queries times keys."""
+    whole, rest = divmod(settings.max_tokens, CHUNK_TOKENS)
+    keys = CHUNK_TOKENS * whole * (whole + 1) // 2
+    last = settings.max_tokens if rest else 0
+    return keys + last, CHUNK_TOKENS * keys + rest * last
 
 
 def _copied_keys(spec: ModelSpec, settings: Settings) -> int:
     """Per token: on a CPU each chunk keeps a copy of the keys and values that it sees, in place of those of the row."""
     if not (_sees_chunks(settings) and settings.on_cpu):
         return 0
-    keys = sum(stop for _, stop in _chunks(settings))
+    keys, _ = _chunks(settings)
     copied = 2 * (settings.weight_bytes * spec.query_size + 8) * keys
     return copied // settings.max_tokens - 2 * settings.weight_bytes * spec.query_size
 
