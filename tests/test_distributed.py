@@ -88,4 +88,5 @@ def holds_what_is_planned(held: dict[str, int], plan: dict[str, Any]) -> None:
     assert held["gradients"] == terms["gradients"]
     assert held["optimizer"] == terms["optimizer"]
     offloaded = plan["host_bytes"] // plan["gpus"] - plan["peak_bytes"]  # beside what a GPU would hold
-    assert held["host"] <= offloaded <= 1.3 * held["host"]  # blocks of pinned memory are rounded up
+    # Blocks of pinned memory are rounded up, and a step of the optimizer takes some for a moment.
+    assert held["host"] <= offloaded <= 1.4 * held["host"]
