@@ -34,9 +34,9 @@ def once(what: str, find: Callable[[], Any]) -> Any:
         start = [what, launcher.create_time(), *(os.environ.get(name) for name in OF_A_START)]
         folder = cache_folder() / "once" / socket.gethostname()  # machines may share a home
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{os.getpid()}.tried").touch()
-        (folder / f"{os.getpid()}.tried").unlink()
     except (OSError, psutil.Error):  # a cache that is not to be written, a launcher in another container
+        return find()
+    if not os.access(folder, os.W_OK):
         return find()
     file = folder / f"{launcher.pid}-{sha256(json.dumps(start).encode()).hexdigest()[:16]}.json"
     with FileLock(f"{file}.lock"):
