@@ -1,9 +1,9 @@
 """AdamW that moves exact fp32 values, whatever the weights that the model computes with are held in.
 
 Why our own: torch's AdamW steps on what the model holds, and a bf16 weight loses every update below half of its last
-place; torchao's rounds stochastically or keeps a second fp32 copy; bitsandbytes' has no fp32 value behind its 8-bit
-moments, waits once for each tensor, and cannot be told on the device to leave a step out. The arithmetic here is
-torch's own fused kernel, over fp32 values that exist for one piece at a time.
+place; torchao's (0.18) rounds stochastically instead; bitsandbytes' (0.50) steps on the bf16 weight too, and waits once
+for each tensor; neither can be told on the device to leave a step out. The arithmetic here is torch's own fused kernel,
+over fp32 values that exist for one piece at a time.
 """
 
 from __future__ import annotations
