@@ -1,17 +1,112 @@
-"""Files and folders that appear whole or not at all, also when the power fails."""
+"""Files and folders that appear whole or not at all, also when the power fails; and which of them are ours.
+
+Only what carries our mark is ever removed; anything else in the way is moved aside. Nothing else in the package removes
+or renames: a test reads the calls.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+MARK = ".qwentune.json"  # in every folder that we may remove or replace
+LAYOUT = 1  # of a run folder
+MANIFEST = "manifest.json"  # of checkpoints, which carried no other mark before there were marks
+MANIFEST_KEYS = {"schema", "step", "facts", "files", "sha256"}
 OLD = ".old"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Who wrote a folder, what it is, in which layout, and for which run."""
+
+    written_by: str
+    what: str  # "run", which is never removed, or "files", which can be made again
+    layout: int
+    run: str
+
+
+def mark(folder: Path, run: str, *, what: str = "files") -> None:
+    """Makes a folder ours, new or there already; `run` is the id of its run."""
+    made = Mark("qwentune", what, LAYOUT, run)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / MARK, json.dumps(asdict(made)) + "\n")
+
+
+def read_mark(folder: Path) -> Mark | None:
+    """The mark in a folder; None where it has none of ours."""
+    try:
+        found = Mark(**json.loads((folder / MARK).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+    is_ours = found.written_by == "qwentune" and isinstance(found.layout, int) and isinstance(found.run, str)
+    return found if is_ours else None
+
+
+def run_id(folder: Path) -> str:
+    """The id of the run whose folder, or whose files, these are; empty where it has no mark."""
+    found = read_mark(folder)
+    return "" if found is None else found.run
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether nothing is in a folder, or no more than a mark that was being written when its writer was killed."""
+    return {file.name for file in folder.iterdir()} <= {_temporary(folder / MARK).name}
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder may be removed: we marked its files, or it has a checkpoint's manifest, or nothing in it."""
+    found = read_mark(folder)
+    if found is not None:
+        return found.what == "files"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return is_empty(folder)
+    return isinstance(manifest, dict) and set(manifest) == MANIFEST_KEYS
+
+
+def remove(path: Path) -> Path | None:
+    """Removes a folder of ours, a file, or a link without what it points to; another folder is moved aside: where to.
+
+    Marks go last, so that what a kill leaves of a folder is still ours.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return None
+    if not is_ours(path):
+        return move_aside(path)
+    marks = {MARK, MANIFEST}
+    for child in sorted(path.iterdir(), key=lambda child: child.name in marks):
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
+    path.rmdir()
+    return None
+
+
+def move_aside(path: Path, name: str | None = None) -> Path:
+    """Renames a file or folder, by default to `aside-<its name>-<time>` beside it; where to.
+
+    A number is added to a name that is taken.
+    """
+    name = name or f"aside-{path.name.lstrip('.')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    target, count = path.with_name(name), 1
+    while os.path.lexists(target):
+        count += 1
+        target = path.with_name(f"{name}-{count}")
+    os.rename(path, target)
+    return target
 
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file; a link of that name is replaced too, never followed."""
-    temporary = path.with_name(f".{path.name}.new")
+    temporary = _temporary(path)
     temporary.unlink(missing_ok=True)
     with temporary.open("x", encoding="utf-8") as file:
         file.write(text)
@@ -20,27 +115,46 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def replace_folder(written: Path, target: Path) -> None:
-    """Puts a finished folder in the place of `target`; what stood there goes only once the new one is on disk."""
+def replace_file(written: Path, target: Path) -> None:
+    """Puts a finished file in the place of `target`, on the same file system."""
+    sync(written)
+    os.replace(written, target)
+
+
+def put(written: Path, target: Path) -> None:
+    """Gives a finished folder, whose files are on disk, its name, which is free."""
+    os.rename(written, target)
+    sync(target.parent)
+
+
+def settle(written: Path, target: Path) -> None:
+    """Gives a finished folder its name, unless another process has put its own there: then this one goes."""
+    try:
+        os.rename(written, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        remove(written)
+
+
+def replace_folder(written: Path, target: Path) -> Path | None:
+    """Puts a finished folder in the place of `target`; what stood there goes only once the new one is on disk.
+
+    Where to, if what stood there was not ours.
+    """
     for path in written.rglob("*"):
         if path.is_file():
             sync(path)
     sync_folders(written)
     old = target.with_name(f".{target.name}{OLD}")
-    remove(old)
-    if os.path.lexists(target):
+    aside = remove(old)
+    if target.is_dir() and not target.is_symlink() and not is_ours(target):
+        aside = move_aside(target)
+    elif os.path.lexists(target):
         os.rename(target, old)
-    os.rename(written, target)
-    sync(target.parent)
+    put(written, target)
     remove(old)
-
-
-def remove(path: Path) -> None:
-    """Removes a folder with all in it, a file, or a link without what it points to; nothing where there is none."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    return aside
 
 
 def sync(path: Path) -> None:
@@ -57,3 +171,7 @@ def sync_folders(folder: Path) -> None:
     for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
         sync(path)
     sync(folder)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.qwentune-new")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwentune import console
-from qwentune.durable import remove, replace_folder
+from qwentune.durable import mark, remove, replace_folder, run_id
 from qwentune.errors import EXIT_OK, DoesNotFitError, Problem, UsageError, UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run_export(folder: Path, merge: bool, verify: bool, output: Path | None) -> 
         raise UsageError(Problem(str(target), "exists already", "Remove it, or name another folder with -o."))
     staging = target.with_name(f".{target.name}.writing")
     remove(staging)
-    staging.mkdir(parents=True)
+    mark(staging, run_id(folder))
     try:
         _write(run, merge, staging)
         if verify:

@@ -60,14 +60,26 @@ def run(
     from qwentune.html_report import html_report
     from qwentune.recipe import load_recipe
 
+    outputs = [(option, file) for option, file in (("--jsonl", jsonl), ("--html", html)) if file is not None]
     unwritable = [
         Problem(option, f"{str(file)!r} cannot be written", "Name a file in a folder that exists.")
-        for option, file in (("--jsonl", jsonl), ("--html", html))
-        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir())
+        for option, file in outputs
+        if file.is_dir() or not file.absolute().parent.is_dir()
     ]
     if unwritable:
         raise UsageError(unwritable)
     recipe = load_recipe(recipe_path, overrides).recipe
+    sources = [*recipe.data.train, *(recipe.data.evaluation or ())]
+    read = {
+        Path(name).resolve() for name in (recipe_path, recipe.data.chat_template, *(s.path for s in sources)) if name
+    }
+    overwriting = [
+        Problem(option, f"{str(file)!r} is what the preview reads, and would be overwritten", "Name another file.")
+        for option, file in outputs
+        if file.resolve() in read
+    ]
+    if overwriting:
+        raise UsageError(overwriting)
     if recipe.data.packing:
         refuse_packing(recipe.model)
     tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))

@@ -73,6 +73,7 @@ def run(
     loaded = load_recipe(recipe_path, overrides)
     recipe = loaded.recipe
     folder = RunFolder(Path(recipe.output.dir))
+    folder.refuse_other_things()
     device, count, sharding = device_of(recipe.hardware, here=True)
     launch = recipe.hardware.launch
     spec = model_spec(recipe.model, packing=recipe.data.packing)

@@ -80,6 +80,7 @@ def run(request: Request) -> int:
 
     loaded = load_recipe(request.recipe, request.overrides)
     folder = RunFolder(Path(loaded.recipe.output.dir))
+    folder.refuse_other_things()
     exit_code_is_lost = _exit_code_is_lost()
     try:
         return _walk(request, loaded, folder)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 from qwentune.data.vocabulary import write_tokenizer
+from qwentune.durable import mark, settle
 from qwentune.errors import Problem, UsageError
 from qwentune.facts.models import ModelSpec, config_of, model_spec
 
@@ -64,13 +64,11 @@ def _builtin_folder(model: str) -> Path:
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=folder.parent))
+        mark(staging, BUILTIN)
         write_tokenizer(staging, "qwen3")
         (staging / "chat_template.jinja").write_text(_qwen3_chat_template(), encoding="utf-8")
         (staging / "config.json").write_text(json.dumps(_config(spec), indent=2) + "\n")
-        try:
-            staging.rename(folder)
-        except OSError:  # another process was first
-            shutil.rmtree(staging)
+        settle(staging, folder)
     return folder
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import shutil
 import tempfile
 from array import array
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
@@ -31,7 +30,7 @@ from qwentune.data.sample import Source
 from qwentune.data.store import Examples, ExampleWriter
 from qwentune.data.template import ChatTemplate
 from qwentune.data.tokenizer import Tokenizer
-from qwentune.durable import replace_folder
+from qwentune.durable import mark, remove, replace_folder
 from qwentune.errors import DataError, Problem, RecipeError
 from qwentune.recipe import DataOptions
 
@@ -172,13 +171,15 @@ def _contents(paths: Sequence[str]) -> list[str]:
 
 def _publish(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int, folder: Path) -> None:
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    mark(staging, folder.name)
     try:
         with ExampleWriter(staging, tokenizer.control_ids.values()) as writer, _no_garbage():
             description = _build(data, tokenizer, template, seed, writer)
         (staging / "description.json").write_text(json.dumps(description, ensure_ascii=False))
         replace_folder(staging, folder)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):
+            remove(staging)
         raise
 
 

@@ -15,7 +15,7 @@ from filelock import FileLock
 from qwentune.console import say
 from qwentune.data.checkpoint import cache_folder
 from qwentune.data.tables import json_row
-from qwentune.durable import sync
+from qwentune.durable import replace_file
 from qwentune.errors import DataError, Problem
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
@@ -86,5 +86,4 @@ def _keep(path: str, file: Path) -> None:
                     what = f"the row cannot be kept: {error}"
                     fix = "Write the columns that are trained into a file of your own, and name that."
                     raise DataError(Problem(f"{path}:{number}", what, fix)) from None
-        sync(staging)
-        staging.replace(file)
+        replace_file(staging, file)

@@ -19,8 +19,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "mer
 
 
 def copy_weights(source: Path, target: Path) -> None:
-    """Copies the weights of a checkpoint, with their configuration and nothing else, into a new folder."""
-    target.mkdir(parents=True)
+    """Copies the weights of a checkpoint, with their configuration and nothing else, into a folder."""
     for pattern in WEIGHT_FILES:
         for file in source.glob(pattern):
             shutil.copyfile(file, target / file.name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from qwentune import console
 from qwentune.data.tokenizer import Tokenizer
-from qwentune.durable import remove, replace_folder
+from qwentune.durable import mark, remove, replace_folder, run_id
 from qwentune.errors import Problem, ResumeError
 from qwentune.exporting.package import copy_weights, model_card, stop_token_ids, write_package
 from qwentune.recipe import Recipe
@@ -38,6 +38,7 @@ def publish(
     target = folder.path / ("model" if recipe.tuning.kind == "full" else "adapter")
     staging = target.with_name(f".{target.name}.writing")
     remove(staging)
+    mark(staging, run_id(folder.path))
     copy_weights(source.folder, staging)
     write_package(
         staging,
@@ -46,7 +47,9 @@ def publish(
         stop_token_ids=stop_token_ids(report, tokenizer.control_ids),
         end_of_text_id=tokenizer.end_of_text_id,
     )
-    replace_folder(staging, target)
+    aside = replace_folder(staging, target)
+    if aside is not None:
+        console.say(f"moved {target}, which no run wrote, to {aside}")
     card = model_card(
         name=folder.path.name,
         base=recipe.model,

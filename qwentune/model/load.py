@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import tempfile
 import warnings
 from contextlib import nullcontext
@@ -23,6 +21,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from qwentune.data.checkpoint import BUILTIN, checkpoint_folder
+from qwentune.durable import replace_file
 from qwentune.errors import Problem, ResumeError, UsageError
 from qwentune.model.sharded import no_warm_up, sharding
 
@@ -37,10 +36,9 @@ def weights_folder(model: str, revision: str | None = None) -> Path:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(BUILTIN_SEED)
             network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent))
-        network.save_pretrained(staging)
-        os.replace(staging / "model.safetensors", folder / "model.safetensors")
-        shutil.rmtree(staging)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
+            network.save_pretrained(staging)
+            replace_file(Path(staging, "model.safetensors"), folder / "model.safetensors")
     if not any(folder.glob("*.safetensors")):
         fix = "Training and export need the weights as *.safetensors; preview and plan do without."
         raise UsageError(Problem(str(folder), "holds no weights", fix))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwentune.durable import remove, sync, sync_folders, write_text
+from qwentune.durable import MANIFEST, is_ours, mark, move_aside, put, remove, run_id, sync, sync_folders, write_text
 from qwentune.errors import Problem, ResumeError
 
-MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 2  # since 16-bit weights have exact values behind them
 STAGING, TRASH = ".saving-", ".trash-"
 
@@ -43,6 +41,10 @@ class Checkpoints:
         """The folder that all ranks write step `step` into; no reader ever looks there."""
         return self.folder / f"{STAGING}{step}"
 
+    def begin(self, step: int) -> None:
+        """Makes the staging folder of `step`; called by one rank, before any writes."""
+        mark(self.staging(step), run_id(self.run))
+
     def published(self, step: int) -> Path:
         """Where step `step` stands once it is whole."""
         return self.folder / f"step-{step}"
@@ -52,6 +54,7 @@ class Checkpoints:
 
         Only after the new checkpoint is in place are old ones removed, all but the newest `keep` and those `spared`.
         """
+        mark(written, run_id(self.run))
         files = sorted(path for path in written.rglob("*") if path.is_file())
         for path in files:
             sync(path)
@@ -68,10 +71,9 @@ class Checkpoints:
         write_text(written / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
         sync_folders(written)
         target = self.published(step)
-        if target.exists():  # the same step of an abandoned attempt, which this one replaces
+        if os.path.lexists(target):  # the same step of an abandoned attempt, which this one replaces
             self._remove(target)
-        os.rename(written, target)
-        sync(self.folder)
+        put(written, target)
         sync(self.run)  # which the folder of checkpoints may be new in, and the records
         remove(self.staging(step))
         self.point_latest_at(target)
@@ -96,21 +98,19 @@ class Checkpoints:
         moved: list[Path] = []
         for later, folder in self._numbered():
             if later > step:
-                target = folder.with_name(f"aside-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-                os.rename(folder, target)
-                moved.append(target)
+                moved.append(move_aside(folder))
         return moved
 
-    def sweep(self) -> None:
-        """Removes what interrupted saves and removals left behind, and mends `latest`."""
+    def sweep(self) -> list[Path]:
+        """Removes what interrupted saves and removals left, mends `latest`; where what was not ours is moved to."""
         if not self.folder.exists():
-            return
-        for path in self.folder.iterdir():
-            if path.name.startswith((STAGING, TRASH)):
-                remove(path)
+            return []
+        left = [path for path in self.folder.iterdir() if path.name.startswith((STAGING, TRASH))]
+        aside = [moved for path in left if (moved := remove(path)) is not None]
         numbered = self._numbered()
         if numbered:
             self.point_latest_at(numbered[0][1])
+        return aside
 
     def point_latest_at(self, folder: Path) -> None:
         """Makes `latest` name a checkpoint of this run."""
@@ -128,15 +128,14 @@ class Checkpoints:
 
     def _rotate(self, spared: frozenset[int]) -> None:
         for step, folder in self._numbered()[self.keep :]:
-            if step not in spared:
+            if step not in spared and (folder.is_symlink() or is_ours(folder)):
                 self._remove(folder)
 
     def _remove(self, folder: Path) -> None:
         # Renamed first: a half-deleted folder must never look like a checkpoint.
         trash = folder.with_name(f"{TRASH}{folder.name}")
         remove(trash)
-        os.rename(folder, trash)
-        remove(trash)
+        remove(move_aside(folder, trash.name))
 
 
 def verify(folder: Path) -> Checkpoint | Problem:

@@ -13,7 +13,7 @@ import psutil
 from filelock import FileLock
 
 from qwentune.data.checkpoint import cache_folder
-from qwentune.durable import write_text
+from qwentune.durable import remove, write_text
 
 # What tells apart the starts of one launcher. The ranks of a machine are its children; where a script stands between,
 # each finds for itself, as it also does where the first one fails.
@@ -42,8 +42,9 @@ def once(what: str, find: Callable[[], Any]) -> Any:
     with FileLock(f"{file}.lock"):
         oldest = psutil.Process().create_time() - OLDEST_SECONDS
         if not file.exists() or file.stat().st_mtime < oldest:
-            for old in folder.glob("[0-9]*"):
-                if not psutil.pid_exists(int(old.name.partition("-")[0])):  # its launcher has ended
-                    old.unlink(missing_ok=True)
+            for old in folder.glob("[0-9]*-*.json*"):
+                launched_by = old.name.partition("-")[0]
+                if launched_by.isdigit() and not psutil.pid_exists(int(launched_by)):  # its launcher has ended
+                    remove(old)
             write_text(file, json.dumps(find()))
         return json.loads(file.read_text(encoding="utf-8"))

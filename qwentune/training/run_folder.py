@@ -8,13 +8,14 @@ import os
 import shlex
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qwentune.durable import write_text
+from qwentune.durable import LAYOUT, Mark, is_empty, mark, read_mark, remove, write_text
 from qwentune.errors import Problem, RunInUseError, UsageError
 from qwentune.redaction import redact
 
@@ -24,6 +25,8 @@ LOG = "log.txt"  # what was said on the screen
 STATUS = "status.json"
 LOCK = ".lock"
 TRAINED = ("adapter", "model")  # where the trained weights are published
+STATUS_KEYS = {"state", "exit", "reason", "step", "resume_command"}
+TRACKER_ID = "tracker_id.txt"  # of runs that began before folders were marked
 State = Literal["running", "finished", "preempted", "interrupted", "failed"]
 
 
@@ -35,15 +38,16 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the folder; the system frees it when this process dies.
+        """Holds the folder and marks it as a run's; the system frees it when this process dies.
 
         Raises RunInUseError where another process holds it, UsageError where the folder is no run's.
         """
-        self._refuse_a_folder_of_other_things()
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.refuse_other_things()
+        if read_mark(self.path) is None:
+            mark(self.path, self._id_before_marks() or uuid.uuid4().hex, what="run")
         lock = self.path / LOCK
         if lock.is_symlink():  # written through, it would empty the file that it points to
-            lock.unlink()
+            remove(lock)
         with os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT, 0o666), "r+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,6 +61,24 @@ class RunFolder:
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
             file.flush()
             yield
+
+    def refuse_other_things(self) -> None:
+        """Raises UsageError where the folder is there and is neither a run's nor empty."""
+        found = self._mark()
+        if found is not None and found.layout > LAYOUT:
+            what = f"was written by a later version (layout {found.layout}; this one writes {LAYOUT})"
+            raise UsageError(Problem(str(self.path), what, "Upgrade qwentune, or name another output.dir."))
+        if found is not None or not os.path.lexists(self.path):
+            return
+        if not self.path.is_dir():
+            raise UsageError(Problem(str(self.path), "is no folder", "Name another output.dir."))
+        try:
+            names = [] if is_empty(self.path) else sorted(path.name for path in self.path.iterdir())
+        except OSError as error:
+            raise UsageError(Problem(str(self.path), f"cannot be read: {error.strerror}")) from None
+        if names:
+            what = f"holds {len(names)} other things, such as {names[0]!r}, and no run"
+            raise UsageError(Problem(str(self.path), what, "Name a new or empty folder as output.dir."))
 
     def set_status(self, state: State, *, exit_code: int | None, reason: str, step: int, command: list[str]) -> None:
         """Replaces `status.json`, atomically."""
@@ -107,6 +129,8 @@ class RunFolder:
 
     def stored_plan(self) -> dict[str, Any] | None:
         """The plan that this run was started with; None where there is none that can be read."""
+        if self._mark() is None:
+            return None
         try:
             return json.loads((self.path / "plan.json").read_bytes())
         except (OSError, ValueError):
@@ -116,7 +140,7 @@ class RunFolder:
         """Drops the records of steps after `step`: they belong to work that was lost and will be done again."""
         for name in (METRICS, EVALUATIONS, LOG):
             if (self.path / name).is_symlink():  # lines would be added to what it points to
-                (self.path / name).unlink()
+                remove(self.path / name)
         for name in (METRICS, EVALUATIONS):
             kept: list[str] = []
             for line in self._lines(name):
@@ -146,14 +170,25 @@ class RunFolder:
         lines = self._lines(METRICS)
         return json.loads(lines[-1]) if lines else None
 
-    def _refuse_a_folder_of_other_things(self) -> None:
-        if self.path.is_dir():
-            names = {path.name for path in self.path.iterdir()}
-            if names and not names & {LOCK, STATUS}:
-                what = f"holds {len(names)} other things, such as {min(names)!r}, and no run"
-                raise UsageError(Problem(str(self.path), what, "Name a new or empty folder as output.dir."))
-        elif os.path.lexists(self.path):
-            raise UsageError(Problem(str(self.path), "is no folder", "Name another output.dir."))
+    def _mark(self) -> Mark | None:
+        """The folder's mark, or the one that a run of before there were marks will have; None where it is no run's."""
+        found = read_mark(self.path)
+        if found is None and self._is_run_before_marks():
+            return Mark("qwentune", "run", LAYOUT, self._id_before_marks() or "")
+        return found if found is not None and found.what == "run" else None
+
+    def _is_run_before_marks(self) -> bool:
+        try:
+            status = json.loads((self.path / STATUS).read_bytes())
+            return set(status) == STATUS_KEYS and "qwentune" in status["resume_command"]
+        except (OSError, ValueError, TypeError):
+            return False
+
+    def _id_before_marks(self) -> str | None:
+        try:
+            return (self.path / TRACKER_ID).read_text(encoding="utf-8").strip() or None
+        except (OSError, ValueError):
+            return None
 
     def _lines(self, name: str) -> list[str]:
         path = self.path / name

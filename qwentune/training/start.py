@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwentune import durable
 from qwentune.errors import Problem, ResumeError
 from qwentune.training.best import best_step, evaluated_steps, has_stopped_improving
 from qwentune.training.checkpoints import Checkpoint, Checkpoints, open_checkpoint
@@ -79,7 +80,7 @@ def choose_start(
     Raises ResumeError where checkpoints exist but none verifies, and where the run's facts differ from the
     checkpoint's in a key that is not in `allowed`.
     """
-    checkpoints.sweep()
+    aside = checkpoints.sweep()
     skipped: list[Problem] = []
     if resume == "auto":
         checkpoint, skipped = checkpoints.newest()
@@ -87,9 +88,10 @@ def choose_start(
         checkpoint = open_checkpoint(Path(resume))
     if checkpoint is None and skipped:
         raise ResumeError(skipped, "No usable checkpoint. --fresh moves the run aside and starts anew.")
-    messages = [f"skipped {problem.where}: {problem.what}" for problem in skipped]
+    messages = [f"moved {path.name}, which no run wrote, aside" for path in aside]
+    messages += [f"skipped {problem.where}: {problem.what}" for problem in skipped]
     if checkpoint is None:
-        return Start(None)
+        return Start(None, messages=tuple(messages))
     messages += _accepted_drift(checkpoint, facts, allowed)
     if skipped:
         checkpoints.point_latest_at(checkpoint.folder)
@@ -115,12 +117,10 @@ def move_aside(run: RunFolder) -> Path | None:
 
     Raises RunInUseError where another process holds it.
     """
-    if not run.path.exists():
+    if not run.path.exists() or durable.is_empty(run.path):
         return None
-    target = run.path.with_name(f"{run.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
     with run.lock():
-        run.path.rename(target)
-    return target
+        return durable.move_aside(run.path, f"{run.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def run_facts(

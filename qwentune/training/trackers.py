@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import os
-import uuid
 from typing import Any
 
 from transformers import TrainerCallback
 
 from qwentune import console
+from qwentune.durable import run_id
 from qwentune.training.run_folder import RunFolder
 
-RUN_ID = "tracker_id.txt"
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 
 
 def continue_record(folder: RunFolder) -> None:
     """Tells the trackers by their environment variables which record is this run's, unless the user has.
 
-    The record's id is drawn at the first start and stays in the run folder. MLflow and ClearML take no id for a new
-    record: they begin another one with each start.
+    The record has the run's id. MLflow and ClearML take no id for a new record: they begin another one with each start.
     """
-    path = folder.path / RUN_ID
-    run_id = path.read_text().strip() if path.is_file() else ""
-    if not run_id:
-        run_id = uuid.uuid4().hex
-        folder.write(RUN_ID, run_id + "\n")
+    record = run_id(folder.path)
     for tracker in ("WANDB", "SWANLAB"):
-        os.environ.setdefault(f"{tracker}_RUN_ID", run_id)
+        os.environ.setdefault(f"{tracker}_RUN_ID", record)
         os.environ.setdefault(f"{tracker}_RESUME", "allow")
-    os.environ.setdefault("COMET_EXPERIMENT_KEY", run_id)
+    os.environ.setdefault("COMET_EXPERIMENT_KEY", record)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
 
 

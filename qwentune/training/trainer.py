@@ -215,6 +215,9 @@ class ExactResume(ExactStep):
         self._refuse_to_go_on_after_a_bad_step()
         self._refuse_to_save_what_is_not_finite(model)
         try:
+            if self.is_world_process_zero():
+                self.checkpoints.begin(step)
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():

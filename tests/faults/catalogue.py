@@ -83,6 +83,7 @@ FAULTS = {
     "K78": "a folder with another run, or with other things",
     "K79": "export and preview beside a run",
     "K80": "two preparations of the same data",
+    "K81": "--fresh twice within a second",
 }
 
 # Rows without a test of their own, or of which a part has none.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwentune import console
-from qwentune.durable import replace_folder, write_text
+from qwentune.durable import mark, replace_folder, write_text
 from qwentune.errors import RecipeError, ResumeError, UsageError
 from qwentune.recipe import load_recipe
 from qwentune.redaction import HIDDEN, redact
@@ -26,6 +26,7 @@ SECRETS = ("hf_" + "aBcD1234" * 4, "sk-proj-" + "aBcD1234" * 4, "ghp_" + "aBcD12
 
 
 def publish(checkpoints: Checkpoints, step: int) -> Path:
+    checkpoints.begin(step)
     written = checkpoints.staging(step) / f"checkpoint-{step}"
     written.mkdir(parents=True)
     (written / "model.safetensors").write_text(f"weights {step}")
@@ -71,7 +72,7 @@ def test_the_weights_of_a_shorter_run_are_not_taken_for_those_of_the_longer_one(
 def test_a_folder_is_replaced_whole_wherever_the_process_dies(tmp_path: Path) -> None:
     def replace(folder: Path) -> None:
         written = folder / ".adapter.writing"
-        written.mkdir()
+        mark(written, "1")
         for name in ("a", "b"):
             (written / name).write_text("new")
         replace_folder(written, folder / "adapter")
@@ -79,19 +80,19 @@ def test_a_folder_is_replaced_whole_wherever_the_process_dies(tmp_path: Path) ->
     seen: set[str | None] = set()
     for operation in count():
         folder = tmp_path / str(operation)
-        (folder / "adapter").mkdir(parents=True)
+        mark(folder / "adapter", "1")
         for name in ("a", "b"):
             (folder / "adapter" / name).write_text("old")
         was_killed = killed_at(operation, lambda: replace(folder))  # noqa: B023 - runs at once
-        content = {path.read_text() for path in folder.glob("adapter/*")}
+        content = {path.read_text() for path in folder.glob("adapter/[ab]")}
         assert len(content) <= 1, "half old, half new"
-        assert len(list(folder.glob("adapter/*"))) in (0, 2)
+        assert len(list(folder.glob("adapter/[ab]"))) in (0, 2)
         seen |= {content.pop() if content else None}
         if not was_killed:
             break
         shutil.rmtree(folder / ".adapter.writing", ignore_errors=True)  # as the next publication does
         replace(folder)
-        assert {path.read_text() for path in folder.glob("adapter/*")} == {"new"}
+        assert {path.read_text() for path in folder.glob("adapter/[ab]")} == {"new"}
         assert [path.name for path in folder.iterdir()] == ["adapter"]
     assert {"old", "new"} <= seen
 
@@ -154,9 +155,10 @@ def test_links_are_replaced_and_what_they_point_to_is_untouched(tmp_path: Path) 
         (outside / name).write_text("precious")
     run, checkpoints = RunFolder(tmp_path / "run"), Checkpoints(tmp_path / "run", keep=1)
     checkpoints.folder.mkdir(parents=True)
+    mark(run.path, "1", what="run")
     (run.path / ".lock").symlink_to(outside / "lock")
     (run.path / "status.json").symlink_to(outside / "status")
-    (run.path / ".status.json.new").symlink_to(outside / "status")
+    (run.path / ".status.json.qwentune-new").symlink_to(outside / "status")
     (run.path / "latest").symlink_to(outside)
     (run.path / "metrics.jsonl").symlink_to(outside / "metrics")
     (checkpoints.folder / ".saving-2").symlink_to(outside)

@@ -21,6 +21,7 @@ FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}  # that
 
 
 def write_files(checkpoints: Checkpoints, step: int) -> Path:
+    checkpoints.begin(step)
     written = checkpoints.staging(step) / f"checkpoint-{step}"
     (written / "shards").mkdir(parents=True)
     (written / "model.safetensors").write_text(f"weights {step}")
