@@ -85,8 +85,9 @@ def _beginnings(dataset: Dataset, tokenizer: Tokenizer) -> list[tuple[str, int]]
     counts: Counter[tuple[int, ...]] = Counter()
     for i in islice(dataset.first_epoch.tolist(), NUM_LOOKED_AT):
         example = dataset.examples.example(i)
+        ids = example.input_ids
         for span in example.spans:
-            counts[tuple(example.input_ids[span.start : min(span.stop, span.start + NUM_FIRST)])] += 1
+            counts[tuple(ids[span.start : min(span.stop, span.start + NUM_FIRST)])] += 1
     # The last token may hold the first bytes of a character alone.
     return [(tokenizer.decode(ids).rstrip("\ufffd"), count) for ids, count in counts.most_common(NUM_ROWS)]
 

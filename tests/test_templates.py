@@ -18,13 +18,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from transformers import PreTrainedTokenizerFast
 
-from qwentune.data.dialogue import Dialogue, Turn
+from qwentune.data.dialogue import Dialogue
 from qwentune.data.formats.chat import parse
 from qwentune.data.grammar import same
 from qwentune.data.render import Renderer, RenderOptions
 from qwentune.data.sample import Conversation, RowError, Source
 from qwentune.data.template import ChatTemplate
 from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.turn import Turn
 from qwentune.errors import DataError
 from tests.dialogues import chat_rows, random_rows
 from tests.oracle import Row, UntrainableError, expected_examples, normalised, reasoning_form

@@ -112,7 +112,7 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
         batch = self[k]
         trained = Counter(map(int, batch["target"][batch["weight"] > 0]))
         examples = [self.rows.examples.example(i) for row in rows for i in self.rows.examples_of(row)]
-        ends = [example.input_ids[span.stop - 1] for example in examples for span in example.spans]
+        ends = [token for example in examples for token in example.last_tokens]
         num_ends = len(ends) if every_span_stops else sum(token in stops.values() for token in ends)
         num_stops = sum(trained[token] for token in stops.values())
         if num_stops < num_ends:

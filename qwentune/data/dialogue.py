@@ -20,6 +20,7 @@ from qwentune.data.remarks import SEVERAL_PARTS, STRAY_TAG
 from qwentune.data.sample import Conversation, Json, Message, RowError
 from qwentune.data.template import ChatTemplate, Mode, TemplateMessage, TemplateRefusalError, template_message
 from qwentune.data.tokenizer import Tokenizer
+from qwentune.data.turn import Turn
 from qwentune.recipe import Fim
 
 _REFUSED = "Change the row to what this template takes, or give another one with data.chat_template."
@@ -37,20 +38,6 @@ class RenderOptions:
     system: str | None = None
     fim: Fim = field(default_factory=Fim)
     seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One trained turn in pieces: its context is the first `num_history` pieces of `history` and then `context`.
-
-    Turns of a dialogue share one history where they can.
-    """
-
-    index: int
-    history: Sequence[Piece]
-    num_history: int
-    context: Sequence[Piece]
-    target: Sequence[Piece]
 
 
 @dataclass(frozen=True)
@@ -180,7 +167,7 @@ class Dialogue:
                 "the model would never learn to stop",
                 "Give a template that closes every turn with data.chat_template.",
             )
-        return Turn(i, (), 0, self.split(context), self.split(target))
+        return Turn(i, (), self.split(context), self.split(target))
 
     def _mend(self, i: int) -> str:
         """What to do about turn `i`, after which every turn that is trained continues its prompt."""

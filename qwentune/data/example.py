@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from qwentune.data.dialogue import Dialogue
-from qwentune.data.pieces import Piece, ids_of
+from qwentune.data.pieces import Encoder, Piece, ids_of
+from qwentune.data.runs import Beginnings, Run, Tokens
 from qwentune.data.sample import Source
+from qwentune.data.turn import Turn, renderings
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +27,45 @@ class Span:
 class Example:
     """One training example: the tokens of its spans are trained, each predicted from what stands before it.
 
-    Of the earlier examples of its sample, the one `back` places before it begins most alike: `shared` tokens are the
-    same. Code is cut anew each epoch: an epoch trains the examples of one version, and those of version -1, which are
-    the same in every epoch.
+    It begins with `shared` tokens of `earlier` and goes on with `tail`. Of the earlier examples of its sample that one,
+    `back` places before it, begins most alike. Code is cut anew each epoch: an epoch trains the examples of one
+    version, and those of version -1, which are the same in every epoch.
     """
 
     source: Source
-    input_ids: list[int]
+    tail: list[int]
     spans: tuple[Span, ...]
     shared: int = 0
     back: int = 1
     version: int = -1
+    earlier: Example | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it has."""
+        return self.shared + len(self.tail)
+
+    @property
+    def input_ids(self) -> list[int]:
+        """All tokens, put together."""
+        parts: list[list[int]] = []
+        example, missing = self, self.num_tokens
+        while missing:
+            if example.shared < missing:
+                parts.append(example.tail[: missing - example.shared])
+                missing = example.shared
+            if missing:
+                assert example.earlier is not None
+                example = example.earlier
+        return [token for part in reversed(parts) for token in part]
+
+    @property
+    def last_tokens(self) -> list[int]:
+        """The last token of each span."""
+        if all(span.stop > self.shared for span in self.spans):
+            return [self.tail[span.stop - 1 - self.shared] for span in self.spans]
+        ids = self.input_ids
+        return [ids[span.stop - 1] for span in self.spans]
 
     @property
     def turns(self) -> tuple[int, ...]:
@@ -45,80 +75,80 @@ class Example:
     @property
     def weights(self) -> list[float]:
         """The loss weight of each token, 0 where it is context."""
-        weights = [0.0] * len(self.input_ids)
+        weights = [0.0] * self.num_tokens
         for span in self.spans:
             weights[span.start : span.stop] = [span.weight] * (span.stop - span.start)
         return weights
 
 
-@dataclass(frozen=True, slots=True)
-class History:
-    """The ids of a rendering that contexts share; `ends[k]` counts the tokens of its first k pieces."""
+class TurnIds:
+    """The ids of turns; those of a rendering that turns share are put together once."""
 
-    ids: list[int]
-    ends: list[int]
+    def __init__(self, turns: Sequence[Turn], encoder: Encoder, encoded: dict[str, list[int]]) -> None:
+        self.encoder, self.encoded = encoder, encoded
+        self.renderings: dict[int, tuple[list[int], list[int]]] = {}  # ids, and how many its first k pieces have
+        for key, pieces in renderings(turns).items():
+            self.renderings[key] = ids_of(pieces, encoded), [0, *accumulate(map(self._size, pieces))]
 
-    @classmethod
-    def of(cls, pieces: Sequence[Piece], encoded: dict[str, list[int]]) -> History:
-        sizes = (1 if isinstance(piece, int) else len(encoded[piece]) for piece in pieces)
-        return cls(ids_of(pieces, encoded), [0, *accumulate(sizes)])
+    def know(self, pieces: Iterable[Sequence[Piece]]) -> None:
+        """Encodes what was not among the turns."""
+        new = [[piece for piece in some if isinstance(piece, str) and piece not in self.encoded] for some in pieces]
+        self.encoded.update(self.encoder.encode(new))
+
+    def context(self, turn: Turn) -> list[Run]:
+        """The ids of a turn's context."""
+        runs: list[Run] = []
+        for part in turn.before:
+            ids, ends = self.renderings[id(part.pieces)]
+            runs.append((ids, ends[part.start], ends[part.stop]))
+        return [*runs, _run(ids_of(turn.context, self.encoded))]
+
+    def target(self, turn: Turn) -> Run:
+        """The ids of a turn's target."""
+        return _run(ids_of(turn.target, self.encoded))
+
+    def num_tokens(self, turn: Turn) -> int:
+        """How many ids context and target have."""
+        size = sum(map(self._size, turn.context)) + sum(map(self._size, turn.target))
+        for part in turn.before:
+            ends = self.renderings[id(part.pieces)][1]
+            size += ends[part.stop] - ends[part.start]
+        return size
+
+    def _size(self, piece: Piece) -> int:
+        return 1 if isinstance(piece, int) else len(self.encoded[piece])
 
 
 class DialogueExamples:
     """The examples of one dialogue, grown turn by turn."""
 
-    def __init__(self, dialogue: Dialogue) -> None:
-        self.dialogue = dialogue
-        self.ids: list[list[int]] = []
+    def __init__(self, dialogue: Dialogue, ids: TurnIds) -> None:
+        self.dialogue, self.ids = dialogue, ids
+        self.tokens: list[Tokens] = []
         self.spans: list[list[Span]] = []
-        self.origins: list[tuple[int, int]] = []  # of each example, `shared` and `back`
-        self.alike: list[int] = []  # how many tokens each example before the last has in common with it
-        self.history: tuple[list[int], int] = ([], 0)  # what the last example begins with, and how much of it
 
-    def add(self, i: int, history: list[int], num_history: int, context: list[int], target: list[int]) -> None:
-        """Adds turn `i`, whose context is `num_history` tokens of `history` and then `context`."""
-        ids = history[:num_history]
-        ids += context
-        start, stop = len(ids), len(ids) + len(target)
-        ids += target
-        span = Span(start, stop, self.dialogue.messages[i].weight, self.dialogue.message_index(i))
-        known = min(num_history, self.history[1]) if history is self.history[0] else 0  # the same for both
-        last = self.ids[-1] if self.ids else []
-        if 0 < len(last) <= start and ids[known : len(last)] == last[known:]:
-            self.ids[-1] = ids
+    def add(self, turn: Turn) -> None:
+        """Adds a turn."""
+        context, i = self.ids.context(turn), turn.index
+        before, tokens = Tokens(context), Tokens([*context, self.ids.target(turn)])
+        span = Span(len(before), len(tokens), self.dialogue.messages[i].weight, self.dialogue.message_index(i))
+        last = self.tokens[-1] if self.tokens else before
+        if self.tokens and len(last) <= len(before) and before.num_common(last, 0, len(last)) == len(last):
+            self.tokens[-1] = tokens
             self.spans[-1].append(span)
         else:
-            self._begin(ids, known)
+            self.tokens.append(tokens)
             self.spans.append([span])
-        self.history = history, num_history
-
-    def _begin(self, ids: list[int], known: int) -> None:
-        # Two examples that leave the last one at different tokens part where the first of them leaves it; only those
-        # that leave it at the same token may go on together.
-        shared = _num_common(ids, self.ids[-1], known) if self.ids else 0
-        alike = [
-            min(shared, earlier) if shared != earlier else _num_common(ids, other, shared)
-            for earlier, other in zip(self.alike, self.ids, strict=False)
-        ]
-        self.alike = [*alike, shared] if self.ids else []
-        most = max(self.alike, default=0)
-        back = next((k for k, count in enumerate(reversed(self.alike), 1) if count == most), 1)
-        self.origins.append((most, back))
-        self.ids.append(ids)
 
     def finished(self) -> list[Example]:
         """The examples in the order of their turns."""
-        source = self.dialogue.conversation.source
-        return [
-            Example(source, ids, tuple(spans), shared, back)
-            for ids, spans, (shared, back) in zip(self.ids, self.spans, self.origins, strict=True)
-        ]
+        source, beginnings, examples = self.dialogue.conversation.source, Beginnings(), list[Example]()
+        for tokens, spans in zip(self.tokens, self.spans, strict=True):
+            shared, back = beginnings.add(tokens)
+            tail, earlier = tokens.ids(shared, len(tokens)), examples[-back] if shared else None
+            examples.append(Example(source, tail, tuple(spans), shared, back, earlier=earlier))
+        return examples
 
 
-def _num_common(one: Sequence[int], other: Sequence[int], known: int) -> int:
-    """How many tokens two examples have in common at their beginning; the first `known` are."""
-    low, high = known, min(len(one), len(other))
-    while low < high:  # comparing slices is quicker than token by token
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
-    return low
+def _run(ids: list[int]) -> Run:
+    return ids, 0, len(ids)

@@ -8,16 +8,20 @@ every run both are compared.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from qwentune.data.conservation import first_lost
-from qwentune.data.dialogue import Dialogue, RenderOptions, Turn, through_last_control_token
+from qwentune.data.dialogue import Dialogue, RenderOptions, through_last_control_token
 from qwentune.data.particulars import Particulars
 from qwentune.data.pieces import Encoder, Piece
 from qwentune.data.sample import Conversation, Json, Message, RowError, Source, ToolCall
 from qwentune.data.template import ChatTemplate, Mode, TemplateRefusalError
+from qwentune.data.turn import Part, Turn
+from qwentune.errors import DataError, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +29,10 @@ class Grammar:
     """What one template writes around messages.
 
     `user` and `assistant` open a message of that role, each beginning with a control token; `prompts` are the whole
-    generation prompts by mode; `stop` is the control token that ends an answer. `rewrites` says that a message's
-    rendering may depend on later ones, `mode_matters` that the mode of the prompt changes what stands before it,
-    `particulars` are the words of which only the rule knows what comes of them.
+    generation prompts by mode; `stop` is the control token that ends an answer. `mode_matters` says that the mode of
+    the prompt changes what stands before it, `particulars` are the words of which only the rule knows what comes of
+    them. `rewrites` says that a message's rendering may depend on later ones; `loops`, that it then depends on those
+    of the user and on whether it is the last; `cuts`, that without the first exchanges the others stand as they are.
     """
 
     user: str
@@ -37,6 +42,8 @@ class Grammar:
     mode_matters: bool
     particulars: Particulars
     rewrites: bool
+    loops: bool = False
+    cuts: bool = False
 
     def turns(self, dialogue: Dialogue) -> list[Turn] | None:
         """The trained turns, as the rule gives them; None where the dialogue does not look as expected."""
@@ -70,7 +77,7 @@ class _Reading:
             raise _UnexpectedError
         if any(self.messages[i - 1].role == "assistant" for i in trained):
             raise _UnexpectedError  # an answer often looks otherwise where it is the last message of a prompt
-        self.rendering = self._rendered(0, self.last)
+        self.rendering = self._rendered(range(self.last + 1))
         self.pieces = dialogue.split(self.rendering)
         self.ends = dialogue.encoder.ends(self.pieces)
 
@@ -79,20 +86,23 @@ class _Reading:
 
     def _as_they_stand(self) -> Iterator[Turn]:
         """Every turn is where the whole rendering has it."""
-        openings = self._openings(self.rendering, self.num_leading, self.last)
+        openings = self._openings(self.rendering, range(self.num_leading, self.last + 1))
         for i in self.trained:
             yield self._turn_in_rendering(i, openings[i])
 
     def _rewritten(self) -> Iterator[Turn]:
         """Every turn is in the rendering that ends with it; what is before its exchange, as in the whole one."""
         position, exchange_before = 0, self.num_leading
-        for i in self.trained:
-            if i == self.last:
-                yield self._turn_in_rendering(i, self._openings(self.rendering, self.num_leading, i)[i])
+        for first, trained in self._by_exchange():
+            *others, last = trained
+            if last == self.last:
+                openings = self._openings(self.rendering, range(self.num_leading, last + 1))
+                yield from (self._turn_in_loop(i, first, (), self.pieces, self.ends, openings[i]) for i in others)
+                yield self._turn_in_rendering(last, openings[last])
                 continue
-            first = max(k for k in self.exchanges if k < i)
-            exchange = self._exchange(first, i)
-            openings = self._openings(exchange, first, i)
+            messages = range(first, last + 1)
+            exchange = self._exchange(messages)
+            openings = self._openings(exchange, messages)
             if first != exchange_before or not position:
                 # With the answer's opening, for the message before may say the same.
                 start = self.rendering.find(exchange[: min(openings.values())] + self.grammar.assistant, position)
@@ -100,13 +110,45 @@ class _Reading:
                 if start < 0 or self.rendering.count(self.grammar.assistant, position, start) != answers:
                     raise _UnexpectedError
                 position, exchange_before = start, first
-            stop = self._prompt_end(exchange, openings[i], i)
-            self._prove_conserved(range(first, i + 1), exchange, stop)
-            target = through_last_control_token(exchange[stop:], self.dialogue.tokenizer)
-            if target is None:
-                raise _UnexpectedError
-            history = bisect_right(self.ends, position)
-            yield Turn(i, self.pieces, history, self.dialogue.split(exchange[:stop]), self.dialogue.split(target))
+            before = (Part(self.pieces, 0, bisect_right(self.ends, position)),)
+            pieces = self.dialogue.split(exchange)
+            ends = self.dialogue.encoder.ends(pieces)
+            yield from (self._turn_in_loop(i, first, before, pieces, ends, openings[i]) for i in others)
+            prompt, target = self._prompt_and_target(exchange, messages)
+            yield Turn(last, (*before, _through(pieces, ends, openings[last])), prompt, target, self.starts)
+
+    def _by_exchange(self) -> Iterator[tuple[int, list[int]]]:
+        """The trained turns by the user's message before them; each on its own where loops are rewritten."""
+        together: list[int] = []
+        for i in self.trained:
+            if together and (not self.grammar.loops or self._exchange_of(i) != self._exchange_of(together[-1])):
+                yield self._exchange_of(together[-1]), together
+                together = []
+            together.append(i)
+        yield self._exchange_of(together[-1]), together
+
+    def _exchange_of(self, i: int) -> int:
+        return self.exchanges[bisect_left(self.exchanges, i) - 1]
+
+    def _turn_in_loop(
+        self, i: int, first: int, before: tuple[Part, ...], pieces: Sequence[Piece], ends: Sequence[int], opening: int
+    ) -> Turn:
+        """Turn `i` of an exchange whose rendering goes on after it: what it says is that which it says in an exchange
+        without what is before the answer before it."""
+        answer = next((k for k in range(i - 1, first, -1) if self.messages[k].role == "assistant"), first + 1)
+        messages = [first, *range(answer, i + 1)]
+        prompt, target = self._prompt_and_target(self._exchange(messages), messages)
+        return Turn(i, (*before, _through(pieces, ends, opening)), prompt, target, self.starts)
+
+    def _prompt_and_target(self, exchange: str, messages: Sequence[int]) -> tuple[Sequence[Piece], Sequence[Piece]]:
+        """The prompt of the last of the messages that an exchange renders, and what is trained after it."""
+        opening = self._openings(exchange, messages)[messages[-1]]
+        start = self._prompt_end(exchange, opening, messages[-1])
+        self._prove_conserved(messages, exchange, start)
+        target = through_last_control_token(exchange[start:], self.dialogue.tokenizer)
+        if target is None:
+            raise _UnexpectedError
+        return self.dialogue.split(exchange[opening:start]), self.dialogue.split(target)
 
     def _turn_in_rendering(self, i: int, opening: int) -> Turn:
         pieces, ends = self.pieces, self.ends
@@ -124,19 +166,33 @@ class _Reading:
         first, end = bisect_right(ends, start), bisect_right(ends, stop)
         before = ends[first - 1] if first else 0
         if before == start:
-            return Turn(i, pieces, first, (), pieces[first:end])
+            return Turn(i, (Part(pieces, 0, first),), (), pieces[first:end], self.starts)
         # The prompt ends within a piece: what is before and after its end is encoded apart, as on a server.
         context, target = self.rendering[before:start], self.rendering[start:stop]
-        return Turn(i, pieces, first, self.dialogue.split(context), self.dialogue.split(target))
+        parts = (Part(pieces, 0, first),)
+        return Turn(i, parts, self.dialogue.split(context), self.dialogue.split(target), self.starts)
 
-    def _openings(self, text: str, first: int, last: int) -> dict[int, int]:
-        """Where in a text that renders messages `first` to `last` each assistant message opens."""
-        positions: list[int] = []
-        position = text.find(self.grammar.assistant)
-        while position >= 0:
-            positions.append(position)
-            position = text.find(self.grammar.assistant, position + 1)
-        answers = [k for k in range(first, last + 1) if self.messages[k].role == "assistant"]
+    @cached_property
+    def starts(self) -> list[int] | None:
+        """The pieces with which the user's messages open; None where it is not asked for, or cannot be told."""
+        if not self.grammar.cuts:
+            return None
+        openings = self._openings(self.rendering, range(self.num_leading, self.last + 1))
+        found: list[int] = []
+        since, position = 0, 0
+        for answer, opening in openings.items():
+            roles = [message.role for message in self.messages[since:answer]]
+            users = _places(self.grammar.user, self.rendering, position, opening)
+            if "user" in roles and ("tool" in roles or len(users) != roles.count("user")):
+                return None  # what a tool says is often written as a user's message
+            found += users if "user" in roles else []
+            since, position = answer + 1, opening
+        return [bisect_right(self.ends, place) for place in found]
+
+    def _openings(self, text: str, messages: Sequence[int]) -> dict[int, int]:
+        """Where in a text that renders the messages each of the assistant's opens."""
+        positions = _places(self.grammar.assistant, text, 0, len(text))
+        answers = [k for k in messages if self.messages[k].role == "assistant"]
         if len(answers) != len(positions):
             raise _UnexpectedError
         return dict(zip(answers, positions, strict=True))
@@ -147,29 +203,29 @@ class _Reading:
             raise _UnexpectedError
         return opening + len(prompt)
 
-    def _exchange(self, first: int, i: int) -> str:
-        """Messages `first` to `i` as they are rendered in a dialogue that begins and ends with them."""
-        rendering = self._rendered(first, i)
+    def _exchange(self, messages: Sequence[int]) -> str:
+        """The messages as they are rendered in a dialogue of their own."""
+        rendering = self._rendered(messages)
         start = rendering.find(self.grammar.user)
         if start < 0:
             raise _UnexpectedError
         return rendering[start:]
 
-    def _rendered(self, first: int, i: int) -> str:
-        dialogue = self.dialogue
-        # What stands before the first message is cut off where this is not the whole dialogue: one tool does for all.
-        rows, tools = dialogue.rows[: i + 1], dialogue.tools
-        if first:
-            rows, tools = [*dialogue.rows[: self.num_leading], *dialogue.rows[first : i + 1]], tools[:1]
+    def _rendered(self, messages: Sequence[int]) -> str:
+        dialogue, i = self.dialogue, messages[-1]
         try:
-            if not first and i == dialogue.trained[-1]:
-                return dialogue.rendering
-            return dialogue.template.render([rows], tools, mode=dialogue.mode(i))[0]
+            if len(messages) == i + 1:
+                if i == dialogue.trained[-1]:
+                    return dialogue.rendering
+                return dialogue.template.render([dialogue.rows[: i + 1]], dialogue.tools, mode=dialogue.mode(i))[0]
+            # What stands before the first message is cut off: one tool does for all.
+            rows = [dialogue.rows[k] for k in (*range(self.num_leading), *messages)]
+            return dialogue.template.render([rows], dialogue.tools[:1], mode=dialogue.mode(i))[0]
         except (RowError, TemplateRefusalError):
             raise _UnexpectedError from None
 
     def _prove_conserved(
-        self, kept: range, rendering: str, context_length: int, tools: Sequence[dict[str, Json]] = ()
+        self, kept: Sequence[int], rendering: str, context_length: int, tools: Sequence[dict[str, Json]] = ()
     ) -> None:
         messages = [self.messages[k] for k in kept]
         if first_lost(messages, tools, rendering, context_length, has_reasoning=self.has_reasoning) is not None:
@@ -179,8 +235,8 @@ class _Reading:
 def learn(template: ChatTemplate, options: RenderOptions, encoder: Encoder) -> Grammar | None:
     """The template's grammar; None where it writes dialogues in a way that cannot be read off, so that the rule rules.
 
-    Of the two kinds, messages that stand as they are and messages that are rewritten, the one that reads more probes,
-    each as the rule does.
+    Of three kinds, messages that stand as they are, that each of the user's rewrites, and that each answer rewrites,
+    the one that reads most probes, each as the rule does.
     """
     if template.particulars is None:
         return None
@@ -188,9 +244,26 @@ def learn(template: ChatTemplate, options: RenderOptions, encoder: Encoder) -> G
         opened, answered = _opening(template, encoder), _stop(template, options, encoder)
     except (TemplateRefusalError, RowError, ValueError):
         return None
-    kinds = [Grammar(*opened[:3], answered, opened[3], template.particulars, rewrites) for rewrites in (False, True)]
+    known = (*opened[:3], answered, opened[3], template.particulars)
+    kinds = [Grammar(*known, rewrites, loops) for rewrites, loops in ((False, False), (True, True), (True, False))]
     num_read = [_num_probes_read(kind, template, options, encoder) for kind in kinds]
-    return kinds[num_read.index(max(num_read))] if any(num_read) else None
+    if not any(num_read):
+        return None
+    best = kinds[num_read.index(max(num_read))]
+    if options.too_long != "drop_old_turns":
+        return best
+    cutting = replace(best, cuts=True)
+    return cutting if _num_probes_read(cutting, template, options, encoder) else best
+
+
+def _through(pieces: Sequence[Piece], ends: Sequence[int], position: int) -> Part:
+    """The pieces that end before a place of their text."""
+    return Part(pieces, 0, bisect_right(ends, position))
+
+
+def _places(word: str, text: str, start: int, stop: int) -> list[int]:
+    """Where in a stretch of a text a word begins."""
+    return [match.start() for match in re.compile(re.escape(word)).finditer(text, start, stop)]
 
 
 def same(turns: Sequence[Turn], others: Sequence[Turn]) -> bool:
@@ -198,8 +271,17 @@ def same(turns: Sequence[Turn], others: Sequence[Turn]) -> bool:
     return [_texts(turn) for turn in turns] == [_texts(turn) for turn in others]
 
 
+def prove(dialogue: Dialogue, literal: Sequence[Turn], read: Sequence[Turn]) -> None:
+    """DataError where turns that were read off one rendering are not those of the rule."""
+    if not same(literal, read):
+        what = "the turns read off one rendering are not what the chat template gives turn by turn"
+        fix = "This is a bug of qwentune: please report it with the row."
+        raise DataError(Problem(str(dialogue.conversation.source), what, fix))
+
+
 def _texts(turn: Turn) -> tuple[int, list[Piece], list[Piece]]:
-    return turn.index, _joined([*turn.history[: turn.num_history], *turn.context]), _joined(turn.target)
+    before = [piece for part in turn.before for piece in part.pieces[part.start : part.stop]]
+    return turn.index, _joined([*before, *turn.context]), _joined(turn.target)
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:
@@ -256,10 +338,24 @@ def _num_probes_read(grammar: Grammar, template: ChatTemplate, options: RenderOp
             literal = dialogue.literal_turns()
         except RowError:
             literal = None
-        if read is not None and (literal is None or not same(literal, read)):
+        if read is not None and (
+            literal is None or not same(literal, read) or not all(_cuts_as_the_rule(turn, dialogue) for turn in read)
+        ):
             return 0
         num_read += read is not None
     return num_read
+
+
+def _cuts_as_the_rule(turn: Turn, dialogue: Dialogue) -> bool:
+    """Whether what is left of the turn without the first exchanges is what the rule gives."""
+    users = [k for k in range(turn.index) if dialogue.messages[k].role == "user"]
+    try:
+        return all(
+            same([dialogue.literal_turn(turn.index, users[number])], [turn.beginning(number)])
+            for number in range(1, turn.num_starts)
+        )
+    except RowError:
+        return False
 
 
 def _probe(*messages: Message, tools: int = 0) -> Conversation:
@@ -301,6 +397,13 @@ _PROBES = (
         *(_SYSTEM, _user("a"), _answer("", "look", calls=1), _RESULT, _answer("b", "seen"), _user("c")),
         *(_answer("d", "look", calls=1), _RESULT, _answer("e"), _user("f"), _answer("g", "so")),
         tools=1,
+    ),
+    _probe(
+        *(_SYSTEM, _user("a"), _answer("", "look", calls=1), _RESULT, _answer("b", calls=1), _RESULT, _RESULT),
+        *(_answer("", "so", calls=2), _RESULT, _answer("c", calls=1), _RESULT, _answer("d", "seen"), _user("e")),
+        *(_answer("f", "look", calls=1), _RESULT, _answer("", calls=1), _RESULT, _answer("g", calls=1), _RESULT),
+        _answer("h", "so"),
+        tools=2,
     ),
     _probe(_user("a"), _user("b"), _answer("c"), _answer("d", "because"), _user("e"), _answer("f")),
     _probe(_user("a"), _answer("b", weight=0), _answer("c"), _user("d"), _answer("e", weight=0), _answer("f")),

@@ -11,17 +11,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from qwentune.data.dialogue import Dialogue, RenderOptions, Turn
-from qwentune.data.example import DialogueExamples, Example, History, Span
+from qwentune.data.dialogue import Dialogue, RenderOptions
+from qwentune.data.example import DialogueExamples, Example, Span, TurnIds
 from qwentune.data.fim import FillInTheMiddle, Form
-from qwentune.data.grammar import Grammar, learn, same
+from qwentune.data.grammar import Grammar, learn, prove
 from qwentune.data.outcome import Dropped, Outcome
 from qwentune.data.pieces import Encoder, Piece, ids_of
 from qwentune.data.remarks import FILE_LEFT_OUT, UNREACHABLE, remarks
 from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, RowError, Sample, Source, Text
+from qwentune.data.shorten import Shortening
 from qwentune.data.template import ChatTemplate, Mode
 from qwentune.data.tokenizer import Tokenizer
-from qwentune.errors import DataError, Problem
+from qwentune.data.turn import Turn, renderings
+from qwentune.errors import Problem
 
 __all__ = ["RenderOptions", "Renderer"]
 
@@ -29,6 +31,9 @@ CHUNK_SAMPLES = 256  # encoded together
 CHUNK_CHARACTERS = 2**22
 CHECKED_SHARE = 256  # one dialogue of so many is rendered by the rule as well
 NUM_CHECKED_FIRST = 8  # and so many at the beginning
+NUM_CHECKED_TURNS = (
+    16  # of a longer dialogue so many, evenly spaced, for by the rule each is rendered from the beginning
+)
 
 
 @dataclass(slots=True)
@@ -38,6 +43,7 @@ class _Planned:
     sample: Sample
     outcome: Outcome
     dialogue: Dialogue | None = None
+    is_checked: bool = False  # by the rule
     turns: list[Turn] = field(default_factory=list[Turn])
     forms: list[Form] = field(default_factory=list[Form])
 
@@ -45,7 +51,7 @@ class _Planned:
         """All pieces whose ids are needed."""
         if isinstance(self.sample, Text):
             yield (self.sample.text,)
-        yield from _histories(self.turns).values()
+        yield from renderings(self.turns).values()
         for turn in self.turns:
             yield turn.context
             yield turn.target
@@ -112,28 +118,27 @@ class Renderer:
                 fix = "Give one with data.chat_template, or train on rows of the format text."
                 raise RowError("the checkpoint has no chat template to render messages with", fix)
             dialogue = Dialogue.of(sample, self.template, self.options, self.encoder)
-            is_checked = _is_checked(sample.source, number)
-            dialogue.prove_guard(by_rendering=is_checked)
+            planned.is_checked = _is_checked(sample.source, number)
+            dialogue.prove_guard(by_rendering=planned.is_checked)
             planned.outcome.forged_control_tokens = dialogue.count_forged()
             planned.outcome.unreachable_turns = len(dialogue.candidates) - len(dialogue.trained)
             unreachable = [UNREACHABLE] * planned.outcome.unreachable_turns
             planned.outcome.remarks = [*remarks(sample), *dialogue.remarks, *unreachable]
             planned.dialogue = dialogue
-            planned.turns = self._turns(dialogue, is_checked, planned.outcome)
+            planned.turns = self._turns(dialogue, planned)
         except RowError as error:
             planned.outcome.problems.append(Problem(str(sample.source), error.what, error.fix))
         return planned
 
-    def _turns(self, dialogue: Dialogue, is_checked: bool, outcome: Outcome) -> list[Turn]:
+    def _turns(self, dialogue: Dialogue, planned: _Planned) -> list[Turn]:
         read = self.grammar.turns(dialogue) if self.grammar and dialogue.trained else None
+        planned.is_checked &= read is not None
         if read is None:
             return dialogue.literal_turns()
-        if is_checked:
-            if not same(dialogue.literal_turns(), read):
-                what = "the turns read off one rendering are not what the chat template gives turn by turn"
-                fix = "This is a bug of qwentune: please report it with the row."
-                raise DataError(Problem(str(dialogue.conversation.source), what, fix))
-            outcome.checked_turns = len(read)
+        if planned.is_checked:
+            checked = _evenly(read, NUM_CHECKED_TURNS)
+            prove(dialogue, [dialogue.literal_turn(turn.index) for turn in checked], checked)
+            planned.outcome.checked_turns = len(checked)
         return read
 
     def _finished(self, planned: Sequence[_Planned]) -> Iterator[Outcome]:
@@ -150,7 +155,7 @@ class Renderer:
                 elif isinstance(one.sample, Retrieval):
                     self._add_retrieval(one.sample, one.outcome)
                 elif one.dialogue is not None:
-                    self._add_turns(one.dialogue, one.turns, encoded, one.outcome)
+                    self._add_turns(one, one.dialogue, encoded)
             except RowError as error:
                 one.outcome.examples.clear()
                 one.outcome.problems.append(Problem(str(one.sample.source), error.what, error.fix))
@@ -214,44 +219,29 @@ class Renderer:
             outcome.rendering_tokens += len(tokens)
             outcome.examples.append(Example(sample.source, tokens, ()))
 
-    def _add_turns(
-        self, dialogue: Dialogue, turns: list[Turn], encoded: dict[str, list[int]], outcome: Outcome
-    ) -> None:
-        histories = {key: History.of(pieces, encoded) for key, pieces in _histories(turns).items()}
-        examples = DialogueExamples(dialogue)
-        for turn in turns:
-            context, target = ids_of(turn.context, encoded), ids_of(turn.target, encoded)
-            history = histories[id(turn.history)]
-            num_shared = history.ends[turn.num_history]
-            num_tokens = num_shared + len(context) + len(target)
+    def _add_turns(self, planned: _Planned, dialogue: Dialogue, encoded: dict[str, list[int]]) -> None:
+        ids, outcome = TurnIds(planned.turns, self.encoder, encoded), planned.outcome
+        examples, shortening = DialogueExamples(dialogue, ids), Shortening(dialogue, ids, planned.is_checked)
+        for turn in planned.turns:
+            num_tokens = ids.num_tokens(turn)
             outcome.rendering_tokens = max(outcome.rendering_tokens, num_tokens)
-            if num_tokens > self.options.max_tokens:
-                shortened = self._shortened(dialogue, turn.index)
-                if shortened is None:
-                    reason = f"{num_tokens} tokens, more than data.max_tokens={self.options.max_tokens}"
-                    index = dialogue.message_index(turn.index)
-                    outcome.dropped.append(Dropped(dialogue.conversation.source, index, reason, num_tokens))
-                    continue
-                num_shared, (context, target) = 0, shortened
-            examples.add(turn.index, history.ids, num_shared, context, target)
+            fitting = turn if num_tokens <= self.options.max_tokens else self._shortened(shortening, turn)
+            if fitting is None:
+                reason = f"{num_tokens} tokens, more than data.max_tokens={self.options.max_tokens}"
+                index = dialogue.message_index(turn.index)
+                outcome.dropped.append(Dropped(dialogue.conversation.source, index, reason, num_tokens))
+                continue
+            examples.add(fitting)
             outcome.modes.append(dialogue.mode(turn.index))
             outcome.turns_with_reasoning += dialogue.reasons(turn.index)
         outcome.examples = examples.finished()
 
-    def _shortened(self, dialogue: Dialogue, i: int) -> tuple[list[int], list[int]] | None:
-        # `drop_old_turns` takes whole exchanges from the front and renders anew, so that what is left is a dialogue
-        # that a server could have seen; the system text stays.
+    def _shortened(self, shortening: Shortening, turn: Turn) -> Turn | None:
         if self.options.too_long == "error":
-            what = f"messages[{dialogue.row_index(i)}] needs more than data.max_tokens={self.options.max_tokens} tokens"
+            index = shortening.dialogue.row_index(turn.index)
+            what = f"messages[{index}] needs more than data.max_tokens={self.options.max_tokens} tokens"
             raise RowError(what, "Raise data.max_tokens, or set data.too_long to drop or drop_old_turns.")
-        if self.options.too_long == "drop_old_turns":
-            for start in (k for k in range(1, i) if dialogue.messages[k].role == "user"):
-                turn = dialogue.literal_turn(i, first=start)
-                encoded = self.encoder.encode([turn.context, turn.target])
-                context, target = ids_of(turn.context, encoded), ids_of(turn.target, encoded)
-                if len(context) + len(target) <= self.options.max_tokens:
-                    return context, target
-        return None
+        return shortening.of(turn) if self.options.too_long == "drop_old_turns" else None
 
 
 def _is_checked(source: Source, number: int) -> bool:
@@ -262,14 +252,9 @@ def _is_checked(source: Source, number: int) -> bool:
 def _identity(sample: Sample, examples: Sequence[Example]) -> int:
     if isinstance(sample, Code):  # each row is cut at other places
         return hash((sample.repo, sample.files, sample.cut))
-    return hash(tuple((one.shared, one.back, *one.input_ids[one.shared :]) for one in examples))
+    return hash(tuple((one.shared, one.back, *one.tail) for one in examples))
 
 
-def _histories(turns: Sequence[Turn]) -> dict[int, Sequence[Piece]]:
-    """The histories of a dialogue's turns, by identity, each as far as it is used."""
-    longest: dict[int, Turn] = {}
-    for turn in turns:
-        other = longest.get(id(turn.history))
-        if other is None or turn.num_history > other.num_history:
-            longest[id(turn.history)] = turn
-    return {key: turn.history[: turn.num_history] for key, turn in longest.items()}
+def _evenly(turns: Sequence[Turn], count: int) -> Sequence[Turn]:
+    """So many of the turns, with the first and the last; all where they are fewer."""
+    return turns if len(turns) <= count else [turns[k * (len(turns) - 1) // (count - 1)] for k in range(count)]

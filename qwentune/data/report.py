@@ -54,10 +54,10 @@ class Report:
         self.orders.update(outcome.orders)
         first = [example for example in outcome.examples if example.version <= 0]
         for example in first:
-            self.lengths.append(len(example.input_ids))
+            self.lengths.append(example.num_tokens)
             self.counts["shared_tokens"] += example.shared
             self.counts["trained_tokens"] += sum(span.stop - span.start for span in example.spans)
-            self.last_tokens.update(example.input_ids[span.stop - 1] for span in example.spans)
+            self.last_tokens.update(example.last_tokens)
         if outcome.examples:
             self.counts["rendering_tokens"] += outcome.rendering_tokens
             self.counts["texts"] += sum(not example.turns for example in first)

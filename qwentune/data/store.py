@@ -125,8 +125,7 @@ class Examples:
             Span(int(self.starts[k]), int(self.stops[k]), float(self.weights[k]), int(self.turns[k]))
             for k in range(self.span_offsets[i], self.span_offsets[i + 1])
         )
-        shared, back, version = int(self.shared[i]), int(self.back[i]), int(self.versions[i])
-        return Example(self.source(i), self.ids(i).tolist(), spans, shared, back, version)
+        return Example(self.source(i), self.ids(i).tolist(), spans, version=int(self.versions[i]))
 
     def _summed(self, values: NDArray[Any]) -> NDArray[Any]:
         sums = np.concatenate([[0], np.cumsum(values)])
@@ -162,8 +161,8 @@ class ExampleWriter:
         """Adds the examples of one sample."""
         values = self._values
         for example in examples:
-            values["input_ids"].extend(example.input_ids[example.shared :])
-            self._num_tokens += len(example.input_ids) - example.shared
+            values["input_ids"].extend(example.tail)
+            self._num_tokens += len(example.tail)
             self._num_spans += len(example.spans)
             values["offsets"].append(self._num_tokens)
             values["shared"].append(example.shared)
