@@ -47,13 +47,14 @@ def publish(
         end_of_text_id=tokenizer.end_of_text_id,
     )
     replace_folder(staging, target)
+    loss = (folder.last_metrics() or {}).get("loss")
     card = model_card(
         name=folder.path.name,
         base=recipe.model,
         tuning=recipe.tuning.kind,
         report=report,
         step=last.step,
-        loss=(folder.last_metrics() or {}).get("loss"),
+        loss=loss if isinstance(loss, float) else None,
     )
     folder.write("README.md", card)
     return last.step, source.step

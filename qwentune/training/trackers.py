@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from typing import Any
 
@@ -22,8 +23,8 @@ def continue_record(folder: RunFolder) -> None:
     record: they begin another one with each start.
     """
     path = folder.path / RUN_ID
-    run_id = path.read_text().strip() if path.is_file() else ""
-    if not run_id:
+    run_id = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    if not re.fullmatch("[A-Za-z0-9_-]{1,128}", run_id):  # none yet, or damaged
         run_id = uuid.uuid4().hex
         folder.write(RUN_ID, run_id + "\n")
     for tracker in ("WANDB", "SWANLAB"):
