@@ -46,7 +46,8 @@ def run_program(program: Callable[[], object]) -> tuple[Any, OSError | None]:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdin = sys.stdin or open(0, encoding="utf-8")  # noqa: SIM115 - it lives as long as the process
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
+        with suppress(io.UnsupportedOperation):  # it has been read from already
+            sys.stdin.reconfigure(errors="replace")
     data = Stream(1, of_data=True)
     sys.stdout, sys.stderr = _text(sys.stdout, data), _text(sys.stderr, Stream(2, of_data=False))
     code = 0
