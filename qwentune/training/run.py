@@ -248,7 +248,7 @@ class Run:
             origins = {key: redact(where) for key, where in self.loaded.origins.items()}
             resolved = resolved_yaml(self.loaded.recipe, origins)
             self.folder.write("recipe.yaml", self.loaded.text)
-            self.folder.write("recipe.resolved.yaml", resolved)
+            self.folder.write_clean("recipe.resolved.yaml", resolved)  # in its values secrets were refused
             self.folder.write_json("plan.json", self.plan.to_json())
             self.folder.write_json("data_report.json", self.dataset.report)
             self.folder.write_rows("dropped.jsonl", self.dataset.dropped)

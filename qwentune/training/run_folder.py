@@ -112,9 +112,12 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Replaces a text of the run, atomically; secrets are left out."""
-        text = redact(text).encode("utf-8", "backslashreplace").decode()  # half characters, as of a file's name
-        with _about(self.path / name):
-            write_text(self.path / name, text)
+        self.write_clean(name, redact(text))
+
+    def write_clean(self, name: str, text: str) -> None:
+        """Replaces a text of the run from which secrets were kept already."""
+        with _about(self.path / name):  # half a character, as of a file's name, is written as an escape
+            write_text(self.path / name, text.encode("utf-8", "backslashreplace").decode())
 
     def write_json(self, name: str, value: Any) -> None:
         """Replaces a file of JSON; secrets are left out of its texts, not of what is written of them."""
@@ -194,8 +197,7 @@ class RunFolder:
 
     def _write_values(self, name: str, values: Iterable[Any], indent: int | None) -> None:
         lines = [json.dumps(value, indent=indent, ensure_ascii=False) + "\n" for value in redacted(list(values))]
-        with _about(self.path / name):
-            write_text(self.path / name, "".join(lines).encode("utf-8", "backslashreplace").decode())
+        self.write_clean(name, "".join(lines))
 
     def _records(self, name: str) -> tuple[list[dict[str, Any]], int]:
         """The records of a file of JSON lines, and how many lines before the last are none.

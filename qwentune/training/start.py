@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from qwentune.errors import Problem, ResumeError
-from qwentune.redaction import redacted
 from qwentune.training.best import best_step, evaluated_steps, has_stopped_improving
 from qwentune.training.checkpoints import Checkpoint, Checkpoints, open_checkpoint
 from qwentune.training.run_folder import RunFolder
@@ -139,7 +138,7 @@ def run_facts(
     facts |= {"data": data, "chat template": _sha256(template), "tokenizer": tokenizer, "base weights": base}
     facts |= {"number of ranks": num_ranks}
     facts |= {f"plan.{key}": value for key, value in choices.items()}
-    return redacted(facts)  # as a manifest keeps them, so that then and now compare
+    return facts  # without secrets, for a recipe that holds one is refused
 
 
 def _flattened(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
