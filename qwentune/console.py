@@ -18,7 +18,16 @@ from typing import Any, NoReturn
 
 import typer
 
-from qwentune.errors import EXIT_BUG, EXIT_INTERRUPTED, FULL_DISK, DoesNotFitError, Problem, UsageError, UserError
+from qwentune.errors import (
+    BROKEN_DISK,
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    FULL_DISK,
+    DoesNotFitError,
+    Problem,
+    UsageError,
+    UserError,
+)
 from qwentune.redaction import redact, redacted
 from qwentune.streams import run_program
 
@@ -98,11 +107,9 @@ def run(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:  # the one place where a bug becomes a message
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-            where = str(error.filename or "the disk")
-            full = DoesNotFitError(Problem(where, f"cannot be written: {error.strerror}", "Free some space."), AGAIN)
-            _say_of_any_rank(str(full))
-            return full.exit_code
+        if isinstance(error, OSError) and (failure := _of_the_disk(error)):
+            _say_of_any_rank(str(failure))
+            return failure.exit_code
         if os.environ.get("QWENTUNE_TRACEBACK"):
             raise
         where = _kept(traceback.format_exc())
@@ -110,6 +117,19 @@ def run(command: Callable[[], int]) -> int:
             f"A bug in qwentune: {type(error).__name__}: {error}\n    The traceback is in {where}; please report it."
         )
         return EXIT_BUG
+
+
+def _of_the_disk(error: OSError) -> UserError | None:
+    """What a full or broken disk is to the user; None for errors of other kinds."""
+    where = str(error.filename or "a disk")
+    if error.errno in FULL_DISK or "usable temporary directory" in str(error):
+        fix = "Free some space: of the output, of the cache (QWENTUNE_CACHE) or of temporary files (TMPDIR)."
+        return DoesNotFitError(Problem(where, f"cannot be written: {error.strerror}", fix), AGAIN)
+    if error.errno in BROKEN_DISK:
+        return UsageError(
+            Problem(where, f"cannot be used: {error.strerror}", "Mend the disk or the permissions."), AGAIN
+        )
+    return None
 
 
 def _say_of_any_rank(words: str) -> None:

@@ -186,6 +186,19 @@ def test_a_disk_that_fills_while_records_are_written_ends_the_run_in_words(
         assert [row[0] for row in loss_history(run)] == list(range(1, 61))
 
 
+@pytest.mark.fault("C18", "a cache or a folder for temporary files that is full: exit 4 with what to free")
+@pytest.mark.parametrize("kibibytes", [0, 8, 40])
+def test_a_full_disk_under_the_cache_is_said_in_words(recipe: Path, tmp_path: Path, kibibytes: int) -> None:
+    with small_disk(tmp_path / "disk", 256) as disk:
+        (disk / "another.program").write_bytes(bytes((256 - kibibytes) * 1024))
+        command = [sys.executable, "-m", "qwentune.cli", "preview", str(recipe), "--json"]
+        environment = {**ENVIRONMENT, "TMPDIR": str(disk), "QWENTUNE_CACHE": str(disk / "cache")}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert ended.returncode == 4, ended.stderr
+        assert "No space left on device" in ended.stderr
+        assert "A bug" not in ended.stderr
+
+
 @pytest.mark.fault("C90", "the status takes the room that it has, or stays as it was; never half a file")
 def test_an_end_is_written_on_a_full_disk(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 64) as disk:

@@ -112,3 +112,13 @@ def test_a_run_needs_no_streams(recipe: Path, tmp_path: Path) -> None:
     for folder in folders[1:]:
         names = [sorted(str(path.relative_to(each)) for path in each.rglob("*")) for each in (folders[0], folder)]
         assert names[0] == names[1]
+    chat = [*command("chat", recipe), str(folders[1])]
+    with open("/dev/full", "wb") as full:
+        assert run([*chat, "--message", "ä", "--json"], stdout=full.fileno()).returncode == 4
+        assert run([*command("export", recipe), str(folders[1])], (2,), stdout=full.fileno()).returncode == 0
+    assert run(chat, (0,)).returncode == 0
+    for message in (b"\xff\xfe\n", "你好\n".encode()):  # the first is no text of any encoding
+        given = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
+        talk = subprocess.run(chat, env=given, input=message, capture_output=True, timeout=300, check=False)
+        assert talk.returncode == 0, talk.stderr
+        assert talk.stdout.isascii()
