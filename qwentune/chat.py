@@ -51,13 +51,13 @@ def run_chat(folder: Path, message: str | None, thinking: str | None, as_json: b
     if message is not None:
         answer = speaker.answer([Message("user", message)])
         if as_json:
-            print(json.dumps({"answer": answer.answer, "stopped": answer.stopped, "tokens": answer.tokens}))
+            print(json.dumps({"answer": answer.answer, "stopped": answer.stopped, "tokens": answer.tokens}), flush=True)
         else:
             _print(answer)
         return EXIT_OK
     history: list[Message] = []
     console.say("Type a message; an empty line ends the chat.")
-    while line := sys.stdin.readline().strip():
+    while console.is_read() and (line := sys.stdin.readline().strip()):
         history.append(Message("user", line))
         answer = speaker.answer(history)
         _print(answer)
@@ -97,9 +97,14 @@ class Speaker:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: Any = load_tuned(base, run.trained if run.has_adapter else None)
         self.model: Any = model.to(device)
-        generation = json.loads((run.trained / "generation_config.json").read_bytes())
-        self.stops: list[int] = generation["eos_token_id"]
-        self.pad: int = generation["pad_token_id"]
+        file = run.trained / "generation_config.json"
+        try:
+            generation = json.loads(file.read_bytes())
+            self.stops: list[int] = list(generation["eos_token_id"])
+            self.pad = int(generation["pad_token_id"])
+        except (OSError, ValueError, KeyError, TypeError):
+            fix = "It says where answers stop. Restore it, or remove the folder and train: the last step publishes it."
+            raise UsageError(Problem(str(file), "is missing or cannot be read", fix)) from None
 
     def answer(self, messages: list[Message]) -> Answer:
         """The greedy answer to a dialogue."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from qwentune import __version__
+from qwentune import __version__, console
 from qwentune.chat import chat
 from qwentune.export import export
 from qwentune.init import init
@@ -29,7 +29,8 @@ def models() -> None:
     from qwentune.facts.models import MODELS
 
     for name, spec in MODELS.items():
-        print(f"{name:<44} {spec.parameters / 1e9:>7.2f} B  {spec.kind:<9} {spec.model_type:<10} {spec.licence}")
+        size = f"{spec.parameters / 1e9:>7.2f} B"
+        console.show(f"{name:<44} {size}  {spec.kind:<9} {spec.model_type:<10} {spec.licence}")
 
 
 @app.command()
@@ -39,7 +40,7 @@ def gpus() -> None:
 
     for name, spec in GPUS.items():
         rate = "no bf16" if spec.bf16_tflops is None else f"{spec.bf16_tflops:g} bf16 TFLOP/s"
-        print(f"{name:<16} {spec.total_bytes / 2**30:>7.2f} GiB  {rate}")
+        console.show(f"{name:<16} {spec.total_bytes / 2**30:>7.2f} GiB  {rate}")
 
 
 @app.command()
@@ -47,12 +48,12 @@ def keys() -> None:
     """List the keys of a recipe with their defaults."""
     from qwentune.recipe import describe_keys, render_keys
 
-    print("\n".join(render_keys(describe_keys())))
+    console.show("\n".join(render_keys(describe_keys())))
 
 
 def main() -> None:
     """The console script."""
-    app()
+    console.program(app)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
-"""How commands meet the terminal: data on stdout, messages on stderr, errors without tracebacks, exit codes."""
+"""How commands meet the terminal: data on stdout, messages on stderr, errors without tracebacks, exit codes.
+
+What is said, logged and shown passes here, and leaves its secrets.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -10,11 +14,24 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NoReturn
 
 import typer
 
-from qwentune.errors import EXIT_BUG, EXIT_INTERRUPTED, UserError
-from qwentune.redaction import redact
+from qwentune.errors import (
+    BROKEN_DISK,
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    FULL_DISK,
+    DoesNotFitError,
+    Problem,
+    UsageError,
+    UserError,
+)
+from qwentune.redaction import redact, redacted
+from qwentune.streams import run_program
+
+AGAIN = "The same command goes on, or begins again."
 
 _unlogged: list[str] = []  # said before there was a log
 _log: Path | None = None
@@ -23,15 +40,31 @@ _log: Path | None = None
 def say(message: str, *, by_any_rank: bool = False) -> None:
     """Writes a message to stderr, without secrets, and to the log; as a rule only rank 0 of a run speaks."""
     if by_any_rank or os.environ.get("RANK", "0") == "0":
-        message = visible(redact(message))
-        with suppress(OSError):  # the terminal may be gone; that is no reason to end a run
+        message = shown(message)
+        with suppress(OSError, ValueError):  # the terminal may be gone; that is no reason to end a run
             print(message, file=sys.stderr, flush=True)
         log(message)
 
 
+def show(text: str) -> None:
+    """Prints data on stdout."""
+    print(redact(text), flush=True)
+
+
+def show_json(value: Any, indent: int | None = 2) -> None:
+    """Prints a value as JSON, also where stdout has no more than ASCII."""
+    encoding = (sys.stdout.encoding or "").lower()
+    print(json.dumps(redacted(value), indent=indent, ensure_ascii=not encoding.startswith("utf")), flush=True)
+
+
+def is_read() -> bool:
+    """Whether what is printed still arrives somewhere."""
+    return getattr(getattr(sys.stdout.buffer, "raw", None), "error", None) is None
+
+
 def log(message: str) -> None:
     """Adds a message to the log alone; it is kept until there is one."""
-    lines = [f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in visible(redact(message)).splitlines()]
+    lines = [f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in shown(message).splitlines()]
     if _log is None:
         _unlogged.extend(lines)
         return
@@ -49,6 +82,11 @@ def log_to(path: Path) -> None:
 def _write(path: Path, lines: list[str]) -> None:
     with suppress(OSError), path.open("a", encoding="utf-8") as file:  # what ails the disk is said on the screen
         file.writelines(lines)
+
+
+def shown(text: str) -> str:
+    """The text as it may be shown: without secrets, control and bidi characters written out."""
+    return visible(redact(text))
 
 
 def visible(text: str) -> str:
@@ -69,14 +107,35 @@ def run(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:  # the one place where a bug becomes a message
+        if isinstance(error, OSError) and (failure := _of_the_disk(error)):
+            _say_of_any_rank(str(failure))
+            return failure.exit_code
         if os.environ.get("QWENTUNE_TRACEBACK"):
             raise
-        where, rank = _kept(traceback.format_exc()), os.environ.get("RANK", "0")
-        words = (
+        where = _kept(traceback.format_exc())
+        _say_of_any_rank(
             f"A bug in qwentune: {type(error).__name__}: {error}\n    The traceback is in {where}; please report it."
         )
-        say(words if rank == "0" else f"rank {rank}: {words}", by_any_rank=True)  # it may be the only one to know
         return EXIT_BUG
+
+
+def _of_the_disk(error: OSError) -> UserError | None:
+    """What a full or broken disk is to the user; None for errors of other kinds."""
+    where = str(error.filename or "a disk")
+    if error.errno in FULL_DISK or "usable temporary directory" in str(error):
+        fix = "Free some space: of the output, of the cache (QWENTUNE_CACHE) or of temporary files (TMPDIR)."
+        return DoesNotFitError(Problem(where, f"cannot be written: {error.strerror}", fix), AGAIN)
+    if error.errno in BROKEN_DISK:
+        return UsageError(
+            Problem(where, f"cannot be used: {error.strerror}", "Mend the disk or the permissions."), AGAIN
+        )
+    return None
+
+
+def _say_of_any_rank(words: str) -> None:
+    """Says what this rank may be the only one to know."""
+    rank = os.environ.get("RANK", "0")
+    say(words if rank == "0" else f"rank {rank}: {words}", by_any_rank=True)
 
 
 def _kept(report: str) -> str:
@@ -94,7 +153,18 @@ def main(command: Callable[..., None]) -> None:
     """Runs one command as a program of its own: `python -m qwentune.<verb>`."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
-    app()
+    program(app)
+
+
+def program(app: typer.Typer) -> NoReturn:
+    """Runs the command line; data that did not reach stdout is an error, unless nobody wanted to read more of it."""
+    code, error = run_program(app)
+    if error is not None and not isinstance(error, BrokenPipeError):
+        kind = DoesNotFitError if error.errno in FULL_DISK else UsageError
+        failure = kind(Problem("stdout", f"cannot be written: {error.strerror}"), "What was printed is not whole.")
+        say(str(failure))
+        code = code or failure.exit_code
+    sys.exit(code)
 
 
 def end(code: int) -> None:

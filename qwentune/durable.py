@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -108,11 +109,16 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a file; a link of that name is replaced too, never followed."""
     temporary = _temporary(path)
     temporary.unlink(missing_ok=True)
-    with temporary.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:  # a full disk needs the room
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def replace_file(written: Path, target: Path) -> None:

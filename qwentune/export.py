@@ -90,7 +90,10 @@ def _write(run: FinishedRun, merge: bool, target: Path) -> None:
         )
     else:
         shutil.copytree(run.trained, target, dirs_exist_ok=True)
-    shutil.copyfile(run.folder / "README.md", target / "README.md")
+    if (run.folder / "README.md").is_file():
+        shutil.copyfile(run.folder / "README.md", target / "README.md")
+    else:
+        console.say(f"warning: {run.folder / 'README.md'} is missing: there is no model card to export")
 
 
 def _verify(run: FinishedRun, exported: Path) -> None:

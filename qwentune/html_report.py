@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from qwentune.console import visible
+from qwentune.console import shown
 from qwentune.exporting.package import serving_flags
 
 if TYPE_CHECKING:
@@ -41,16 +41,16 @@ def html_report(
         for drop in dataset.dropped[:NUM_DROPPED]
     ]
     return page.render(
-        recipe=visible(recipe),
-        report=_visible(report),
-        facts=_visible(_facts(report, optimizer_steps)),
+        recipe=shown(recipe),
+        report=_shown(report),
+        facts=_shown(_facts(report, optimizer_steps)),
         most=max((bucket["examples"] for bucket in report["lengths"]["histogram"]), default=1),
-        first_words=_visible(_beginnings(dataset, tokenizer)),
+        first_words=_shown(_beginnings(dataset, tokenizer)),
         num_first=NUM_FIRST,
         num_looked_at=min(len(dataset.first_epoch), NUM_LOOKED_AT),
-        dropped=_visible(dropped),
+        dropped=_shown(dropped),
         num_dropped=len(dataset.dropped),
-        examples=_visible([{"title": title, "spans": spans} for title, spans in examples]),
+        examples=_shown([{"title": title, "spans": spans} for title, spans in examples]),
     )
 
 
@@ -96,12 +96,12 @@ def _turn(turn: int | None) -> str:
     return "" if turn is None else f" messages[{turn}]"
 
 
-def _visible(value: Any) -> Any:
-    """The same value with the control characters of all its texts written out."""
+def _shown(value: Any) -> Any:
+    """The same value with all its texts as they may be shown."""
     if isinstance(value, str):
-        return visible(value)
+        return shown(value)
     if isinstance(value, Mapping):
-        return {key: _visible(item) for key, item in value.items()}
+        return {key: _shown(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_visible(item) for item in value]
+        return [_shown(item) for item in value]
     return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,10 +59,11 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     )
     verdict = replace(verdict, expansion_factor=expansion_factor)
     if as_json:
-        print(json.dumps(verdict.to_json(), indent=2))
+        console.show_json(verdict.to_json())
     else:
         kind = recipe.tuning.kind + ("" if recipe.tuning.kind == "full" else f" r{recipe.tuning.rank}")
-        print(render_plan(verdict, spec.num_layers, f"{recipe.model} · {kind} · {recipe.data.max_tokens} tokens"))
+        title = f"{recipe.model} · {kind} · {recipe.data.max_tokens} tokens"
+        console.show(render_plan(verdict, spec.num_layers, title))
     return EXIT_OK if verdict.fits else DoesNotFitError.exit_code
 
 

@@ -98,7 +98,7 @@ def run(
         page = html_report(recipe_path, whole_report(dataset), dataset, tokenizer, shown, steps)
         html.write_text(page, encoding="utf-8")
     if as_json:
-        print(json.dumps(whole_report(dataset), indent=2, ensure_ascii=False))
+        console.show_json(whole_report(dataset))
     elif (jsonl is None and html is None) or sys.stdout.isatty():
         terminal = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         for i in dict.fromkeys(dataset.first_epoch[: NUM_SHOWN if limit is None else limit].tolist()):
@@ -150,11 +150,11 @@ def show_example(terminal: Console, example: Example, tokenizer: Tokenizer) -> N
     """Prints one example; trained text stands in ⟦ ⟧, bold where the terminal can."""
     from rich.text import Text
 
-    terminal.print(f"── {title(example, tokenizer)}")
+    terminal.print(f"── {console.shown(title(example, tokenizer))}")
     text = Text()
     for span, is_trained in masked_spans(example, tokenizer):
         text.append(
-            f"⟦{console.visible(span)}⟧" if is_trained else console.visible(span), "bold green" if is_trained else "dim"
+            f"⟦{console.shown(span)}⟧" if is_trained else console.shown(span), "bold green" if is_trained else "dim"
         )
     terminal.print(text)
     terminal.print()
@@ -194,11 +194,11 @@ def show_report(terminal: Console, report: dict[str, Any], dropped: tuple[dict[s
     for drop in dropped[:20]:
         turn = "" if drop["turn"] is None else f" messages[{drop['turn']}]"
         line = f"dropped {drop['source']['file']}:{drop['source']['line']}{turn}: {drop['reason']}"
-        terminal.print(console.visible(line))
+        terminal.print(console.shown(line))
     if len(dropped) > 20:
         terminal.print(f"… and {len(dropped) - 20} more dropped; `--json` counts them all")
     for warning in report["warnings"]:
-        terminal.print(f"warning: {warning}")
+        terminal.print(console.shown(f"warning: {warning}"))
 
 
 if __name__ == "__main__":

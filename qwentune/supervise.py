@@ -19,7 +19,16 @@ import psutil
 import typer
 
 from qwentune import console
-from qwentune.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, DoesNotFitError, Problem, UsageError
+from qwentune.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_PREEMPTED,
+    DoesNotFitError,
+    Problem,
+    RunInUseError,
+    UsageError,
+)
 from qwentune.training import reports
 from qwentune.training.hangs import HangWatch
 from qwentune.training.signals import ORPHAN_GRACE_SECONDS, stoppable, take_over
@@ -135,7 +144,8 @@ def supervise(arguments: list[str], launch: Path, num_processes: int, folder: Ru
     code, reason = _verdict(launcher_code, codes, num_processes, watched)
     if reason:
         console.say(reason)
-        folder.mark_lost(reason, code)
+    if reason or code not in (EXIT_OK, EXIT_PREEMPTED, EXIT_INTERRUPTED, RunInUseError.exit_code):
+        folder.mark_lost(reason, code, ["qwentune", "train", *arguments])
     return code
 
 

@@ -89,8 +89,7 @@ def run(request: Request) -> int:
     except UserError as error:
         if exit_code_is_lost:
             with suppress(UserError, OSError), folder.lock():
-                step = (folder.last_metrics() or {"step": 0})["step"]
-                reason = str(error.problems[0])
+                step, reason = folder.reached_step(), str(error.problems[0])
                 folder.set_status(
                     "failed", exit_code=error.exit_code, reason=reason, step=step, command=request.command
                 )

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from qwentune.data.sample import Json, Message
+from qwentune.redaction import redact
 
 
 def first_lost(
@@ -75,4 +76,5 @@ def _spellings(value: Json) -> tuple[str, ...]:
 
 
 def _short(text: str) -> str:
+    text = redact(text)
     return repr(text if len(text) <= 40 else text[:37] + "…")

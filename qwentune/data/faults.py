@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from qwentune.data.sample import Json, Source
 from qwentune.data.strict_json import JsonFaultError, parse_json
 from qwentune.errors import Problem
+from qwentune.redaction import redact
 
 LONGEST_EXCERPT = 40  # characters
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios", "objects")  # of ms-swift, LLaMA-Factory, LLaVA
@@ -99,5 +100,6 @@ def described(value: Json) -> str:
 
 
 def shortened(text: str) -> str:
-    """The text, or its beginning and an ellipsis."""
+    """The text, or its beginning and an ellipsis; without secrets, of which a part would not be known again."""
+    text = redact(text)
     return text if len(text) <= LONGEST_EXCERPT else text[:LONGEST_EXCERPT] + "…"

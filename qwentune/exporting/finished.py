@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,10 @@ def open_run(folder: Path) -> FinishedRun:
     if trained is None:
         fix = "Train it to its end first: the same command continues it."
         raise UsageError(Problem(str(folder), "holds no finished run (no adapter/ or model/)", fix))
+    report = RunFolder(folder).read_json("data_report.json")
+    if not {"template", "modes", "stop_tokens"} <= report.keys():
+        fix = f"`qwentune preview {folder}/recipe.resolved.yaml --json` prints it again, in data_report.json it counts."
+        raise UsageError(Problem(str(folder / "data_report.json"), "is missing or cannot be read", fix))
     recipe = load_recipe(folder / "recipe.resolved.yaml").recipe
     tokenizer = load_tokenizer(trained)
     text = tokenizer.chat_template
@@ -47,7 +50,7 @@ def open_run(folder: Path) -> FinishedRun:
         model=recipe.model,
         revision=recipe.revision,
         data=recipe.data,
-        report=json.loads((folder / "data_report.json").read_bytes()),
+        report=report,
         trained=trained,
         tokenizer=tokenizer,
         template=None if text is None else ChatTemplate(text, tokenizer.special_tokens, recipe.data.template_args),

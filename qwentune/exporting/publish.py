@@ -50,13 +50,14 @@ def publish(
     aside = replace_folder(staging, target)
     if aside is not None:
         console.say(f"moved {target}, which no run wrote, to {aside}")
+    loss = (folder.last_metrics() or {}).get("loss")
     card = model_card(
         name=folder.path.name,
         base=recipe.model,
         tuning=recipe.tuning.kind,
         report=report,
         step=last.step,
-        loss=(folder.last_metrics() or {}).get("loss"),
+        loss=loss if isinstance(loss, float) else None,
     )
     folder.write("README.md", card)
     return last.step, source.step

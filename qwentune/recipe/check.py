@@ -13,6 +13,7 @@ from qwentune.recipe.keys import bare, choices, describe_keys, fields, hint, in_
 from qwentune.recipe.schema import REASONS_AGAINST, Recipe, Section
 from qwentune.recipe.secrets import secrets
 from qwentune.recipe.syntax import Node, Place, plain, resolve
+from qwentune.redaction import redact
 
 
 def validate(root: Node) -> Recipe | list[Problem]:
@@ -117,6 +118,7 @@ def _shown(value: object) -> str:
         case bool():
             return "true" if value else "false"
         case str():
+            value = redact(value)  # before it is cut, lest a part is left that is not known again
             return f"the text '{value if len(value) <= 60 else value[:57] + '...'}'" if value else "an empty text"
         case list():
             return f"a list of {len(cast('list[object]', value))}"

@@ -32,27 +32,38 @@ class Report:
         """Counts a place in the step at which other ranks may come to wait for this one."""
         if self.folder is not None:
             self.num_marks += 1
-            self._write("mark", self.num_marks)
+            with suppress(OSError):  # a supervisor that has died has no use for it
+                self._write_mark()
 
     def end(self, code: int) -> None:
         """Leaves the exit code: accelerate turns every one into 1, and tells of no rank which one it had."""
         if self.folder is not None:
-            self._write("exit", code)
+            with suppress(OSError):
+                (self.folder / f"exit-{self.rank}-{code}").touch()  # in its name, for which a full disk has room
 
-    def _write(self, name: str, value: int) -> None:
+    def _write_mark(self) -> None:
+        # In place and of one length: a disk that is full by now keeps the room that the first mark has taken.
         assert self.folder is not None
-        with suppress(OSError):  # a supervisor that has died has no use for it
-            (self.folder / f"{name}-{self.rank}").write_text(str(value))
+        file = os.open(self.folder / f"mark-{self.rank}", os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            os.write(file, b"%-20d" % self.num_marks)
+        finally:
+            os.close(file)
 
 
 def exit_codes(folder: Path) -> dict[int, int]:
     """The exit codes of the ranks that could leave one."""
-    return _values(folder, "exit")
+    names = [file.name.split("-") for file in folder.glob("exit-*-*")]
+    return {int(rank): int(code) for _, rank, code in names}
 
 
 def marks(folder: Path) -> dict[int, int]:
     """How many marks each rank that trains has passed."""
-    return _values(folder, "mark")
+    values: dict[int, int] = {}
+    for file in folder.glob("mark-*"):
+        with suppress(OSError, ValueError):  # it is being written
+            values[int(file.name.removeprefix("mark-"))] = int(file.read_text())
+    return values
 
 
 def position(folder: Path, rank: int) -> str:
@@ -62,11 +73,3 @@ def position(folder: Path, rank: int) -> str:
         if frame is not None:
             return f"{frame[1]}:{frame[2]} in {frame[3]}"
     return ""
-
-
-def _values(folder: Path, name: str) -> dict[int, int]:
-    values: dict[int, int] = {}
-    for file in folder.glob(f"{name}-*"):
-        with suppress(OSError, ValueError):  # it is being written
-            values[int(file.name.removeprefix(f"{name}-"))] = int(file.read_text())
-    return values

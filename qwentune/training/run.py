@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from qwentune.errors import (
     ResumeError,
     UserError,
 )
+from qwentune.redaction import redact
 from qwentune.training.signals import StoppedEarlyError
 
 if TYPE_CHECKING:
@@ -111,7 +111,9 @@ class Run:
                     return stopped
                 self._publish(checkpoints, base)
             except StoppedEarlyError as stopped:
-                self._status(_state(stopped.exit_code), stopped.exit_code, "a signal, before the next step", start.step)
+                with suppress(OSError):
+                    code = stopped.exit_code
+                    self._status(_state(code), code, "a signal, before the next step", start.step)
                 raise
             except Exception as error:
                 failure = self._explained(error)
@@ -243,12 +245,13 @@ class Run:
         if not start.complete:
             self.folder.rewind(start.step)
             console.log_to(self.folder.path / LOG)
+            origins = {key: redact(where) for key, where in self.loaded.origins.items()}
+            resolved = resolved_yaml(self.loaded.recipe, origins)
             self.folder.write("recipe.yaml", self.loaded.text)
-            self.folder.write("recipe.resolved.yaml", resolved_yaml(self.loaded.recipe, self.loaded.origins))
-            self.folder.write("plan.json", json.dumps(self.plan.to_json(), indent=2) + "\n")
-            self.folder.write("data_report.json", json.dumps(self.dataset.report, indent=2, ensure_ascii=False) + "\n")
-            dropped = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.dataset.dropped)
-            self.folder.write("dropped.jsonl", "".join(dropped))
+            self.folder.write_clean("recipe.resolved.yaml", resolved)  # in its values secrets were refused
+            self.folder.write_json("plan.json", self.plan.to_json())
+            self.folder.write_json("data_report.json", self.dataset.report)
+            self.folder.write_rows("dropped.jsonl", self.dataset.dropped)
             self._status("running", None, "", start.step)
         return start
 
@@ -286,7 +289,7 @@ class Run:
         arguments = training_arguments(
             recipe.optimizer,
             recipe.output,
-            name=self.folder.path.name,
+            name=redact(self.folder.path.name),  # trackers get it
             staging=checkpoints.folder,
             num_steps=self.schedule.num_steps,
             micro_batch=choices.micro_batch,
@@ -380,8 +383,7 @@ class Run:
 
         if self.ranks.leads:
             console.say(compared(self.plan, peaks))
-            plan = {**self.plan.to_json(), "measured": peaks}
-            self.folder.write("plan.json", json.dumps(plan, indent=2) + "\n")
+            self.folder.write_json("plan.json", {**self.plan.to_json(), "measured": peaks})
 
     def _publish(self, checkpoints: Checkpoints, base: Path) -> None:
         """Puts the trained weights into the run folder."""
@@ -402,7 +404,7 @@ class Run:
     def _status(self, state: State, code: int | None, reason: str, step: int | None = None) -> None:
         if not self.ranks.leads:
             return
-        reached = (self.folder.last_metrics() or {"step": 0})["step"] if step is None else step
+        reached = self.folder.reached_step() if step is None else step
         self.folder.set_status(state, exit_code=code, reason=reason, step=reached, command=self.request.command)
 
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shlex
 import socket
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qwentune import console
 from qwentune.durable import LAYOUT, Mark, is_empty, mark, read_mark, remove, write_text
-from qwentune.errors import Problem, RunInUseError, UsageError
-from qwentune.redaction import redact
+from qwentune.errors import FULL_DISK, Problem, RunInUseError, UsageError
+from qwentune.redaction import redact, redacted
 
 METRICS = "metrics.jsonl"  # one row per logged step
 EVALUATIONS = "evaluations.jsonl"  # one row per evaluation
@@ -28,6 +30,7 @@ TRAINED = ("adapter", "model")  # where the trained weights are published
 STATUS_KEYS = {"state", "exit", "reason", "step", "resume_command"}
 TRACKER_ID = "tracker_id.txt"  # of runs that began before folders were marked
 State = Literal["running", "finished", "preempted", "interrupted", "failed"]
+LONGEST_REASON = 1000  # characters, where status.json is written over in the room that it has
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,9 @@ class RunFolder:
                 holder = file.read().strip() or "another process"
                 fix = "Wait for it, stop it, or choose another output.dir."
                 raise RunInUseError(Problem(str(self.path), f"is in use by {holder}", fix)) from None
-            file.seek(0)
-            file.truncate()
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-            file.flush()
+            holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+            with suppress(OSError):  # on a full disk nobody reads who holds it
+                os.ftruncate(file.fileno(), os.pwrite(file.fileno(), holder.encode(), 0))
             yield
 
     def refuse_other_things(self) -> None:
@@ -81,60 +83,88 @@ class RunFolder:
             raise UsageError(Problem(str(self.path), what, "Name a new or empty folder as output.dir."))
 
     def set_status(self, state: State, *, exit_code: int | None, reason: str, step: int, command: list[str]) -> None:
-        """Replaces `status.json`, atomically."""
+        """Replaces `status.json`, atomically; on a full disk in the room that it has already."""
         status = {
             "state": state,
             "exit": exit_code,
             "reason": reason,
             "step": step,
-            "resume_command": shlex.join(command),
+            "resume_command": shlex.join(map(redact, command)),
         }
-        self.write(STATUS, json.dumps(status, indent=2) + "\n")
+        try:
+            self.write_json(STATUS, status)
+        except OSError as error:
+            if error.errno not in FULL_DISK or (self.path / STATUS).is_symlink():
+                raise
+            short = redacted({**status, "reason": redact(reason)[:LONGEST_REASON]})
+            with (self.path / STATUS).open("r+b", buffering=0) as file:
+                file.write(json.dumps(short, indent=2).encode() + b"\n")
+                file.truncate()
 
-    def mark_lost(self, reason: str, exit_code: int) -> None:
-        """Puts an end and its reason into `status.json`, where a trainer died before it could or knew only half."""
+    def mark_lost(self, reason: str, exit_code: int, command: list[str]) -> None:
+        """Puts an end into `status.json` that a trainer could not write, or of which it knew only half.
+
+        Without a reason only a run that is said to go on is marked. `command` continues it where the file has none.
+        """
         if not (self.path / STATUS).is_file():
             return  # there was no run yet
         for _ in range(50):
             try:
                 with self.lock():
-                    status = json.loads((self.path / STATUS).read_bytes())
-                    if status["state"] in ("running", "failed"):
-                        step = (self.last_metrics() or status)["step"]
-                        command = shlex.split(status["resume_command"])
-                        self.set_status("failed", exit_code=exit_code, reason=reason, step=step, command=command)
+                    status = self.read_json(STATUS)
+                    if status.get("state") not in ("running", None, *(["failed"] if reason else [])):
+                        return
+                    with suppress(ValueError):
+                        command = shlex.split(str(status.get("resume_command") or "")) or command
+                    reason = reason or f"ended with exit code {exit_code}, and could not write so itself"
+                    step = self.reached_step()
+                    self.set_status("failed", exit_code=exit_code, reason=reason, step=step, command=command)
             except RunInUseError:
                 time.sleep(0.1)  # the system is still taking apart the process that was killed
-            except (OSError, ValueError, KeyError, TypeError, UsageError):
-                return  # there is none that can be read
+            except (OSError, UsageError):
+                return
             else:
                 return
 
     def finished_step(self) -> int | None:
         """The step whose weights the finished run has published; None while there is none."""
-        try:
-            status = json.loads((self.path / STATUS).read_bytes())
-            return status["step"] if status["state"] == "finished" and self.trained is not None else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        status = self.read_json(STATUS)
+        step = status.get("step")
+        is_finished = status.get("state") == "finished" and isinstance(step, int) and self.trained is not None
+        return step if is_finished else None
 
     def write(self, name: str, text: str) -> None:
-        """Replaces a file of the run, atomically; secrets are left out."""
-        write_text(self.path / name, redact(text))
+        """Replaces a text of the run, atomically; secrets are left out."""
+        self.write_clean(name, redact(text))
+
+    def write_clean(self, name: str, text: str) -> None:
+        """Replaces a text of the run from which secrets were kept already."""
+        with _about(self.path / name):  # half a character, as of a file's name, is written as an escape
+            write_text(self.path / name, text.encode("utf-8", "backslashreplace").decode())
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replaces a file of JSON; secrets are left out of its texts, not of what is written of them."""
+        self._write_values(name, [value], indent=2)
+
+    def write_rows(self, name: str, rows: Iterable[Any]) -> None:
+        """Replaces a file of JSON lines; otherwise as `write_json`."""
+        self._write_values(name, rows, indent=None)
 
     @property
     def trained(self) -> Path | None:
         """The folder with the published weights, `adapter` or `model`; None while there is none."""
         return next((self.path / name for name in TRAINED if (self.path / name).is_dir()), None)
 
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The object in a file of JSON; an empty one where there is none, or no file that can be read."""
+        with suppress(OSError, ValueError, RecursionError):
+            value = json.loads((self.path / name).read_bytes())
+            return value if isinstance(value, dict) else {}
+        return {}
+
     def stored_plan(self) -> dict[str, Any] | None:
         """The plan that this run was started with; None where there is none that can be read."""
-        if self._mark() is None:
-            return None
-        try:
-            return json.loads((self.path / "plan.json").read_bytes())
-        except (OSError, ValueError):
-            return None
+        return None if self._mark() is None else self.read_json("plan.json") or None
 
     def rewind(self, step: int) -> None:
         """Drops the records of steps after `step`: they belong to work that was lost and will be done again."""
@@ -142,33 +172,42 @@ class RunFolder:
             if (self.path / name).is_symlink():  # lines would be added to what it points to
                 remove(self.path / name)
         for name in (METRICS, EVALUATIONS):
-            kept: list[str] = []
-            for line in self._lines(name):
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    break  # the line that was being written when the run was killed
-                if row["step"] <= step:
-                    kept.append(line + "\n")
-            if kept or (self.path / name).exists():
-                self.write(name, "".join(kept))
+            if (self.path / name).exists():
+                rows, damaged = self._records(name)
+                if damaged:
+                    console.say(f"warning: {damaged} lines of {self.path / name} cannot be read and are left out")
+                self.write_rows(name, [row for row in rows if row["step"] <= step])
 
     def append(self, name: str, row: dict[str, Any]) -> None:
-        """Adds one record to a file of JSON lines."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Adds one record to a file of JSON lines: all of it, or nothing where there is no room."""
+        line = json.dumps(redacted(row)).encode() + b"\n"
+        with _about(self.path / name), (self.path / name).open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                while line:
+                    line = line[file.write(line) :]
+            except OSError:
+                file.truncate(before)
+                raise
 
     def sync_records(self) -> None:
         """Waits until the records are on disk: a checkpoint must not outlive those of its steps."""
         for name in (METRICS, EVALUATIONS):
             if (self.path / name).exists():
-                with (self.path / name).open("ab") as file:
+                with _about(self.path / name), (self.path / name).open("ab") as file:
                     os.fsync(file.fileno())
 
     def last_metrics(self) -> dict[str, Any] | None:
-        """The newest row of `metrics.jsonl`."""
-        lines = self._lines(METRICS)
-        return json.loads(lines[-1]) if lines else None
+        """The newest row of `metrics.jsonl` that can be read."""
+        with suppress(OSError):
+            rows, _ = self._records(METRICS)
+            return rows[-1] if rows else None
+        return None
+
+    def reached_step(self) -> int:
+        """The step of the newest record, else of the status, else 0."""
+        step = (self.last_metrics() or self.read_json(STATUS)).get("step")
+        return step if isinstance(step, int) else 0
 
     def _mark(self) -> Mark | None:
         """The folder's mark, or the one that a run of before there were marks will have; None where it is no run's."""
@@ -178,18 +217,43 @@ class RunFolder:
         return found if found is not None and found.what == "run" else None
 
     def _is_run_before_marks(self) -> bool:
-        try:
-            status = json.loads((self.path / STATUS).read_bytes())
-            return set(status) == STATUS_KEYS and "qwentune" in status["resume_command"]
-        except (OSError, ValueError, TypeError):
-            return False
+        status = self.read_json(STATUS)
+        return set(status) == STATUS_KEYS and "qwentune" in str(status["resume_command"])
 
     def _id_before_marks(self) -> str | None:
-        try:
-            return (self.path / TRACKER_ID).read_text(encoding="utf-8").strip() or None
-        except (OSError, ValueError):
-            return None
+        with suppress(OSError, ValueError):
+            name = (self.path / TRACKER_ID).read_text(encoding="utf-8").strip()
+            return name if re.fullmatch("[A-Za-z0-9_-]{1,128}", name) else None
+        return None
 
-    def _lines(self, name: str) -> list[str]:
-        path = self.path / name
-        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    def _write_values(self, name: str, values: Iterable[Any], indent: int | None) -> None:
+        lines = [json.dumps(value, indent=indent, ensure_ascii=False) + "\n" for value in redacted(list(values))]
+        self.write_clean(name, "".join(lines))
+
+    def _records(self, name: str) -> tuple[list[dict[str, Any]], int]:
+        """The records of a file of JSON lines, and how many lines before the last are none.
+
+        The last is torn where the run was killed, or its disk full, while it was written.
+        """
+        rows: list[dict[str, Any]] = []
+        bad: list[int] = []
+        lines = (self.path / name).read_bytes().split(b"\n") if (self.path / name).exists() else []
+        for number, line in enumerate(lines):
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
+                    continue
+            bad.append(number)
+        return rows, sum(number < len(lines) - 1 for number in bad)
+
+
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Gives an error of the system the name of the file that it is about, where it comes without: writes' do."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise

@@ -138,7 +138,7 @@ def run_facts(
     facts |= {"data": data, "chat template": _sha256(template), "tokenizer": tokenizer, "base weights": base}
     facts |= {"number of ranks": num_ranks}
     facts |= {f"plan.{key}": value for key, value in choices.items()}
-    return facts
+    return facts  # without secrets, for a recipe that holds one is refused
 
 
 def _flattened(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

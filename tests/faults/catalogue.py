@@ -25,6 +25,8 @@ FAULTS = {
     "C20": "the run folder is moved or deleted during the run",
     "C21": "odd and overlong names",
     "C22": "a slow disk",
+    "C90": "a disk that fills while records are written",
+    "C91": "stdout or stderr that is ASCII, closed or full",
     "D23": "SIGTERM to trainer or supervisor, at any moment",
     "D24": "SIGTERM to one rank of two",
     "D25": "SIGTERM while saving, evaluating, loading data",

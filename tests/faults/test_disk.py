@@ -7,13 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from qwentune.training.checkpoints import Checkpoints
+from qwentune.training.run_folder import LONGEST_REASON, RunFolder
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.runs import ENVIRONMENT, KILL_AT, KILLED, final_weights, loss_history, write_recipe
 from tests.warm import TRAIN, Warm
@@ -53,6 +55,7 @@ def happens(run):
         except OSError:
             pass
 """
+ROOT = Path(__file__).parents[2]
 MOVE = """
 def happens(run):
     run.rename(run.parent / "elsewhere")
@@ -91,6 +94,25 @@ def undisturbed(recipe: Path, warm: Warm) -> tuple[object, object]:
     return loss_history(run), final_weights(run)
 
 
+def fill(disk: Path) -> None:
+    """Takes all the room that is left, to the last byte."""
+    with (disk / "another.program").open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(1 << 16)):
+            pass
+
+
+def append_200_rows(run: RunFolder) -> None:
+    for step in range(8, 208):
+        run.append("metrics.jsonl", {"step": step, "loss": 1 / step})
+
+
+def wait_until(happens: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def steps_of(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
@@ -125,6 +147,77 @@ def test_a_disk_that_another_program_fills_ends_the_run_and_space_lets_it_go_on(
         assert again.code == 0, again.said
         assert "from step 3" in again.said
         assert (loss_history(run), final_weights(run)) == undisturbed
+
+
+@pytest.mark.fault(
+    "C90", "exit 4 with what is free, also by the supervisor; the record is whole lines, the status says failed"
+)
+@pytest.mark.parametrize("supervised", [False, True])
+def test_a_disk_that_fills_while_records_are_written_ends_the_run_in_words(
+    recipe: Path, warm: Warm, tmp_path: Path, supervised: bool
+) -> None:
+    long = ["optimizer.max_steps=60", "output.save_every_steps=100", "output.log_every_steps=1"]
+    with small_disk(tmp_path / "disk", 40_000) as disk:
+        run = disk / "run"
+        if supervised:  # whose own files are on that disk too
+            command = [sys.executable, "-m", "qwentune.cli", "train", str(recipe), f"output.dir={run}", *long]
+            environment = {**ENVIRONMENT, "TMPDIR": str(disk), "PYTHONPATH": str(ROOT)}
+            process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+            wait_until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 500)
+            fill(disk)
+            said, code = process.communicate(timeout=300)[1], process.returncode
+        else:
+            full = warm.train(recipe, f"output.dir={run}", *long, code=FILL + AFTER_STEP_5 + TRAIN)
+            said, code = full.said, full.code
+        assert code == 4, said
+        assert "No space left" in said
+        assert "A bug" not in said
+        assert "Traceback" not in said
+        status = json.loads((run / "status.json").read_text())
+        assert (status["state"], status["exit"]) == ("failed", 4)
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+        assert status["step"] == len(rows) < 60
+        assert not [path for path in run.rglob(".*") if path.name.endswith((".new", ".writing"))]
+
+        (disk / "another.program").unlink()
+        again = warm.train(recipe, f"output.dir={run}", *long)
+        assert again.code == 0, again.said
+        assert [row[0] for row in loss_history(run)] == list(range(1, 61))
+
+
+@pytest.mark.fault("C18", "a cache or a folder for temporary files that is full: exit 4 with what to free")
+@pytest.mark.parametrize("kibibytes", [0, 8, 40])
+def test_a_full_disk_under_the_cache_is_said_in_words(recipe: Path, tmp_path: Path, kibibytes: int) -> None:
+    with small_disk(tmp_path / "disk", 256) as disk:
+        (disk / "another.program").write_bytes(bytes((256 - kibibytes) * 1024))
+        command = [sys.executable, "-m", "qwentune.cli", "preview", str(recipe), "--json"]
+        environment = {**ENVIRONMENT, "TMPDIR": str(disk), "QWENTUNE_CACHE": str(disk / "cache")}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert ended.returncode == 4, ended.stderr
+        assert "No space left on device" in ended.stderr
+        assert "A bug" not in ended.stderr
+
+
+@pytest.mark.fault("C90", "the status takes the room that it has, or stays as it was; never half a file")
+def test_an_end_is_written_on_a_full_disk(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 64) as disk:
+        run = RunFolder(disk / "run")
+        with run.lock():
+            run.set_status("running", exit_code=None, reason="", step=0, command=["qwentune", "train", "a b.yaml"])
+            run.append("metrics.jsonl", {"step": 7})
+            fill(disk)
+            for size in (10, 100, 5000):
+                run.set_status("failed", exit_code=4, reason="x" * size, step=7, command=["qwentune", "train", "r"])
+                status = json.loads((disk / "run" / "status.json").read_text())
+                assert (status["state"], len(status["reason"])) == ("failed", min(size, LONGEST_REASON))
+            with pytest.raises(OSError, match=r"metrics\.jsonl"):
+                append_200_rows(run)
+        assert run.reached_step() == len((disk / "run" / "metrics.jsonl").read_text().splitlines()) + 6
+        (disk / "run" / "status.json").write_text('{"state": "run')
+        run.mark_lost("", 4, ["qwentune", "train", "r.yaml"])
+        status = json.loads((disk / "run" / "status.json").read_text())
+        assert (status["state"], status["exit"], status["resume_command"]) == ("failed", 4, "qwentune train r.yaml")
 
 
 @pytest.mark.fault("C17", "a run that goes on needs no room for the checkpoints that it has already")

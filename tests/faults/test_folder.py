@@ -9,10 +9,13 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qwentune import console
 from qwentune.durable import mark, replace_folder, write_text
 from qwentune.errors import RecipeError, ResumeError, UsageError
+from qwentune.exporting.finished import open_run
 from qwentune.recipe import load_recipe
 from qwentune.redaction import HIDDEN, redact
 from qwentune.training.checkpoints import MANIFEST, Checkpoints, verify
@@ -218,6 +221,54 @@ def test_a_text_is_replaced_whole_wherever_the_process_dies(tmp_path: Path) -> N
         if not was_killed:
             assert path.read_text() == "new"
             break
+
+
+# --- files that are torn or damaged
+
+RECORDS = [json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 6)]
+damaged = st.one_of(
+    st.binary(max_size=60),
+    st.text(max_size=60).map(str.encode),
+    st.sampled_from(
+        ["null", "[]", "{}", "3", '{"step": "x"}', '{"step": null, "state": 5}', '{"state": "running"}', "[" * 9999, ""]
+    ).map(str.encode),
+    st.integers(0, 150).map(lambda length: "".join(RECORDS).encode()[:length]),
+)
+
+
+@pytest.mark.fault(
+    "C90", "a torn or damaged record, status, plan or report: what can be read of it counts, the rest is said"
+)
+@given(content=damaged, before=st.booleans(), step=st.integers(0, 6))
+def test_a_run_folder_with_any_damaged_file_can_be_read_and_gone_on_with(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, before: bool, step: int
+) -> None:
+    run = RunFolder(tmp_path_factory.mktemp("run"))
+    (run.path / "model").mkdir()
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        (run.path / name).write_bytes("".join(RECORDS[:3]).encode() * before + content)
+    for name in ("status.json", "plan.json", "data_report.json", "tracker_id.txt"):
+        (run.path / name).write_bytes(content)
+    assert run.finished_step() is None or isinstance(run.finished_step(), int)
+    assert isinstance(run.stored_plan(), dict | None)
+    run.reached_step()
+    with pytest.raises(UsageError, match=r"data_report\.json"):
+        open_run(run.path)
+    run.rewind(step)
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["step"] <= step for line in lines)
+    assert len(lines) >= min(step, 3) * before
+    run.mark_lost("lost", 1, ["qwentune", "train", "r.yaml"])
+    assert isinstance(json.loads((run.path / "status.json").read_text()), dict)
+
+
+def test_lines_of_a_record_that_cannot_be_read_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(RECORDS[0] + '{"step": 2, "lo\n' + RECORDS[2] + '{"step": 4, "lo')
+    assert run.reached_step() == 3
+    run.rewind(9)
+    assert "1 lines of" in capsys.readouterr().err  # the last was torn as it was written
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 3]
 
 
 # --- secrets

@@ -7,6 +7,8 @@ import shutil
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 
@@ -15,9 +17,11 @@ from qwentune.data.template import ChatTemplate, TemplateRefusalError
 from qwentune.data.tokenizer import load_tokenizer
 from qwentune.errors import DataError, RecipeError
 from qwentune.recipe import DataOptions, load_recipe
+from qwentune.redaction import HIDDEN
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.faults.test_save import killed_at
 from tests.runs import write_recipe
+from tests.test_redaction import SECRET_NAMES
 from tests.warm import Warm
 
 TRAPS = {
@@ -174,3 +178,99 @@ def test_no_secret_is_in_a_run_folder_or_on_the_screen(tmp_path: Path, warm: War
     for secret in (*secrets.values(), token):
         assert secret not in trained.said
         assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def odd_secrets(names: list[str]) -> dict[str, str]:
+    """A value for each name, drawn from what texts, JSON, YAML, shells and patterns treat in ways of their own."""
+    pieces = [
+        "'",
+        '"',
+        "\\",
+        "\n",
+        "\t",
+        "${x}",
+        ".*",
+        "(?:",
+        "[a-z]+",
+        "ü",
+        "🙂",
+        "你好",
+        "&amp;",
+        "<b>",
+        "%41",
+        "#",
+        ": ",
+        "{{",
+        "é",
+    ]
+    random = Random(19)
+    print("seed 19")
+    return {name: "".join(random.choices([*pieces, "aB3dE", "x9_Q"], k=9)).strip() + name[:3] for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.fault("J75", "secrets of any name and any characters are in no file of the run, plain or escaped")
+def test_odd_secrets_are_in_no_file_of_a_run_and_on_no_screen(tmp_path: Path, warm: Warm) -> None:
+    secrets = odd_secrets(SECRET_NAMES.split())
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    settings = {"bad_rows": "skip", "max_dropped_fraction": 1.0}
+    recipe = write_recipe(tmp_path, model, data=settings, optimizer={"max_steps": 2}, output={"save_every_steps": 1})
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        for secret in secrets.values():
+            call = {"type": "function", "function": {"name": secret, "arguments": secret}}
+            bad: list[dict[str, Any]] = [
+                {"messages": [{"role": secret, "content": secret}]},
+                {"messages": {secret: [secret]}},
+                {
+                    "messages": [
+                        {"role": "user", "content": {secret: secret}},
+                        {"role": "assistant", "content": [secret]},
+                    ]
+                },
+                {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]},
+                {secret: secret},
+            ]
+            file.writelines(json.dumps(row) + "\n" for row in bad)
+    plain = [secret for secret in secrets.values() if secret.isprintable()]
+    recipe.write_text(recipe.read_text() + "".join(f"# {secret}\n" for secret in plain))
+    trained = warm.train(recipe, **secrets)
+    assert trained.code == 0, trained.said
+    assert (tmp_path / "run" / "dropped.jsonl").read_text().count(HIDDEN) >= len(secrets)
+    again = warm.train(recipe, "optimizer.max_steps=3", "--allow-change", "optimizer", **secrets)
+    assert again.code == 0, again.said
+    stored = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for secret in secrets.values():
+        for form in (
+            secret,
+            json.dumps(secret)[1:-1],
+            json.dumps(secret, ensure_ascii=False)[1:-1],
+            repr(secret)[1:-1],
+        ):
+            assert form not in trained.said + again.said
+            assert not [path for path, content in stored.items() if form.encode() in content]
+
+
+@pytest.mark.slow
+@pytest.mark.fault("J75", "words of templates, tokenizers and weights that a secret happens to equal stay as they are")
+def test_data_of_training_is_never_altered(tmp_path: Path, warm: Warm) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    word = "assistant\n"  # of the template
+    assert word.strip() in (model / "chat_template.jinja").read_text() + (model / "tokenizer_config.json").read_text()
+    recipe = write_recipe(tmp_path, model, optimizer={"max_steps": 2})
+    runs = [tmp_path / "with", tmp_path / "without"]
+    secrets = {
+        "SECRET": "assistant",
+        "DB_PASSWD": "add_generation_prompt",
+        "OPENAI_KEY": "<|im_start|>",
+        "X_PAT": "merges",
+    }
+    for run, environment in zip(runs, (secrets, {}), strict=True):
+        trained = warm.train(recipe, f"output.dir={run}", **environment)
+        assert trained.code == 0, trained.said
+    for path in sorted((runs[0] / "model").iterdir()):
+        assert path.read_bytes() == (runs[1] / "model" / path.name).read_bytes(), path
+    # What names a secret now and did not at the start, or no longer, is no change of the run.
+    again = warm.train(
+        recipe, f"output.dir={runs[1]}", "optimizer.max_steps=3", "--allow-change", "optimizer", **secrets
+    )
+    assert again.code == 0, again.said
