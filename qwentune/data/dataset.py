@@ -20,6 +20,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from qwentune.bounded import UnreadableError, read_text
 from qwentune.data.checkpoint import cache_folder
 from qwentune.data.files import content_sha256, is_at_hand
 from qwentune.data.outcome import Dropped
@@ -35,6 +36,7 @@ from qwentune.durable import replace_folder
 from qwentune.errors import DataError, Problem, RecipeError
 from qwentune.recipe import DataOptions
 
+LARGEST_TEMPLATE_BYTES = 10**6
 CACHE_FORMAT = 10  # raise it whenever rendering or storing changes what stands in the cache
 
 
@@ -134,9 +136,9 @@ def chat_template(data: DataOptions, tokenizer: Tokenizer) -> ChatTemplate | Non
     """
     if data.chat_template is not None:
         try:
-            text: str | None = Path(data.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            what = f"{data.chat_template!r} cannot be read: {error}"
+            text: str | None = read_text(Path(data.chat_template), LARGEST_TEMPLATE_BYTES)
+        except UnreadableError as error:
+            what = f"{data.chat_template!r}: {error}"
             raise RecipeError(Problem("data.chat_template", what, "Name a file with a Jinja template.")) from None
     else:
         text = tokenizer.chat_template

@@ -65,7 +65,9 @@ class Tuning(Section):
         ..., "full: all weights; lora: adapters on a 16-bit base; qlora: adapters on a 4-bit base"
     )
     rank: Annotated[int, Ge(1), Le(2**14)] = _key(16, "rank of the adapters")
-    alpha: Annotated[int, Ge(1), Le(2**20)] = _key(32, "adapter output is scaled by alpha / rank (rslora: alpha / sqrt(rank))")
+    alpha: Annotated[int, Ge(1), Le(2**20)] = _key(
+        32, "adapter output is scaled by alpha / rank (rslora: alpha / sqrt(rank))"
+    )
     dropout: ShareBelowOne = _key(0.0, "dropout on the adapters' input")
     targets: Literal["all-linear"] | Annotated[list[Name], MinLen(1)] = _key(
         "all-linear", "which linear modules get adapters, by name (q_proj, up_proj, ...)"
@@ -86,7 +88,9 @@ class DataSource(Section):
         ..., "a file (.jsonl, .json, .parquet, .csv; also .gz, .zst) or a hub dataset (owner/name@revision:split)"
     )
     format: Format = _key("auto", "the row format; auto detects it from the first rows")
-    repeat: Annotated[float, Gt(0), Le(1000)] = _key(1.0, "times that the rows are seen in one epoch; 0.5 is a seeded half")
+    repeat: Annotated[float, Gt(0), Le(1000)] = _key(
+        1.0, "times that the rows are seen in one epoch; 0.5 is a seeded half"
+    )
 
 
 Sources = Annotated[list[DataSource], MinLen(1)]
@@ -95,7 +99,9 @@ Sources = Annotated[list[DataSource], MinLen(1)]
 class Fim(Section):
     rate: Share = _key(0.5, "share of the texts cut into prefix, middle and suffix; the rest stay plain text")
     spm_rate: Share = _key(0.5, "share of the cut texts written suffix first")
-    cuts: Annotated[int, Ge(1), Le(1000)] = _key(3, "different cuts of each text; each epoch takes the next, then the first again")
+    cuts: Annotated[int, Ge(1), Le(1000)] = _key(
+        3, "different cuts of each text; each epoch takes the next, then the first again"
+    )
     loss: Literal["middle", "all"] = _key("middle", "what of a cut text is trained")
 
 
@@ -103,7 +109,9 @@ class DataOptions(Section):
     train: Sources = _key(..., "where the training rows are; a bare path is a source too")
     evaluation: Sources | None = _key(None, "where the eval rows are", alias="eval")
     eval_fraction: ShareBelowOne = _key(0.0, "share of the dialogues of `train` held out for evaluation")
-    max_tokens: Annotated[int, Ge(1), Le(MOST_TOKENS)] = _key(4096, "longest example, in tokens; also the length of a packed row")
+    max_tokens: Annotated[int, Ge(1), Le(MOST_TOKENS)] = _key(
+        4096, "longest example, in tokens; also the length of a packed row"
+    )
     too_long: Literal["drop", "drop_old_turns", "error"] = _key("drop", "what happens to a longer example")
     max_dropped_fraction: Share = _key(0.05, "largest share of the turns that may be dropped")
     packing: bool = _key(True, "put several examples into one row, isolated from each other")
@@ -148,7 +156,9 @@ class OptimizerOptions(Section):
         (0.9, 0.999), "decay of the averages of the gradient and of its square"
     )
     max_grad_norm: Annotated[float, Gt(0), Le(10**9)] = _key(1.0, "gradients are scaled down to this norm")
-    epochs: Annotated[float, Gt(0), Le(10_000)] | None = _key(EPOCHS, "passes over the data", shown=f"{EPOCHS}; null where max_steps is given")
+    epochs: Annotated[float, Gt(0), Le(10_000)] | None = _key(
+        EPOCHS, "passes over the data", shown=f"{EPOCHS}; null where max_steps is given"
+    )
     max_steps: Steps | None = _key(None, "optimizer steps, instead of epochs")
 
 
@@ -195,7 +205,9 @@ class MemoryOptions(Section):
 class OutputOptions(Section):
     dir: Name = _key("runs/recipe", "the run folder", shown="runs/<name of the recipe file>")
     save_every_steps: Steps = _key(100, "optimizer steps between checkpoints")
-    save_every_minutes: Annotated[float, Gt(0), Le(10**6)] | None = _key(None, "minutes between checkpoints, besides the steps")
+    save_every_minutes: Annotated[float, Gt(0), Le(10**6)] | None = _key(
+        None, "minutes between checkpoints, besides the steps"
+    )
     keep: Annotated[int, Ge(1), Le(10**6)] = _key(3, "newest checkpoints kept")
     eval_every_steps: Steps = _key(100, "optimizer steps between evaluations, where there are eval rows")
     log_every_steps: Steps = _key(1, "optimizer steps between two rows of metrics.jsonl")

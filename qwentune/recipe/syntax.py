@@ -157,7 +157,9 @@ class _Builder:
         self._num_values += 1
         if self._num_values > MAX_VALUES:
             what = f"here are more than {MAX_VALUES:,} keys and values; a recipe has at most that many"
-            raise TooMuchError(Problem(place.where, what, "Is it the data? The recipe names data files under data.train."))
+            raise TooMuchError(
+                Problem(place.where, what, "Is it the data? The recipe names data files under data.train.")
+            )
         self._check_extras(event)
         if isinstance(event, events.MappingStartEvent):
             return self._mapping(place, depth)
