@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+from qwentune.errors import Problem, UsageError
+
 LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, of Linux: PATH_MAX without its null character, and NAME_MAX
 
 _KINDS = {
@@ -36,6 +38,12 @@ def name_fault(name: str) -> str:
     if len(encoded) > LONGEST_PATH:
         return f"a name too long: a path has at most {LONGEST_PATH:,} bytes, this one has {len(encoded):,}"
     return ""
+
+
+def refuse_name(where: str, path: str | Path) -> None:
+    """Raises UsageError where no file can have this path; `where` names the argument that gives it."""
+    if fault := name_fault(str(path)):
+        raise UsageError(Problem(where, fault, "Name another one."))
 
 
 def kind_fault(file: Path) -> str:

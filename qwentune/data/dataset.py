@@ -37,6 +37,7 @@ from qwentune.errors import DataError, Problem, RecipeError
 from qwentune.recipe import DataOptions
 
 LARGEST_TEMPLATE_BYTES = 10**6
+MOST_REPEATED = 10**8  # rows of a source in an epoch
 CACHE_FORMAT = 10  # raise it whenever rendering or storing changes what stands in the cache
 
 
@@ -287,6 +288,9 @@ def _split(
     for number, (source, begins, out) in enumerate(
         zip(data.train, groups, np.split(held_out, np.cumsum(sizes)), strict=False)
     ):
+        if source.repeat > 1 and source.repeat * len(begins) > MOST_REPEATED:
+            what = f"repeat {source.repeat:g} of {len(begins) - 1:,} rows makes more than {MOST_REPEATED:,}"
+            raise DataError(Problem(source.path, what, "Lower its repeat, or take more optimizer.epochs."))
         evaluation.append(_examples_of(begins, np.flatnonzero(out)))
         train.append(_examples_of(begins, _repeated(np.flatnonzero(~out), source.repeat, seed + number)))
     return np.concatenate(train), np.concatenate(evaluation)
