@@ -6,11 +6,11 @@ is printed: QWENTUNE_SEED=... makes the same ones again.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -33,23 +33,70 @@ MODELS = ("builtin:tiny-qwen3", "Qwen/Qwen3-8B", "Qwen/Qwen3-30B-A3B", "Qwen/Qwe
 RECIPE: dict[str, Any] = {
     "model": "builtin:tiny-qwen3",
     "tuning": {"kind": "lora", "rank": 8, "targets": ["q_proj", "v_proj"]},
-    "data": {"train": [{"path": "rows.jsonl", "format": "chat", "repeat": 2.0}], "max_tokens": 256, "template_args": {"a": 1}},
+    "data": {
+        "train": [{"path": "rows.jsonl", "format": "chat", "repeat": 2.0}],
+        "max_tokens": 256,
+        "template_args": {"a": 1},
+    },
     "batch": {"sequences_per_step": 4, "micro_batch": "auto"},
     "optimizer": {"learning_rate": 1e-4, "betas": [0.9, 0.99], "max_steps": 3},
     "hardware": {"gpu": "h100-80gb", "count": 2},
     "memory": {"headroom": 0.1},
     "output": {"dir": "run", "keep": 2, "report_to": []},
     "seed": 3,
-}  # fmt: skip
+}
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 7, 255, 2**31, 2**63, 2**64, 10**17, 10**18, -(10**30), 1e-300, 5e-324, 1e308, 0.5, -0.0,
-    float("inf"), float("nan"), "", " ", "auto", "none", "x" * 300, "名" * 200, "\0", "\u202e\x1b[2J", "\ud800", "🙂", "1e9", "0x10",
-    "/dev/zero", "/dev/full", "/proc/self/mem", "/proc/self/maps", "/", ".", "..", "a/b/c", "~", "*", "rows.jsonl", "r.yaml",
-    "owner/name", "owner/name@v1:train", "qlora", "dora", "full", "cpu", "zero3", "../r", [], [1], [[[]]], [None], ["a"] * 50, {}, {"a": {}},
-    {"path": "rows.jsonl"}, [{"path": "rows.jsonl"}] * 40, {"": 1}, {"kind": "lora"}, [0.5, 0.5], [1, 2, 3], {str(i): i for i in range(200)},
-)  # fmt: skip
-PIECES = ("\0", "\t", "\r", "\n", ":", ": ", "- ", "[", "]", "{", "}", "#", "&a ", "*a", "!!t ", "|\n", ">\n", "'", '"', "\\", "%", "@", "`", "---\n", "...\n",
-    "\ufeff", "\u2028", "\x85", "\x1b", "\x7f", "<<: ", "? ", "e999", "9" * 50, "  ", "null", "~", "\\ud800")  # fmt: skip
+    *(None, True, False, 0, 1, -1, 2, 7, 255, 2**31, 2**63, 2**64, 10**17, 10**18, -(10**30)),
+    *(1e-300, 5e-324, 1e308, 0.5, -0.0, float("inf"), float("nan")),
+    *("", " ", "auto", "none", "x" * 300, "名" * 200, "\0", "\u202e\x1b[2J", "\ud800", "🙂", "1e9", "0x10"),
+    *("/dev/zero", "/dev/full", "/proc/self/mem", "/proc/self/maps", "/", ".", "..", "a/b/c", "~", "*"),
+    *("rows.jsonl", "r.yaml", "owner/name", "owner/name@v1:train", "qlora", "dora", "full", "cpu", "zero3", "../r"),
+    *([], [1], [[[]]], [None], ["a"] * 50, [0.5, 0.5], [1, 2, 3], [{"path": "rows.jsonl"}] * 40),
+    *({}, {"a": {}}, {"path": "rows.jsonl"}, {"": 1}, {"kind": "lora"}, {str(i): i for i in range(200)}),
+)
+PIECES = (
+    *(
+        "\0",
+        "\t",
+        "\r",
+        "\n",
+        ":",
+        ": ",
+        "- ",
+        "[",
+        "]",
+        "{",
+        "}",
+        "#",
+        "&a ",
+        "*a",
+        "!!t ",
+        "|\n",
+        ">\n",
+        "'",
+        '"',
+        "\\",
+    ),
+    *(
+        "%",
+        "@",
+        "`",
+        "---\n",
+        "...\n",
+        "\ufeff",
+        "\u2028",
+        "\x85",
+        "\x1b",
+        "\x7f",
+        "<<: ",
+        "? ",
+        "e999",
+        "9" * 50,
+        "  ",
+    ),
+    *("null", "~", "\\ud800"),
+)
+KEYS = [key.name.replace("[]", ".0") for key in describe_keys()]
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +149,7 @@ def with_other_values(chance: random.Random) -> Any:
                 parent = parent.setdefault(key, {})
             elif isinstance(parent, list) and isinstance(key, int) and key < len(parent):
                 parent = parent[key]
-        value = chance.choice(VALUES)
+        value = deepcopy(chance.choice(VALUES))
         if chance.random() < 0.3:
             value = chance.choice((-1, 1)) * 10 ** chance.uniform(-12, 20)
             value = round(value) if chance.random() < 0.7 else value
@@ -117,9 +164,6 @@ def with_other_values(chance: random.Random) -> Any:
     return tree
 
 
-KEYS = [key.name.replace("[]", ".0") for key in describe_keys()]
-
-
 def as_yaml(value: Any) -> str:
     """The value in flow style: JSON with YAML's words, escapes that JSON lacks, and numbers as Python writes them."""
     if isinstance(value, dict):
@@ -128,11 +172,7 @@ def as_yaml(value: Any) -> str:
         return "[" + ", ".join(map(as_yaml, value)) + "]"
     if isinstance(value, str):
         return '"' + "".join(c if c.isalnum() or c in " ./_-:" else f"\\U{ord(c):08x}" for c in value) + '"'
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, repr(value))
-        if not isinstance(value, float)
-        else repr(value)
-    )
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def with_other_bytes(chance: random.Random) -> bytes:
@@ -155,22 +195,19 @@ def with_other_bytes(chance: random.Random) -> bytes:
     return bytes(content)
 
 
-def answer(content: bytes, overrides: list[str], *, plans: bool) -> str:
+def answer(content: bytes, overrides: list[str]) -> str:
     """What is said of a recipe: its problems, or `loaded`; AssertionError where that is no answer."""
     Path("r.yaml").write_bytes(content)
-    start = time.monotonic()
+    said, code = "loaded", 0
     try:
         with hang_guard():
             loaded = load_recipe("r.yaml", overrides)
             Path("again.yaml").write_text(resolved_yaml(loaded.recipe, loaded.origins), encoding="utf-8")
             assert load_recipe("again.yaml").recipe == loaded.recipe
-            if plans:
-                plan.run("r.yaml", overrides, None, None, True, False)
-        said = "loaded"
+            plan.run("r.yaml", overrides, None, None, True, False)
     except UserError as error:
-        said = str(error)
-        assert error.exit_code in (2, 3, 4, 5), said
-    assert time.monotonic() - start < LATEST_SECONDS
+        said, code = str(error), error.exit_code
+    assert code in (0, 2, 3, 4, 5), said
     assert len(said) < LONGEST_ANSWER
     return said
 
@@ -179,14 +216,13 @@ def fuzz(number: int, seed: int) -> None:
     taken = 0
     for i in range(number):
         chance = random.Random(f"{seed} {i}")
-        content = [as_yaml(with_other_values(chance)).encode(), with_other_bytes(chance)][i % 2]
+        content = with_other_bytes(chance) if i % 2 else as_yaml(with_other_values(chance)).encode()
         overrides = []
         if chance.random() < 0.2:
-            overrides = [
-                f"{chance.choice(KEYS)}={as_yaml(chance.choice(VALUES))}" for _ in range(chance.choice((1, 2, 30)))
-            ]
+            many = range(chance.choice((1, 2, 30)))
+            overrides = [f"{chance.choice(KEYS)}={as_yaml(chance.choice(VALUES))}" for _ in many]
         try:
-            taken += answer(content, overrides, plans=True) == "loaded"
+            taken += answer(content, overrides) == "loaded"
         except Exception as error:
             raise AssertionError(f"QWENTUNE_SEED={seed}, recipe {i}: {content[:2000]!r} {overrides}") from error
     assert taken > number // 50, "the mutations leave too little to plan"
