@@ -7,7 +7,10 @@ import errno
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import ClassVar
+
+LONGEST_WORDS = 5000  # characters, more than a path has: a value that is quoted may be a whole file
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +18,19 @@ class Problem:
     """One thing that is wrong.
 
     `where` is a place a person can open (`file:line:column`, `file:line` or a key), `what` states the fault with the
-    offending value, `fix` says how to mend it.
+    offending value, `fix` says how to mend it. What is longer than `LONGEST_WORDS` is cut.
     """
 
     where: str
     what: str
     fix: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("where", "what", "fix"):
+            words: str = getattr(self, name)
+            if len(words) > LONGEST_WORDS:
+                cut = f"{words[: LONGEST_WORDS - 200]} … (of {len(words):,} characters) … {words[-100:]}"
+                object.__setattr__(self, name, cut)
 
     def __str__(self) -> str:
         head = f"{self.where}  {self.what}" if self.where else self.what
@@ -94,6 +104,8 @@ class RunInUseError(UserError):
 
 
 NUM_PLACES = 10  # shown of each kind of problem
+NUM_KINDS = 30  # shown of all
+LONGEST_COMPARED, MOST_COMPARED = 100, 10_000  # characters of a name, and known names
 _PARTICULAR = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+(?:\.\d+)?")  # a value in a message
 
 
@@ -103,7 +115,9 @@ def grouped(problems: Iterable[Problem]) -> list[str]:
     for problem in problems:
         kind = problem.where.split(":")[0], _PARTICULAR.sub("*", problem.what), problem.fix
         kinds.setdefault(kind, []).append(problem)
-    return [_kind_in_words(kind) for kind in kinds.values()]
+    rest = [problem for kind in list(kinds.values())[NUM_KINDS:] for problem in kind]
+    lines = [_kind_in_words(kind) for kind in list(kinds.values())[:NUM_KINDS]]
+    return [*lines, f"… and {len(rest)} more, the last at {rest[-1].where}"] if rest else lines
 
 
 def _kind_in_words(kind: Sequence[Problem]) -> str:
@@ -129,5 +143,7 @@ EXIT_INTERRUPTED = 130
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The sentence ` Did you mean 'x'?` for the closest known name, or an empty string."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    if len(name) > LONGEST_COMPARED:
+        return ""
+    matches = difflib.get_close_matches(name, list(islice(known, MOST_COMPARED)), n=1, cutoff=0.6)
     return f" Did you mean '{matches[0]}'?" if matches else ""

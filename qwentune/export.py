@@ -35,8 +35,10 @@ def export(
 
 def run_export(folder: Path, merge: bool, verify: bool, output: Path | None) -> int:
     """Writes the package, whole or not at all; the exit code."""
+    from qwentune.bounded import refuse_name
     from qwentune.exporting.finished import open_run
 
+    refuse_name("-o", output or ".")
     run = open_run(folder)
     target = output or folder / ("merged" if merge else "export")
     if os.path.lexists(target):

@@ -58,9 +58,12 @@ def init(
 
 def run(model: str, paths: Sequence[str], gpu: str | None, output: Path) -> int:
     """Writes the recipe; the exit code. Raises UserError where data, model, GPU or file do not do."""
+    from qwentune.bounded import refuse_name
     from qwentune.durable import write_text
     from qwentune.facts.models import model_spec, refuse_untrainable
 
+    for option, name in (("--output", output), ("--model", model), *(("--data", path) for path in paths)):
+        refuse_name(option, name)
     if output.exists() or not output.absolute().parent.is_dir():
         what = "it exists" if output.exists() else "there is no such folder"
         raise UsageError(Problem(str(output), f"{what}; nothing is overwritten", "Name another file with -o."))

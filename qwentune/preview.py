@@ -52,6 +52,7 @@ def run(
     """Renders the data and prints it; the exit code."""
     from rich.console import Console
 
+    from qwentune.bounded import refuse_name
     from qwentune.data.checkpoint import checkpoint_folder
     from qwentune.data.dataset import chat_template, prepare
     from qwentune.data.schedule import Schedule
@@ -61,6 +62,8 @@ def run(
     from qwentune.recipe import load_recipe
 
     outputs = [(option, file) for option, file in (("--jsonl", jsonl), ("--html", html)) if file is not None]
+    for option, file in outputs:
+        refuse_name(option, file)
     unwritable = [
         Problem(option, f"{str(file)!r} cannot be written", "Name a file in a folder that exists.")
         for option, file in outputs

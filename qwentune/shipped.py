@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 FOLDERS = ("recipes", "data_templates", "launch")
@@ -17,10 +18,10 @@ def shipped(path: str | Path) -> Path:
     Where neither exists, the path itself: whoever opens it says what is missing.
     """
     own = Path(path)
-    if own.exists() or own.is_absolute() or not own.parts or own.parts[0] not in FOLDERS:
+    if os.path.lexists(own) or own.is_absolute() or not own.parts or own.parts[0] not in FOLDERS:
         return own
     copy = _ROOT / own
-    return copy if copy.exists() else own
+    return copy if os.path.exists(copy) else own
 
 
 def shipped_files(folder: str) -> list[str]:

@@ -399,13 +399,13 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     (problem,) = read_path(tmp_path)[1]
-    assert problem.what == "this is a folder"
+    assert problem.what == "this is a folder, no regular file"
 
 
 def test_a_pipe_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (problem,) = read_path(tmp_path / "pipe.jsonl")[1]
-    assert problem.what == "this is no regular file"
+    assert problem.what == "this is a pipe, no regular file"
 
 
 @pytest.mark.parametrize("name", ["rows.xlsx", "rows", "rows.gz", "rows.jsonl.gz.zst", "rows.JSONL"])

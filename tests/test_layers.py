@@ -13,6 +13,7 @@ PACKAGE = Path(qwentune.__file__).parent
 # From the top down; a layer may import itself and those before it.
 LAYERS = (
     "errors",
+    "bounded",
     "redaction",
     "durable",
     "streams",
@@ -28,7 +29,7 @@ LAYERS = (
     "html_report",
 )
 COMMANDS = {"init", "train", "supervise", "preview", "plan", "export", "chat", "cli"}
-TORCH_FREE = ("errors", "redaction", "durable", "streams", "shipped", "recipe", "facts", "memory")
+TORCH_FREE = ("errors", "bounded", "redaction", "durable", "streams", "shipped", "recipe", "facts", "memory")
 WITH_TORCH = {"trace", "meta_step", "delta_rule", "replay", "cross_check"}  # of memory: they run the real step
 TORCH = {"torch", "peft", "accelerate", "bitsandbytes", "trl", "deepspeed"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -19,6 +19,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from qwentune.bounded import UnreadableError, read_text
 from qwentune.data.checkpoint import cache_folder
 from qwentune.data.files import content_sha256, is_at_hand
 from qwentune.data.outcome import Dropped
@@ -34,6 +35,8 @@ from qwentune.durable import mark, remove, replace_folder
 from qwentune.errors import DataError, Problem, RecipeError
 from qwentune.recipe import DataOptions
 
+LARGEST_TEMPLATE_BYTES = 10**6
+MOST_REPEATED = 10**8  # rows of a source in an epoch
 CACHE_FORMAT = 10  # raise it whenever rendering or storing changes what stands in the cache
 
 
@@ -133,9 +136,9 @@ def chat_template(data: DataOptions, tokenizer: Tokenizer) -> ChatTemplate | Non
     """
     if data.chat_template is not None:
         try:
-            text: str | None = Path(data.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            what = f"{data.chat_template!r} cannot be read: {error}"
+            text: str | None = read_text(Path(data.chat_template), LARGEST_TEMPLATE_BYTES)
+        except UnreadableError as error:
+            what = f"{data.chat_template!r}: {error}"
             raise RecipeError(Problem("data.chat_template", what, "Name a file with a Jinja template.")) from None
     else:
         text = tokenizer.chat_template
@@ -286,6 +289,9 @@ def _split(
     for number, (source, begins, out) in enumerate(
         zip(data.train, groups, np.split(held_out, np.cumsum(sizes)), strict=False)
     ):
+        if source.repeat > 1 and source.repeat * len(begins) > MOST_REPEATED:
+            what = f"repeat {source.repeat:g} of {len(begins) - 1:,} rows makes more than {MOST_REPEATED:,}"
+            raise DataError(Problem(source.path, what, "Lower its repeat, or take more optimizer.epochs."))
         evaluation.append(_examples_of(begins, np.flatnonzero(out)))
         train.append(_examples_of(begins, _repeated(np.flatnonzero(~out), source.repeat, seed + number)))
     return np.concatenate(train), np.concatenate(evaluation)

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 from qwentune.data.conservation import first_lost
-from qwentune.data.guard import choose_guard, guarded_message, guarded_object, message_texts, texts_of
+from qwentune.data.guard import PRIVATE_USE, choose_guard, guarded_message, guarded_object, message_texts, texts_of
 from qwentune.data.pieces import Encoder, Piece
 from qwentune.data.reasoning import has_stray_tag, with_reasoning_apart, with_uncarried_reasoning
 from qwentune.data.remarks import SEVERAL_PARTS, STRAY_TAG
@@ -82,6 +82,9 @@ class Dialogue:
         texts = [text for message in messages for text in message_texts(message)]
         lines = "\n".join([*texts, *texts_of(list(conversation.tools))])
         guard = choose_guard(lines)
+        if guard is None:
+            what = f"its texts hold '|' and all {len(PRIVATE_USE):,} private-use characters, of which one stands for it"
+            raise RowError(what, "Leave the row out, or one of U+E000 to U+F8FF in its texts.")
         return cls(
             conversation=conversation,
             unguarded=tuple(messages),

@@ -14,6 +14,12 @@ from qwentune.redaction import redact
 
 LONGEST_EXCERPT = 40  # characters
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios", "objects")  # of ms-swift, LLaMA-Factory, LLaVA
+MOST_PROBLEMS = 250_000  # of a file: one of another kind may have a wrong row in each of its billion lines
+
+
+@dataclass(frozen=True, slots=True)
+class Unread(Problem):
+    """What keeps a file, or the rest of one, from being read: nobody knows how many rows are lost by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,15 @@ class Faults:
                 continue
             if near := get_close_matches(key, known, n=1, cutoff=0.8):
                 self.add(f"{path}the unknown key {key!r}", f"Did you mean {near[0]!r}? Else rename it.")
+
+
+def too_many(path: str, problems: list[Problem]) -> bool:
+    """Whether a file has so many problems that the rest of it is not read, which is then said among them."""
+    if len(problems) < MOST_PROBLEMS:
+        return False
+    what = f"{len(problems):,} problems are in the file up to here, and the rest is not read"
+    problems.append(Unread(path, what, "Is it of the kind that its name says? Else leave the wrong rows out."))
+    return True
 
 
 def described(value: Json) -> str:

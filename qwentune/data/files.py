@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -13,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from qwentune.bounded import kind_fault, name_fault
 from qwentune.data.hub import fetched, is_hub_dataset, kept_file
 from qwentune.data.json_rows import NumberedValue, read_json_rows
 from qwentune.data.misnamed import COMPRESSIONS, misnamed
@@ -110,12 +112,18 @@ def _open(file: Path) -> io.BufferedReader:
 
 def _unreadable(path: str, file: Path) -> Problem | None:
     """What keeps the path from being read as rows; None where nothing does."""
-    if file.is_dir():
-        return Problem(path, "this is a folder", "Name a file; several files are several entries of data.train.")
-    if not file.exists():
+    if fault := name_fault(path):
+        return Problem(path, fault, "Name another file.")
+    try:
+        fault = kind_fault(file)
+    except FileNotFoundError:
         return _missing(path, file)
-    if not file.is_file():
-        return Problem(path, "this is no regular file", "Write the rows into a file first.")
+    except OSError as error:
+        return Problem(path, f"the file cannot be read: {error.strerror}")
+    if file.is_dir():
+        return Problem(path, fault, "Name a file; several files are several entries of data.train.")
+    if fault:
+        return Problem(path, fault, "Write the rows into a file first.")
     if _ending(file) not in READERS:
         endings = ", ".join(READERS)
         what = f"the ending {_ending(file)!r} names no kind of data file"
@@ -124,8 +132,8 @@ def _unreadable(path: str, file: Path) -> Problem | None:
 
 
 def _missing(path: str, file: Path) -> Problem:
-    if not file.parent.is_dir():
+    if not os.access(file.parent, os.R_OK | os.X_OK):
         return Problem(path, f"there is no such file, and no folder {str(file.parent)!r}", "Check the path.")
-    known = (entry.name for entry in file.parent.iterdir() if entry.is_file())
+    known = (entry.name for entry in os.scandir(file.parent) if entry.is_file())
     fix = nearest(file.name, known).strip() or "Paths are relative to the current directory."
     return Problem(path, "there is no such file", fix)

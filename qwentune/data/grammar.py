@@ -319,10 +319,11 @@ def _opening(template: ChatTemplate, encoder: Encoder) -> tuple[str, str, dict[M
 
 
 def _stop(template: ChatTemplate, options: RenderOptions, encoder: Encoder) -> str:
-    """The control token that ends an answer."""
+    """The control token that ends an answer; ValueError where another does."""
     dialogue = Dialogue.of(_PROBES[0], template, options, encoder)
     token = dialogue.literal_turn(dialogue.trained[0]).target[-1]
-    return next(name for name, token_id in encoder.tokenizer.control_ids.items() if token_id == token)
+    (name,) = (name for name, token_id in encoder.tokenizer.control_ids.items() if token_id == token)
+    return name
 
 
 def _num_probes_read(grammar: Grammar, template: ChatTemplate, options: RenderOptions, encoder: Encoder) -> int:

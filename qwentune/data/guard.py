@@ -7,12 +7,17 @@ from dataclasses import replace
 
 from qwentune.data.sample import Json, Message, ToolCall
 
+PRIVATE_USE = "".join(map(chr, range(0xE000, 0xF900)))
 
-def choose_guard(texts: str) -> str:
-    """A private-use character that the texts do not hold, or "|" where they hold no "|"."""
+
+def choose_guard(texts: str) -> str | None:
+    """A private-use character that the texts do not hold, or "|" where they hold no "|"; None where they hold all."""
     if "|" not in texts:
         return "|"
-    return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in texts)
+    if PRIVATE_USE[0] not in texts:
+        return PRIVATE_USE[0]
+    held = set(texts)  # one walk through them, however many characters are taken
+    return next((character for character in PRIVATE_USE if character not in held), None)
 
 
 def message_texts(message: Message) -> Iterator[str]:

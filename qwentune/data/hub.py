@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from qwentune.bounded import name_fault
 from qwentune.console import say
 from qwentune.data.checkpoint import cache_folder
 from qwentune.data.tables import json_row
@@ -27,7 +28,7 @@ _DATASET = re.compile(  # id, revision, configuration, split
 def is_hub_dataset(path: str) -> bool:
     """Whether a path is `owner/name`, with `@revision`, `:split` or `:configuration:split` behind, and no file here."""
     match = _DATASET.fullmatch(path)
-    if match is None or Path(path).exists() or Path(path).parent.is_dir():
+    if match is None or name_fault(path) or Path(path).exists() or Path(path).parent.is_dir():
         return False
     # some-data-2.5 is a name, some-data.jsonl a file that is missing
     return not any(Path(name).suffix[1:2].isalpha() for name in (match[1], match[2] or ""))

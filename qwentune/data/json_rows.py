@@ -8,13 +8,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, TypeAlias
 
+from qwentune.data.faults import Unread, too_many
 from qwentune.data.sample import Json
 from qwentune.data.strict_json import JsonFaultError, parse_first, parse_json
 from qwentune.errors import Problem
 
 NumberedValue: TypeAlias = tuple[int, Json]  # the line or, in files without lines, the row, counted from 1
 
-LARGEST_ROW_BYTES = 64 * 2**20  # bounds the memory that one line, or a small compressed file, can take
+# Three million tokens, beyond any model's window, which are encoded in 4 GB. It bounds the memory that one line, or a
+# small compressed file, can take.
+LARGEST_ROW_BYTES = 12 * 2**20
+MOST_EMPTY_LINES = 1_000_000  # in a row: a small compressed file can hold billions
 CHUNK_CHARACTERS = 2**20
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -41,8 +45,15 @@ def read_json_rows(stream: io.BufferedReader, path: str, problems: list[Problem]
 
 
 def _read_lines(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterator[NumberedValue]:
+    num_empty = 0
     for number, line in _lines(stream):
         where = f"{path}:{number}"
+        if too_many(path, problems):
+            return
+        num_empty = 0 if line.strip() else num_empty + 1
+        if num_empty > MOST_EMPTY_LINES:
+            problems.append(empty_lines(where))
+            return
         if len(line) > LARGEST_ROW_BYTES:
             what = f"the line is longer than {LARGEST_ROW_BYTES // 2**20} MiB"
             problems.append(Problem(where, what, "Put each row on a line of its own; cut a row that is longer."))
@@ -64,6 +75,12 @@ def _read_lines(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterato
                 problems.append(Problem(where, what, fix))
                 return  # every further line would be reported for the same reason
             problems.append(_line_problem(fault, where, is_last=not line.endswith(b"\n")))
+
+
+def empty_lines(where: str) -> Problem:
+    """That no row is looked for behind so many empty lines."""
+    what = f"more than {MOST_EMPTY_LINES:,} empty lines follow each other, and nothing behind them is read"
+    return Unread(where, what, "Write the file again, without them.")
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -89,10 +106,12 @@ def _line_problem(fault: JsonFaultError, where: str, *, is_last: bool) -> Proble
 def _read_array(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterator[NumberedValue]:
     # Undecodable bytes become lone surrogates here, which only the row that holds them pays for.
     window = _Window(io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=""))
-    window.take("[")
     number = 0
     try:
+        window.take("[")
         while number or window.next_character() != "]":
+            if too_many(path, problems):
+                return
             number += 1
             row = window.take_value()
             try:
@@ -132,11 +151,16 @@ class _Window:
 
     def next_character(self) -> str:
         """The next character that is no white space; empty at the end of the file."""
+        num_skipped = 0
         while True:
             rest = self.text[self.position : self.position + CHUNK_CHARACTERS]
-            self.position += len(rest) - len(rest.lstrip())
-            if rest.strip():
+            num_blank = len(rest) - len(rest.lstrip())
+            self.position += num_blank
+            num_skipped += num_blank
+            if num_blank < len(rest):
                 return self.text[self.position]
+            if num_skipped > LARGEST_ROW_BYTES:
+                raise self.fault_here(f"nothing but white space stands in {LARGEST_ROW_BYTES // 2**20} MiB")
             if not rest and not self._grow():
                 return ""
 
@@ -146,6 +170,8 @@ class _Window:
         while True:
             try:
                 _, end = _LENIENT.raw_decode(self.text, self.position)
+                if end - self.position > LARGEST_ROW_BYTES:
+                    raise self.fault_here(f"no value ends within {LARGEST_ROW_BYTES // 2**20} MiB")
                 if end + _LONGEST_CUT_EXPONENT < len(self.text) or not self._grow():
                     taken, self.position = self.text[self.position : end], end
                     return taken

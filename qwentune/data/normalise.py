@@ -28,7 +28,7 @@ OTHER_ROLES = {"human": "user", "gpt": "assistant", "ai": "assistant", "model": 
 CALL_KEYS = ("name", "arguments")
 CALLERS = ("tool_call", "function_call")  # a message of theirs is nothing but calls: of ms-swift, LLaMA-Factory
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # beside a function they would be lost
-LARGEST_WEIGHT = 1e6  # losses are 32-bit floats
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6  # losses are 32-bit floats
 
 
 def read_message(value: Json, path: str, faults: Faults) -> Message | None:
@@ -214,8 +214,13 @@ def _weight(fields: Mapping[str, Json], path: str, faults: Faults) -> float:
     if not isinstance(train, bool):
         faults.add(f"{path}.train is {described(train)}", "It is true or false.")
         return 0.0
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= LARGEST_WEIGHT:
-        faults.add(f"{path}.weight is {described(weight)}", f"It is a number from 0 to {LARGEST_WEIGHT:.0f}.")
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, int | float)
+        or not (weight == 0 or SMALLEST_WEIGHT <= weight <= LARGEST_WEIGHT)
+    ):
+        fix = f"It is 0, or a number from {SMALLEST_WEIGHT:f} to {LARGEST_WEIGHT:.0f}."
+        faults.add(f"{path}.weight is {described(weight)}", fix)
         return 0.0
     if not train and fields.get("weight"):
         faults.add(f"{path} has train false and weight {weight}", "Remove one of them.")

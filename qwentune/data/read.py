@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from qwentune.data.faults import described
+from qwentune.data.faults import described, too_many
 from qwentune.data.files import read_rows
 from qwentune.data.formats import FORMATS, NOT_TRAINED, SIGNATURES, detect, format_of
 from qwentune.data.sample import Sample
@@ -24,6 +24,8 @@ def read_samples(path: str, format: str, problems: list[Problem]) -> Iterator[Sa
     if format == "auto":
         format = detected(path)
     for row in read_rows(path, problems):
+        if too_many(path, problems):
+            return
         if not isinstance(row.value, dict):
             problems.append(Problem(str(row.source), f"the row is {described(row.value)}", "A row is an object."))
             continue

@@ -85,7 +85,8 @@ class Renderer:
 
     def render(self, sample: Sample) -> Outcome:
         """The examples of a sample and what is to be reported of it; never raises for a fault of the row."""
-        return next(self.render_all([sample]))
+        (outcome,) = self.render_all([sample])
+        return outcome
 
     def render_all(self, samples: Iterable[Sample], source_number: int = 0) -> Iterator[Outcome]:
         """The outcome of each sample of a source in its order; texts are encoded many at a time."""

@@ -65,7 +65,7 @@ def _unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     result = dict(pairs)
     if len(result) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        twice = next((key for key, _ in pairs if key in seen or seen.add(key)), "")
         raise JsonFaultError(f"the key {twice!r} stands twice in one object", "Remove one: readers keep either.")
     return result
 
@@ -93,7 +93,7 @@ def _syntax_fault(text: str, error: json.JSONDecodeError) -> JsonFaultError:
     if at[0] == "'":
         what, fix = "a single quote where a double quote is needed", "Write rows with json.dumps, not with str or repr."
     elif at.startswith(_PYTHON_WORDS):
-        word = next(word for word in _PYTHON_WORDS if at.startswith(word))
+        word = next((word for word in _PYTHON_WORDS if at.startswith(word)), "")
         what, fix = f"{word} is Python, not JSON", "JSON writes true, false and null; json.dumps does."
     elif error.msg.startswith("Invalid control character"):
         what, fix = f"a raw control character {at[0]!r} inside a text", "Write it escaped (\\n, \\t); json.dumps does."

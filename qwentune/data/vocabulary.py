@@ -131,7 +131,7 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | N
 def byte_alphabet() -> list[str]:
     """The visible character that stands for each byte in a byte-level vocabulary, as GPT-2 introduced it."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    spare = iter(range(0x100, 0x200))
+    spare = itertools.count(0x100)
     return [chr(byte if byte in visible else next(spare)) for byte in range(NUM_BYTES)]
 
 

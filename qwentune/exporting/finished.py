@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwentune.bounded import refuse_name
 from qwentune.data.template import ChatTemplate
 from qwentune.data.tokenizer import Tokenizer, load_tokenizer
 from qwentune.errors import Problem, UsageError
@@ -34,6 +35,7 @@ class FinishedRun:
 
 def open_run(folder: Path) -> FinishedRun:
     """The run in `folder`; UsageError where it has not finished."""
+    refuse_name("RUN", folder)
     trained = RunFolder(folder).trained
     if trained is None:
         fix = "Train it to its end first: the same command continues it."

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 
+from qwentune.bounded import UnreadableError, name_fault, read_text
 from qwentune.errors import Problem, UsageError, nearest
 from qwentune.shipped import shipped, shipped_files
+
+MAX_BYTES = 100_000
 
 Sharding = Literal["none", "ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "fsdp2"]
 # By the stage, and where the optimizer's states are.
@@ -27,7 +30,7 @@ _ZERO_OPTIONS = {"zero_stage": "not given", "offload_optimizer_device": "none", 
 def launch_file(name: str) -> Path:
     """The accelerate configuration of that name; UsageError where `launch/` has none."""
     file = shipped(f"launch/{name}.yaml")
-    if not file.exists():
+    if name_fault(str(file)) or not os.path.lexists(file):
         names = [Path(known).stem for known in shipped_files("launch")]
         what = f"there is no launch file {name!r}.{nearest(name, names)}"
         raise UsageError(Problem("hardware.launch", what, f"There are {', '.join(names)}."))
@@ -37,15 +40,29 @@ def launch_file(name: str) -> Path:
 def sharding_of(name: str) -> Sharding:
     """What the launch file of that name shares among its processes; UsageError where it says nothing known."""
     file = launch_file(name)
-    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    config = _mapping(_content(file), str(file))
     kind = config.get("distributed_type")
-    deepspeed: dict[str, Any] = config.get("deepspeed_config") or {}
+    deepspeed = _mapping(config.get("deepspeed_config") or {}, f"{file}: deepspeed_config")
     if kind == "DEEPSPEED":
         return zero(deepspeed, str(file))
     known: dict[Any, Sharding] = {"NO": "none", "MULTI_GPU": "ddp", "FSDP": "fsdp2"}
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise UsageError(Problem(str(file), f"distributed_type is {kind!r}", "It is NO, MULTI_GPU, FSDP or DEEPSPEED."))
     return known[kind]
+
+
+def _content(file: Path) -> object:
+    try:
+        return yaml.safe_load(read_text(file, MAX_BYTES))
+    except (UnreadableError, yaml.YAMLError, RecursionError) as error:
+        reason = str(error) if isinstance(error, UnreadableError) else "this is not YAML, or nested without end"
+        raise UsageError(Problem(str(file), reason, "`accelerate config` writes such a file.")) from None
+
+
+def _mapping(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(Problem(where, "this is no mapping of keys", "`accelerate config` writes such a file."))
+    return cast("dict[str, Any]", value)
 
 
 def zero(options: Mapping[str, Any], where: str) -> Sharding:

@@ -7,6 +7,7 @@ from typing import Any, cast, get_args, get_origin
 
 from pydantic import ValidationError
 
+from qwentune.bounded import name_fault
 from qwentune.errors import Problem, nearest
 from qwentune.recipe.contradictions import contradictions
 from qwentune.recipe.keys import bare, choices, describe_keys, fields, hint, in_words, is_section
@@ -14,6 +15,8 @@ from qwentune.recipe.schema import REASONS_AGAINST, Recipe, Section
 from qwentune.recipe.secrets import secrets
 from qwentune.recipe.syntax import Node, Place, plain, resolve
 from qwentune.redaction import redact
+
+NUM_EXPLAINED = 30  # mistakes
 
 
 def validate(root: Node) -> Recipe | list[Problem]:
@@ -26,7 +29,8 @@ def validate(root: Node) -> Recipe | list[Problem]:
         for line in error.errors(include_url=False, include_context=False, include_input=False):
             spot = _follow(line["loc"], root)
             # A union reports each of its members: the first report of a key stands for all.
-            found.setdefault(spot.name, _problem(spot))
+            if spot.name not in found:
+                found[spot.name] = _problem(spot, is_explained=len(found) < NUM_EXPLAINED)
         return [*found.values(), *problems]
     return problems or recipe
 
@@ -71,15 +75,17 @@ def _follow(path: tuple[int | str, ...], root: Node) -> _Spot:
     return spot
 
 
-def _problem(spot: _Spot) -> Problem:
+def _problem(spot: _Spot, *, is_explained: bool) -> Problem:
     if spot.annotation is None:
-        return _unknown(spot)
+        return _unknown(spot, is_explained=is_explained)
     if spot.node is None:
         return _missing(spot)
     expected = in_words(spot.annotation)
     value, fix = spot.node.value, ""
     if isinstance(value, str) and (reason := REASONS_AGAINST.get((spot.name, value))):
         fix = reason
+    elif isinstance(value, str) and (fault := name_fault(value)):
+        fix = f"It is {fault}." if fault.startswith("a name") else f"In a recipe {fault}."
     elif isinstance(value, str):
         fix = nearest(value, choices(spot.annotation)).strip()
         if not isinstance(resolve(value), str):
@@ -90,11 +96,12 @@ def _problem(spot: _Spot) -> Problem:
     return Problem(spot.place.where, f"{head}{_shown(value)} is given; {expected} is needed", fix)
 
 
-def _unknown(spot: _Spot) -> Problem:
+def _unknown(spot: _Spot, *, is_explained: bool) -> Problem:
+    """With what may be meant for the first ones: a file of another kind may have thousands."""
     prefix, _, key = spot.name.rpartition(".")
     known = list(fields(spot.section))
-    what = f"{spot.name}: '{key}' is not a key of {prefix or 'a recipe'}.{nearest(key, known)}"
-    if what.endswith("?"):
+    what = f"{spot.name}: '{key}' is not a key of {prefix or 'a recipe'}.{nearest(key, known) if is_explained else ''}"
+    if what.endswith("?") or not is_explained:
         return Problem(spot.place.where, what)
     elsewhere = [other.name for other in describe_keys() if other.name.rpartition(".")[2] == key]
     fix = f"Is it {' or '.join(elsewhere)}?" if elsewhere else f"The keys are {', '.join(known)}."

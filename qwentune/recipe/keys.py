@@ -133,13 +133,13 @@ def _bounds(metadata: Sequence[object]) -> str:
     for bound in metadata:
         match bound:
             case Ge(limit):
-                bounds.append(f">= {limit}")
+                bounds.append(f">= {limit:,}")
             case Gt(limit):
-                bounds.append(f"> {limit}")
+                bounds.append(f"> {limit:,}")
             case Le(limit):
-                bounds.append(f"<= {limit}")
+                bounds.append(f"<= {limit:,}")
             case Lt(limit):
-                bounds.append(f"< {limit}")
+                bounds.append(f"< {limit:,}")
             case _:
                 pass  # a minimal length, which every message about an empty value makes plain
     return f" {' and '.join(bounds)}" if bounds else ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwentune.bounded import UnreadableError, name_fault, read_bytes
 from qwentune.errors import Problem, RecipeError, nearest
 from qwentune.recipe.check import validate
 from qwentune.recipe.overrides import apply_override
@@ -85,19 +87,15 @@ def _source(path: Node) -> Node:
 
 def _read(path: str) -> str:
     file = shipped(path)
-    try:
-        if file.is_dir():
-            raise RecipeError(Problem(path, "this is a folder; a recipe is a YAML file"))
-        if file.stat().st_size > MAX_BYTES:
-            what = f"{file.stat().st_size:,} bytes are too many; a recipe has at most {MAX_BYTES:,}"
-            raise RecipeError(Problem(path, what, "Is it the data? The recipe names data files under data.train."))
-        content = file.read_bytes()
-    except FileNotFoundError:
+    if not name_fault(path) and not os.path.lexists(file):
         known = shipped_files("recipes")
         fix = nearest(path, known).strip() or f"Shipped recipes: {', '.join(known)}."
-        raise RecipeError(Problem(path, "there is no such file", fix)) from None
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise RecipeError(Problem(path, f"this file cannot be read: {error}")) from None
+        raise RecipeError(Problem(path, "there is no such file", fix))
+    try:
+        content = read_bytes(file, MAX_BYTES)
+    except UnreadableError as error:
+        fix = "A recipe is a YAML file of some lines; it names data files under data.train."
+        raise RecipeError(Problem(path, str(error), fix)) from None
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

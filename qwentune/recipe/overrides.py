@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from qwentune.errors import Problem
-from qwentune.recipe.syntax import Node, Place, read_override_value
+from qwentune.recipe.syntax import MAX_DEPTH, Node, Place, read_override_value
+
+_ITEM = re.compile("[0-9]{1,9}")  # of a list
 
 
 def apply_override(root: Node, override: str, problems: list[Problem]) -> None:
@@ -20,6 +24,9 @@ def apply_override(root: Node, override: str, problems: list[Problem]) -> None:
         problems.append(Problem(place.where, what, fix))
     elif not equals or not all(parts):
         problems.append(Problem(place.where, "this is no override", "Write key=value, as in data.max_tokens=2048."))
+    elif len(parts) > MAX_DEPTH:
+        what = f"a key of {len(parts):,} parts is nested more than {MAX_DEPTH} levels deep"
+        problems.append(Problem(place.where, what, "`qwentune keys` lists the keys of a recipe."))
     elif not text.strip():
         problems.append(Problem(place.where, f"{key} gets no value", f"{key}=null takes it back to its default."))
     elif value := read_override_value(text, place, problems):
@@ -39,7 +46,7 @@ def _set(root: Node, parts: list[str], value: Node, problems: list[Problem]) -> 
                 node.value[part], node.keys[part] = child, place
         elif isinstance(node.value, list):
             count = len(node.value)
-            if not part.isdecimal() or int(part) >= count:
+            if not _ITEM.fullmatch(part) or int(part) >= count:
                 what = f"{name} has no item '{part}'; its {count} items are counted from 0"
                 problems.append(Problem(place.where, what, f"To give all of them: {name}=[...]."))
                 return

@@ -10,13 +10,25 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+
+from qwentune.bounded import name_fault
+
+# Every number has both ends: beyond any real run, and such that nothing the program does with it takes forever.
+MOST_TOKENS = 2**22  # of an example; the longest window of a Qwen model is 2**20
+MOST_STEPS = 10**9
+
+
+def _named(text: str) -> str:
+    if fault := name_fault(text):
+        raise ValueError(fault)
+    return text
+
 
 Auto = Literal["auto"]
-Name = Annotated[str, MinLen(1)]
-Count = Annotated[int, Ge(1)]
-Positive = Annotated[float, Gt(0)]
-NotNegative = Annotated[float, Ge(0)]
+Name = Annotated[str, MinLen(1), AfterValidator(_named)]  # every name may become a part of a path
+Steps = Annotated[int, Ge(1), Le(MOST_STEPS)]
+Rate = Annotated[float, Gt(0), Le(10)]
 Share = Annotated[float, Ge(0), Le(1)]
 ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
 Dtype = Literal["auto", "bf16", "fp32"]
@@ -52,8 +64,10 @@ class Tuning(Section):
     kind: Literal["full", "lora", "qlora"] = _key(
         ..., "full: all weights; lora: adapters on a 16-bit base; qlora: adapters on a 4-bit base"
     )
-    rank: Count = _key(16, "rank of the adapters")
-    alpha: Count = _key(32, "adapter output is scaled by alpha / rank (rslora: alpha / sqrt(rank))")
+    rank: Annotated[int, Ge(1), Le(2**14)] = _key(16, "rank of the adapters")
+    alpha: Annotated[int, Ge(1), Le(2**20)] = _key(
+        32, "adapter output is scaled by alpha / rank (rslora: alpha / sqrt(rank))"
+    )
     dropout: ShareBelowOne = _key(0.0, "dropout on the adapters' input")
     targets: Literal["all-linear"] | Annotated[list[Name], MinLen(1)] = _key(
         "all-linear", "which linear modules get adapters, by name (q_proj, up_proj, ...)"
@@ -74,7 +88,9 @@ class DataSource(Section):
         ..., "a file (.jsonl, .json, .parquet, .csv; also .gz, .zst) or a hub dataset (owner/name@revision:split)"
     )
     format: Format = _key("auto", "the row format; auto detects it from the first rows")
-    repeat: Positive = _key(1.0, "times that the rows are seen in one epoch; 0.5 is a seeded half")
+    repeat: Annotated[float, Gt(0), Le(1000)] = _key(
+        1.0, "times that the rows are seen in one epoch; 0.5 is a seeded half"
+    )
 
 
 Sources = Annotated[list[DataSource], MinLen(1)]
@@ -83,7 +99,9 @@ Sources = Annotated[list[DataSource], MinLen(1)]
 class Fim(Section):
     rate: Share = _key(0.5, "share of the texts cut into prefix, middle and suffix; the rest stay plain text")
     spm_rate: Share = _key(0.5, "share of the cut texts written suffix first")
-    cuts: Count = _key(3, "different cuts of each text; each epoch takes the next, then the first again")
+    cuts: Annotated[int, Ge(1), Le(1000)] = _key(
+        3, "different cuts of each text; each epoch takes the next, then the first again"
+    )
     loss: Literal["middle", "all"] = _key("middle", "what of a cut text is trained")
 
 
@@ -91,7 +109,9 @@ class DataOptions(Section):
     train: Sources = _key(..., "where the training rows are; a bare path is a source too")
     evaluation: Sources | None = _key(None, "where the eval rows are", alias="eval")
     eval_fraction: ShareBelowOne = _key(0.0, "share of the dialogues of `train` held out for evaluation")
-    max_tokens: Count = _key(4096, "longest example, in tokens; also the length of a packed row")
+    max_tokens: Annotated[int, Ge(1), Le(MOST_TOKENS)] = _key(
+        4096, "longest example, in tokens; also the length of a packed row"
+    )
     too_long: Literal["drop", "drop_old_turns", "error"] = _key("drop", "what happens to a longer example")
     max_dropped_fraction: Share = _key(0.05, "largest share of the turns that may be dropped")
     packing: bool = _key(True, "put several examples into one row, isolated from each other")
@@ -115,29 +135,31 @@ class DataOptions(Section):
 
 
 class BatchOptions(Section):
-    sequences_per_step: Count = _key(
+    sequences_per_step: Annotated[int, Ge(1), Le(2**20)] = _key(
         16, "rows (packed rows, or examples when packing is off) per optimizer step over all GPUs"
     )
-    micro_batch: Auto | Count = _key("auto", "rows per GPU per forward; auto: the plan's")
+    micro_batch: Auto | Annotated[int, Ge(1), Le(2**16)] = _key("auto", "rows per GPU per forward; auto: the plan's")
 
 
 class OptimizerOptions(Section):
     kind: Literal["adamw"] = _key("adamw", "the optimizer")
-    learning_rate: Positive = _key(
+    learning_rate: Rate = _key(
         LEARNING_RATE,
         "the highest, after the warm-up",
         shown=f"{LEARNING_RATE}; {FULL_LEARNING_RATE} for tuning.kind full",
     )
-    min_learning_rate: NotNegative = _key(0.0, "where the schedules cosine and linear end")
+    min_learning_rate: Annotated[float, Ge(0), Le(10)] = _key(0.0, "where the schedules cosine and linear end")
     schedule: Literal["cosine", "linear", "constant"] = _key("cosine", "how the learning rate falls")
     warmup_fraction: ShareBelowOne = _key(0.03, "share of the steps in which the learning rate rises from 0")
-    weight_decay: NotNegative = _key(0.0, "decoupled weight decay")
+    weight_decay: Annotated[float, Ge(0), Le(10)] = _key(0.0, "decoupled weight decay")
     betas: Annotated[tuple[ShareBelowOne, ShareBelowOne], Strict(False)] = _key(
         (0.9, 0.999), "decay of the averages of the gradient and of its square"
     )
-    max_grad_norm: Positive = _key(1.0, "gradients are scaled down to this norm")
-    epochs: Positive | None = _key(EPOCHS, "passes over the data", shown=f"{EPOCHS}; null where max_steps is given")
-    max_steps: Count | None = _key(None, "optimizer steps, instead of epochs")
+    max_grad_norm: Annotated[float, Gt(0), Le(10**9)] = _key(1.0, "gradients are scaled down to this norm")
+    epochs: Annotated[float, Gt(0), Le(10_000)] | None = _key(
+        EPOCHS, "passes over the data", shown=f"{EPOCHS}; null where max_steps is given"
+    )
+    max_steps: Steps | None = _key(None, "optimizer steps, instead of epochs")
 
 
 class Precision(Section):
@@ -158,12 +180,12 @@ REASONS_AGAINST = {  # values that were taken once, or that look as if they were
 
 class Hardware(Section):
     gpu: Name = _key("auto", "a name that `qwentune gpus` lists, cpu, or auto: what is present")
-    count: Auto | Count = _key("auto", "number of GPUs; auto: all that are present")
+    count: Auto | Annotated[int, Ge(1), Le(4096)] = _key("auto", "number of GPUs; auto: all that are present")
     launch: Name = _key("auto", "a file of launch/ without its ending, such as zero2-offload; auto: the plan's")
 
 
 class MemoryOptions(Section):
-    gradient_checkpointing: Auto | bool | Annotated[int, Ge(0)] = _key(
+    gradient_checkpointing: Auto | bool | Annotated[int, Ge(0), Le(1000)] = _key(
         "auto", "recompute activations: true, false, or the number of layers; auto: the plan's"
     )
     loss: Literal["auto", "full", "supervised"] = _key(
@@ -182,13 +204,15 @@ class MemoryOptions(Section):
 
 class OutputOptions(Section):
     dir: Name = _key("runs/recipe", "the run folder", shown="runs/<name of the recipe file>")
-    save_every_steps: Count = _key(100, "optimizer steps between checkpoints")
-    save_every_minutes: Positive | None = _key(None, "minutes between checkpoints, besides the steps")
-    keep: Count = _key(3, "newest checkpoints kept")
-    eval_every_steps: Count = _key(100, "optimizer steps between evaluations, where there are eval rows")
-    log_every_steps: Count = _key(1, "optimizer steps between two rows of metrics.jsonl")
+    save_every_steps: Steps = _key(100, "optimizer steps between checkpoints")
+    save_every_minutes: Annotated[float, Gt(0), Le(10**6)] | None = _key(
+        None, "minutes between checkpoints, besides the steps"
+    )
+    keep: Annotated[int, Ge(1), Le(10**6)] = _key(3, "newest checkpoints kept")
+    eval_every_steps: Steps = _key(100, "optimizer steps between evaluations, where there are eval rows")
+    log_every_steps: Steps = _key(1, "optimizer steps between two rows of metrics.jsonl")
     best: Literal["loss"] | None = _key(None, "also keep the checkpoint with the lowest eval loss")
-    early_stopping: Count | None = _key(None, "evaluations without a lower loss before the run ends")
+    early_stopping: Steps | None = _key(None, "evaluations without a lower loss before the run ends")
     report_to: list[Tracker] = _key([], "experiment trackers")
 
 

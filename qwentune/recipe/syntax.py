@@ -18,6 +18,7 @@ from yaml import events, reader
 from qwentune.errors import Problem
 
 MAX_DEPTH = 20
+MAX_VALUES = 10_000  # keys and values of a document
 _INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
 _NUMBER = re.compile(r"[-+]?(\.[0-9]{1,300}|[0-9]{1,300}(\.[0-9]{0,300})?)([eE][-+]?[0-9]{1,3})?")
 _TAB = re.compile(r"[ ]*\t[ \t]*(?=[^\s#])")
@@ -42,8 +43,8 @@ class Node:
     keys: dict[str, Place]
 
 
-class TooDeepError(Exception):
-    """Nesting beyond any recipe; `args[0]` is the problem."""
+class TooMuchError(Exception):
+    """Nesting or a number of values beyond any recipe; `args[0]` is the problem."""
 
 
 def resolve(text: str) -> Scalar:
@@ -93,7 +94,7 @@ def _read(text: str, place: Callable[[int, int], Place], problems: list[Problem]
     builder = _Builder(stream, place, problems)
     try:
         return builder.document()
-    except TooDeepError as error:
+    except TooMuchError as error:
         problems.append(error.args[0])
     except reader.ReaderError as error:
         before = text[: error.position]
@@ -136,6 +137,7 @@ class _Builder:
         self._stream = stream
         self._place_of = place
         self._problems = problems
+        self._num_values = 0
 
     def document(self) -> Node | None:
         root: Node | None = None
@@ -151,7 +153,13 @@ class _Builder:
         place = self._place(event)
         if depth > MAX_DEPTH:
             what = f"this is nested more than {MAX_DEPTH} levels deep"
-            raise TooDeepError(Problem(place.where, what, "No recipe needs that: close the brackets before it."))
+            raise TooMuchError(Problem(place.where, what, "No recipe needs that: close the brackets before it."))
+        self._num_values += 1
+        if self._num_values > MAX_VALUES:
+            what = f"here are more than {MAX_VALUES:,} keys and values; a recipe has at most that many"
+            raise TooMuchError(
+                Problem(place.where, what, "Is it the data? The recipe names data files under data.train.")
+            )
         self._check_extras(event)
         if isinstance(event, events.MappingStartEvent):
             return self._mapping(place, depth)

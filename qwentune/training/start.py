@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwentune import durable
+from qwentune.bounded import refuse_name
 from qwentune.errors import Problem, ResumeError
 from qwentune.training.best import best_step, evaluated_steps, has_stopped_improving
 from qwentune.training.checkpoints import Checkpoint, Checkpoints, open_checkpoint
@@ -85,6 +86,7 @@ def choose_start(
     if resume == "auto":
         checkpoint, skipped = checkpoints.newest()
     else:
+        refuse_name("--resume", resume)
         checkpoint = open_checkpoint(Path(resume))
     if checkpoint is None and skipped:
         raise ResumeError(skipped, "No usable checkpoint. --fresh moves the run aside and starts anew.")
