@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,9 @@ from typing import Any
 from qwentune.data.template import ChatTemplate
 from qwentune.data.tokenizer import Tokenizer, load_tokenizer
 from qwentune.errors import Problem, UsageError
+from qwentune.facts.adapter_config import read_adapter_config
+from qwentune.facts.documents import LARGEST_TOKENIZER_BYTES, read_object
+from qwentune.facts.weight_files import read_adapter, read_weights
 from qwentune.recipe import DataOptions, load_recipe
 from qwentune.training.run_folder import RunFolder
 
@@ -34,11 +36,16 @@ class FinishedRun:
 
 
 def open_run(folder: Path) -> FinishedRun:
-    """The run in `folder`; UsageError where it has not finished."""
+    """The run in `folder`; UsageError where it has not finished, ResumeError where a file of its weights is damaged."""
     trained = RunFolder(folder).trained
     if trained is None:
         fix = "Train it to its end first: the same command continues it."
         raise UsageError(Problem(str(folder), "holds no finished run (no adapter/ or model/)", fix))
+    if trained.name == "adapter":
+        read_adapter_config(trained)
+        read_adapter(trained)
+    else:
+        read_weights(trained)
     recipe = load_recipe(folder / "recipe.resolved.yaml").recipe
     tokenizer = load_tokenizer(trained)
     text = tokenizer.chat_template
@@ -47,7 +54,7 @@ def open_run(folder: Path) -> FinishedRun:
         model=recipe.model,
         revision=recipe.revision,
         data=recipe.data,
-        report=json.loads((folder / "data_report.json").read_bytes()),
+        report=read_object(folder / "data_report.json", largest_bytes=LARGEST_TOKENIZER_BYTES),
         trained=trained,
         tokenizer=tokenizer,
         template=None if text is None else ChatTemplate(text, tokenizer.special_tokens, recipe.data.template_args),
