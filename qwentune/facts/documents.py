@@ -48,7 +48,7 @@ def read_text(path: Path, largest_bytes: int = LARGEST_BYTES) -> str:
 def read_object(path: Path, *, optional: bool = False, largest_bytes: int = LARGEST_BYTES) -> dict[str, Any]:
     """The JSON object in a file; empty where an `optional` one is missing.
 
-    Raises UsageError with file, line and column: bad syntax, anything but an object, NaN, half characters, deep nesting.
+    Raises UsageError with file, line and column: bad syntax, no object, NaN, half characters, deep nesting.
     """
     if optional and not path.exists() and not path.is_symlink():
         return {}

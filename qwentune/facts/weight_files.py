@@ -150,12 +150,14 @@ def _header(file: Path) -> dict[str, StoredTensor]:
 
 def _tensor(name: str, entry: object, file: Path) -> tuple[StoredTensor, int, int]:
     match entry:
-        case {"dtype": str(dtype), "shape": [*_], "data_offsets": [int(begin), int(end)]}:
-            shape: list[object] = cast("dict[str, Any]", entry)["shape"]
+        case {"dtype": str(dtype), "shape": _, "data_offsets": [int(begin), int(end)]}:
+            shape = cast("dict[str, list[object]]", entry)["shape"]
         case _:
             raise _FaultError(f"has a broken header: {name[:80]} has no dtype, shape and place")
     if dtype not in _BITS:
         raise _FaultError(f"has a broken header: {name[:80]} is of an unknown kind, {dtype[:40]}")
+    if not isinstance(shape, list):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise _FaultError(f"has a broken header: {name[:80]} has no shape")
     whole = [size for size in shape if isinstance(size, int) and not isinstance(size, bool) and size >= 0]
     if len(whole) < len(shape) or not 0 <= begin <= end or (end - begin) * 8 != prod(whole) * _BITS[dtype]:
         what = f"{name[:80]} is {dtype} {shown(shape)} in bytes {shown([begin, end])}"
