@@ -35,6 +35,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUILTIN_SEED = 20250428
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 NUM_NAMED = 5  # tensors of a kind of fault
+OTHERS = "These weights are not the model's."
 
 
 def weights_folder(model: str, revision: str | None = None) -> Path:
@@ -95,6 +96,8 @@ def load_model(
     model's: transformers would train on from an initial value and only log it.
     """
     stored = read_weights(folder)
+    if problems := _odd_experts(stored):
+        raise ResumeError(problems, OTHERS)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "attn_implementation": attention, "use_safetensors": True}
     if four_bit:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -121,7 +124,7 @@ def load_model(
                 raise
             raise ResumeError(_unusable(folder, error)) from None  # for no memory was taken and no weight read
     if problems := _unaccounted(folder, stored, info):
-        raise ResumeError(problems, "These weights are not the model's.")
+        raise ResumeError(problems, OTHERS)
     if four_bit:
         keep_four_bit_exact(model)
     _keep_rotary_exact(model)
@@ -147,15 +150,27 @@ def _unaccounted(folder: Path, stored: Mapping[str, StoredTensor], info: Mapping
             files = {str(stored[name].file) for name in names if name in stored} or every
             where = str(folder) if len(files) > 1 else min(files)
             problems.append(Problem(where, f"{len(keys)} tensors {what}: {listed(words)}"))
-    # transformers stacks experts in the order of their numbers, whatever these are.
-    experts: dict[tuple[str, str], set[int]] = {}
-    for name in stored:
+    return problems
+
+
+def _odd_experts(stored: Mapping[str, StoredTensor]) -> list[Problem]:
+    """Experts that are missing or unlike the others: transformers stacks them in order, whatever their numbers are."""
+    experts: dict[str, dict[str, dict[int, StoredTensor]]] = {}
+    for name, tensor in stored.items():
         if found := EXPERT.fullmatch(name):
-            experts.setdefault((found[1], found[3]), set()).add(int(found[2]))
-    for (layer, name), numbers in experts.items():
-        if numbers != set(range(len(numbers))):
-            problems.append(Problem(str(folder), f"{layer}: of {name} expert {_first_gap(numbers)} is missing"))
-            break
+            experts.setdefault(found[1], {}).setdefault(found[3], {})[int(found[2])] = tensor
+    problems: list[Problem] = []
+    for layer, matrices in experts.items():
+        last = max(number for tensors in matrices.values() for number in tensors)
+        for matrix, tensors in matrices.items():
+            some = next(iter(tensors.values()))
+            missing = [f"{layer}.{number}.{matrix}" for number in range(last + 1) if number not in tensors]
+            other = [f"{layer}.{number}.{matrix}" for number, t in tensors.items() if t.shape != some.shape]
+            if missing:
+                problems.append(Problem(str(some.file), f"{len(missing)} tensors are missing: {listed(missing)}"))
+            if other:
+                what = f"{len(other)} tensors are of another shape than other experts': {listed(other)}"
+                problems.append(Problem(str(some.file), what))
     return problems
 
 
@@ -166,10 +181,6 @@ def listed(names: Sequence[str]) -> str:
 
 def _mismatch(name: str, there: Any, wanted: Any) -> str:
     return f"{name} {list(there)} for {list(wanted)}"
-
-
-def _first_gap(numbers: set[int]) -> int:
-    return next(number for number in range(len(numbers)) if number not in numbers)
 
 
 def recompute_layers(model: PreTrainedModel, layers: bool | int) -> None:
