@@ -37,7 +37,7 @@ def put(value: Any, at: tuple[Any, ...], new: Any) -> Any:
     if len(at) == 1 and new is ...:
         del changed[at[0]]
     else:
-        changed[at[0]] = put(value[at[0]], at[1:], new)
+        changed[at[0]] = put(value[at[0]], at[1:], new) if at[1:] else new
     return changed
 
 

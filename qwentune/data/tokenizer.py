@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer as Backend
 
-from qwentune.data.tokenizer_files import TOKENIZER, read_tokenizer
+from qwentune.data.tokenizer_files import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, read_tokenizer
 from qwentune.errors import Problem, UsageError
 from qwentune.facts.documents import MEND
 
@@ -86,6 +86,12 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     @property
+    def template_file(self) -> str:
+        """Where the checkpoint's chat template stands."""
+        file = Path(self.folder, TEMPLATE)
+        return str(file) if file.exists() else f"{Path(self.folder, TOKENIZER_CONFIG)}: chat_template"
+
+    @property
     def end_of_text_id(self) -> int:
         """The id of the token that ends a document."""
         return self.control_ids[END_OF_TEXT]
@@ -106,6 +112,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     for token in tokens:
         # `encode_special_tokens` spares exactly the tokens flagged special, and Qwen does not flag the FIM ones.
         token["special"] = CONTROL_TOKEN.fullmatch(token["content"]) is not None
+    if not any(token["content"] == END_OF_TEXT for token in tokens):
+        raise UsageError(Problem(str(folder / TOKENIZER), f"has no token {END_OF_TEXT}, as all of Qwen's have", MEND))
     document["added_tokens"] = tokens
     text = json.dumps(document, ensure_ascii=False)
     return Tokenizer(

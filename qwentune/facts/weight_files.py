@@ -10,7 +10,7 @@ import stat
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from qwentune.errors import Problem, ResumeError, UsageError
 from qwentune.facts.documents import MEND, is_too_deep, read_object, shown
@@ -149,20 +149,22 @@ def _header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _tensor(name: str, entry: object, file: Path) -> tuple[StoredTensor, int, int]:
-    match entry:
-        case {"dtype": str(dtype), "shape": _, "data_offsets": [int(begin), int(end)]}:
-            shape = cast("dict[str, list[object]]", entry)["shape"]
-        case _:
-            raise _FaultError(f"has a broken header: {name[:80]} has no dtype, shape and place")
+    described = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
+    dtype, shape, place = (described.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or not _are_whole(shape) or not _are_whole(place) or len(place) != 2:
+        raise _FaultError(f"has a broken header: {name[:80]} has no dtype, shape and place")
+    begin, end = place
     if dtype not in _BITS:
         raise _FaultError(f"has a broken header: {name[:80]} is of an unknown kind, {dtype[:40]}")
-    if not isinstance(shape, list):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise _FaultError(f"has a broken header: {name[:80]} has no shape")
-    whole = [size for size in shape if isinstance(size, int) and not isinstance(size, bool) and size >= 0]
-    if len(whole) < len(shape) or not 0 <= begin <= end or (end - begin) * 8 != prod(whole) * _BITS[dtype]:
-        what = f"{name[:80]} is {dtype} {shown(shape)} in bytes {shown([begin, end])}"
+    if not begin <= end or (end - begin) * 8 != prod(shape) * _BITS[dtype]:
+        what = f"{name[:80]} is {dtype} {shown(shape)} in bytes {shown(place)}"
         raise _FaultError(f"has a broken header: {what}")
-    return StoredTensor(dtype, tuple(whole), file), begin, end
+    return StoredTensor(dtype, tuple(shape), file), begin, end
+
+
+def _are_whole(values: object) -> TypeGuard[list[int]]:
+    """Whether it is a list of whole numbers, none below 0."""
+    return isinstance(values, list) and all(type(x) is int and x >= 0 for x in cast("list[object]", values))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

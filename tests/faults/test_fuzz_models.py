@@ -74,7 +74,7 @@ def answer(recipe: Recipe, target: Path) -> None:
 
 
 def shapes(file: Path) -> dict[str, tuple[list[int], bool]]:
-    """The tensors of a file as the safetensors library reads them: shape, and whether they are floats of 16 or 32 bits."""
+    """The tensors of a file by the safetensors library: shape, and whether they are floats of 16 or 32 bits."""
     with safe_open(file, framework="pt") as tensors:
         slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
         return {name: (part.get_shape(), part.get_dtype() in ("F32", "F16", "BF16")) for name, part in slices.items()}

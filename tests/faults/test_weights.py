@@ -252,7 +252,7 @@ def test_a_folder_with_an_adapter_is_no_base(tmp_path: Path) -> None:
         (lambda whole: (40).to_bytes(8, "little") + bytes(100), "broken header"),
         (lambda whole: whole.replace(b'"F32"', b'"Q32"', 1), "of an unknown kind, Q32"),
         (lambda whole: whole.replace(b'"F32"', b'"F16"', 1), "in bytes"),
-        (lambda whole: whole.replace(b"[64,64]", b"[64,-6]", 1), "in bytes"),
+        (lambda whole: whole.replace(b"[64,64]", b"[64,-6]", 1), "has no dtype, shape and place"),
         (lambda whole: whole.replace(b'"dtype"', b'"btype"', 1), "has no dtype, shape and place"),
         (lambda whole: whole.replace(b"layers.1.", b"layers.0."), "broken header: no JSON"),  # names stand twice
     ],
