@@ -82,6 +82,8 @@ class Speaker:
         from qwentune.data.render import Renderer, RenderOptions
         from qwentune.exporting.merge import load_tuned
         from qwentune.exporting.package import main_mode
+        from qwentune.facts.documents import MEND
+        from qwentune.facts.generation_config import GENERATION_CONFIG, end_token_ids, read_generation_config
         from qwentune.model.load import silence_loading, weights_folder
 
         if run.template is None:
@@ -97,14 +99,12 @@ class Speaker:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: Any = load_tuned(base, run.trained if run.has_adapter else None)
         self.model: Any = model.to(device)
-        file = run.trained / "generation_config.json"
-        try:
-            generation = json.loads(file.read_bytes())
-            self.stops: list[int] = list(generation["eos_token_id"])
-            self.pad = int(generation["pad_token_id"])
-        except (OSError, ValueError, KeyError, TypeError):
-            fix = "It says where answers stop. Restore it, or remove the folder and train: the last step publishes it."
-            raise UsageError(Problem(str(file), "is missing or cannot be read", fix)) from None
+        generation = read_generation_config(run.trained)
+        self.stops = end_token_ids(generation)
+        self.pad: int = generation.get("pad_token_id", run.tokenizer.end_of_text_id)
+        if not self.stops:
+            path = run.trained / GENERATION_CONFIG
+            raise UsageError(Problem(f"{path}: eos_token_id", "names no token at which an answer ends", MEND))
 
     def answer(self, messages: list[Message]) -> Answer:
         """The greedy answer to a dialogue."""

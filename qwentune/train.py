@@ -163,6 +163,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
 
         raise DoesNotFitError(refusal(plan, lambda mend: relaunched(mend, arguments, ranks.num_ranks, mended)))
     _refuse_what_is_not_here(recipe, plan)
+    _refuse_damaged_weights(recipe)
     if isinstance(device, GpuSpec) or may_have_gpu():  # else torch, which takes seconds to load, is asked below
         refuse_other_device(device, ranks)
 
@@ -198,6 +199,21 @@ def _refuse_what_is_not_here(recipe: Recipe, plan: RunPlan) -> None:
         problems.append(Problem("tuning.start_from", f"{start!r} holds no adapter", fix))
     if problems:
         raise UsageError(problems)
+
+
+def _refuse_damaged_weights(recipe: Recipe) -> None:
+    """Raises ResumeError where a file of weights that is here is cut or broken: before data is read, without torch."""
+    from qwentune.facts.adapter_config import read_adapter_config
+    from qwentune.facts.generation_config import read_generation_config
+    from qwentune.facts.weight_files import read_adapter, read_weights
+
+    if Path(recipe.model).is_dir():
+        read_generation_config(Path(recipe.model))  # else it is read when all is trained
+    if Path(recipe.model).is_dir() and any(Path(recipe.model).glob("*.safetensors")):
+        read_weights(Path(recipe.model))
+    if recipe.tuning.start_from is not None:
+        read_adapter_config(Path(recipe.tuning.start_from))
+        read_adapter(Path(recipe.tuning.start_from))
 
 
 if __name__ == "__main__":

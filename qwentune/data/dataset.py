@@ -15,11 +15,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
 from qwentune.bounded import UnreadableError, read_text
+from qwentune.data import sandbox
 from qwentune.data.checkpoint import cache_folder
 from qwentune.data.files import content_sha256, is_at_hand
 from qwentune.data.outcome import Dropped
@@ -132,7 +134,7 @@ def prepared(
 def chat_template(data: DataOptions, tokenizer: Tokenizer) -> ChatTemplate | None:
     """The template of this run: `data.chat_template` where given, else the checkpoint's own; None where it has none.
 
-    Raises RecipeError where the file cannot be read.
+    Raises RecipeError where the file cannot be read, or holds no template.
     """
     if data.chat_template is not None:
         try:
@@ -142,7 +144,19 @@ def chat_template(data: DataOptions, tokenizer: Tokenizer) -> ChatTemplate | Non
             raise RecipeError(Problem("data.chat_template", what, "Name a file with a Jinja template.")) from None
     else:
         text = tokenizer.chat_template
-    return None if text is None else ChatTemplate(text, tokenizer.special_tokens, data.template_args)
+    if text is None:
+        return None
+    _refuse_broken_template(text, data.chat_template or tokenizer.template_file)
+    return ChatTemplate(text, tokenizer.special_tokens, data.template_args)
+
+
+def _refuse_broken_template(text: str, where: str) -> None:
+    try:
+        sandbox.parsed(text)
+    except (*sandbox.TEMPLATE_ERRORS, SyntaxError) as error:
+        line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        what = f"the chat template cannot be read: {str(error)[:200] or type(error).__name__}"
+        raise RecipeError(Problem(f"{where}{line}", what, "Mend it, or name another as data.chat_template.")) from None
 
 
 def _fingerprint(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int) -> str:

@@ -13,7 +13,9 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer as Backend
 
+from qwentune.data.tokenizer_files import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, read_tokenizer
 from qwentune.errors import Problem, UsageError
+from qwentune.facts.documents import MEND
 
 CONTROL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")
 END_OF_TEXT = "<|endoftext|>"
@@ -44,11 +46,21 @@ class Tokenizer:
     chat_template: str | None
     fingerprint: str
     cuts_after_newline: bool = False
+    folder: str = ""
 
     @cached_property
     def backend(self) -> Backend:
-        """What encodes and decodes; slow to build, and plans do without."""
-        backend = Backend.from_str(self.definition)
+        """What encodes and decodes; slow to build, and plans do without.
+
+        Raises UsageError where its library makes none of the file.
+        """
+        try:
+            backend = Backend.from_str(self.definition)
+        except BaseException as error:  # of no kind but Exception, and a panic of Rust's is not even that
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            path = str(Path(self.folder, TOKENIZER))
+            raise UsageError(Problem(path, f"makes no tokenizer: {str(error)[:300]}", MEND)) from None
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
@@ -74,6 +86,12 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     @property
+    def template_file(self) -> str:
+        """Where the checkpoint's chat template stands."""
+        file = Path(self.folder, TEMPLATE)
+        return str(file) if file.exists() else f"{Path(self.folder, TOKENIZER_CONFIG)}: chat_template"
+
+    @property
     def end_of_text_id(self) -> int:
         """The id of the token that ends a document."""
         return self.control_ids[END_OF_TEXT]
@@ -87,31 +105,25 @@ class Tokenizer:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder (`tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`).
 
-    Raises UsageError where a file is missing or unreadable.
+    Raises UsageError where a file is missing or damaged.
     """
-    document: dict[str, Any]
-    config: dict[str, Any] = {}
-    try:
-        document = json.loads((folder / "tokenizer.json").read_bytes())
-        config_file = folder / "tokenizer_config.json"
-        if config_file.exists():
-            config = json.loads(config_file.read_bytes())
-    except (OSError, ValueError) as error:
-        fix = "The folder needs tokenizer.json and tokenizer_config.json of the checkpoint."
-        raise UsageError(Problem(str(folder), f"no readable tokenizer: {error}", fix)) from None
+    document, config, template = read_tokenizer(folder)
     tokens = _added_tokens(document["added_tokens"], config.get("added_tokens_decoder", {}))
     for token in tokens:
         # `encode_special_tokens` spares exactly the tokens flagged special, and Qwen does not flag the FIM ones.
         token["special"] = CONTROL_TOKEN.fullmatch(token["content"]) is not None
+    if not any(token["content"] == END_OF_TEXT for token in tokens):
+        raise UsageError(Problem(str(folder / TOKENIZER), f"has no token {END_OF_TEXT}, as all of Qwen's have", MEND))
     document["added_tokens"] = tokens
     text = json.dumps(document, ensure_ascii=False)
     return Tokenizer(
         definition=text,
         control_ids={token["content"]: token["id"] for token in tokens if token["special"]},
         special_tokens=_special_tokens(config),
-        chat_template=_chat_template(folder, config),
+        chat_template=_default_template(config) if template is None else template,
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
         cuts_after_newline=split_pattern(document) in PATTERNS_THAT_CUT_AFTER_NEWLINE,
+        folder=str(folder),
     )
 
 
@@ -151,10 +163,7 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
+def _default_template(config: dict[str, Any]) -> str | None:
     template: str | list[dict[str, str]] | None = config.get("chat_template")
     if isinstance(template, list):  # several named templates: a server takes the one called default
         return next((entry["template"] for entry in template if entry["name"] == "default"), None)

@@ -10,6 +10,8 @@ from qwentune.bounded import refuse_name
 from qwentune.data.template import ChatTemplate
 from qwentune.data.tokenizer import Tokenizer, load_tokenizer
 from qwentune.errors import Problem, UsageError
+from qwentune.facts.adapter_config import read_adapter_config
+from qwentune.facts.weight_files import read_adapter, read_weights
 from qwentune.recipe import DataOptions, load_recipe
 from qwentune.training.run_folder import RunFolder
 
@@ -34,7 +36,7 @@ class FinishedRun:
 
 
 def open_run(folder: Path) -> FinishedRun:
-    """The run in `folder`; UsageError where it has not finished."""
+    """The run in `folder`; UsageError where it has not finished, ResumeError where a file of its weights is damaged."""
     refuse_name("RUN", folder)
     trained = RunFolder(folder).trained
     if trained is None:
@@ -44,6 +46,11 @@ def open_run(folder: Path) -> FinishedRun:
     if not {"template", "modes", "stop_tokens"} <= report.keys():
         fix = f"`qwentune preview {folder}/recipe.resolved.yaml --json` prints it again, in data_report.json it counts."
         raise UsageError(Problem(str(folder / "data_report.json"), "is missing or cannot be read", fix))
+    if trained.name == "adapter":
+        read_adapter_config(trained)
+        read_adapter(trained)
+    else:
+        read_weights(trained)
     recipe = load_recipe(folder / "recipe.resolved.yaml").recipe
     tokenizer = load_tokenizer(trained)
     text = tokenizer.chat_template

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qwentune.facts.documents import read_object
+from qwentune.facts.weight_files import read_weights
+from qwentune.model.hollow import refuse_other_weights
 from qwentune.model.load import decoder_config
 
 
-def load_tuned(base: Path, adapter: Path | None) -> PreTrainedModel:
-    """The tuned model in the dtype of its files: adapters, where there are any, on the unquantised base."""
-    model: Any = AutoModelForCausalLM.from_pretrained(base, config=decoder_config(base), use_safetensors=True)
+def load_tuned(base: Path, adapter: Path | None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The tuned model in the dtype of its files or another: adapters, where there are any, on the unquantised base.
+
+    Raises ResumeError where a tensor of either is missing, another, or not the model's.
+    """
+    refuse_other_weights(base, adapter)
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base, config=decoder_config(base), use_safetensors=True, **options
+    )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
     return model.eval()
@@ -25,10 +33,7 @@ def load_tuned(base: Path, adapter: Path | None) -> PreTrainedModel:
 
 def merge_bytes(base: Path) -> int:
     """Bytes of host memory that `merge` takes: the base in fp32, and its largest tensor once more."""
-    sizes: list[int] = []
-    for file in base.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            sizes += [prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118
+    sizes = [prod(tensor.shape) for tensor in read_weights(base).values()]
     return 4 * (sum(sizes) + max(sizes, default=0))
 
 
@@ -38,10 +43,7 @@ def merge(base: Path, adapter: Path, target: Path) -> None:
     The sums are made in fp32 and rounded once. PEFT refuses to merge weights that are not finite.
     """
     dtype = _dtype(base)
-    model = AutoModelForCausalLM.from_pretrained(
-        base, config=decoder_config(base), dtype=torch.float32, use_safetensors=True
-    )
-    merged: Any = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+    merged: Any = load_tuned(base, adapter, torch.float32)
     merged = merged.merge_and_unload(safe_merge=True)
     merged.to(dtype).save_pretrained(target)
 
@@ -61,6 +63,6 @@ def largest_logit_difference(
 
 
 def _dtype(folder: Path) -> torch.dtype:
-    config = json.loads((folder / "config.json").read_bytes())
-    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    return getattr(torch, name)
+    config = read_object(folder / "config.json")
+    names = {"float32": torch.float32, "float16": torch.float16}
+    return names.get(str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16)

@@ -10,6 +10,8 @@ from typing import Any
 
 from qwentune.data.tokenizer import split_pattern
 from qwentune.data.vocabulary import SPLIT_PATTERN
+from qwentune.facts.documents import LARGEST_TOKENIZER_BYTES, read_object
+from qwentune.facts.generation_config import end_token_ids, read_generation_config
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
 # Transformers puts Qwen2's pattern over the one in tokenizer.json where these are named and no config.json says better.
@@ -39,9 +41,8 @@ def write_package(
     _name_a_class_that_keeps_the_pattern(target)
     if chat_template is not None:
         (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    generation = _json(base / "generation_config.json")
-    known = generation.get("eos_token_id", [])
-    stops = dict.fromkeys([*stop_token_ids, *(known if isinstance(known, list) else [known])])
+    generation = read_generation_config(base)
+    stops = dict.fromkeys([*stop_token_ids, *end_token_ids(generation)])
     generation |= {"eos_token_id": list(stops), "pad_token_id": generation.get("pad_token_id", end_of_text_id)}
     (target / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     if (target / "config.json").exists():
@@ -106,4 +107,4 @@ def _name_a_class_that_keeps_the_pattern(folder: Path) -> None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_bytes()) if path.exists() else {}
+    return read_object(path, optional=True, largest_bytes=LARGEST_TOKENIZER_BYTES)

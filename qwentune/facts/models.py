@@ -10,6 +10,8 @@ from typing import cast
 from qwentune.errors import Problem, UsageError, nearest
 from qwentune.facts.architecture import Kind, LinearAttentionSpec, ModelSpec, MoeSpec
 from qwentune.facts.checkpoints import MODELS
+from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES, LARGEST_TOKENIZER_BYTES, read_object, read_text, shown
+from qwentune.facts.generation_config import read_generation_config
 from qwentune.facts.packing import packing_problems
 from qwentune.facts.towers import DECODERS, training_problems
 
@@ -29,7 +31,13 @@ _ENDOFTEXT_ID = 151643
 _HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 _MIXTURES = ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text")
 _MODEL_TYPES = ("qwen2", "qwen3", *_MIXTURES, "qwen3_5_text", *DECODERS)
+_DTYPES = ("float32", "bfloat16", "float16")
 _ROTARY_SHARE = 0.25  # of a head, in hybrids
+_LARGEST = 2**24  # of any size in a config.json but those below; vocabularies have some 2**18 rows
+_LARGEST_OF = {
+    **{"num_hidden_layers": 2**10, "num_experts": 2**14, "num_local_experts": 2**14},
+    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), 2**30),
+}
 
 
 def model_spec(model: str, *, packing: bool = False) -> ModelSpec:
@@ -57,7 +65,7 @@ def refuse_packing(model: str) -> None:
     if (spec := _listed(model)) is not None:
         model_type = spec.checkpoint_type
     else:
-        model_type = str(_read_object(Path(model) / "config.json", optional=True).get("model_type"))
+        model_type = str(read_object(Path(model) / "config.json", optional=True).get("model_type"))
     if problems := packing_problems(model_type):
         raise UsageError(problems)
 
@@ -146,7 +154,7 @@ class _Config:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.problems: list[Problem] = []
-        self.values = _read_object(path)
+        self.values = read_object(path)
         self.tower_of = str(self.values.get("model_type"))
         self.model_type = DECODERS.get(self.tower_of, self.tower_of)
         text = self.values.get("text_config")
@@ -159,35 +167,68 @@ class _Config:
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        most = _LARGEST_OF.get(key, _LARGEST)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:
             return value
-        found = "is missing" if value is None else f"is {json.dumps(value)}"
-        self.problems.append(Problem(f"{self.path}: {key}", f"{key} {found}; a whole number >= 1 is needed."))
+        is_large = isinstance(value, int) and value > most
+        self.refuse(key, value, f"a whole number {f'from 1 to {most}' if is_large else '>= 1'} is needed")
         return 1
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key, default)
-        return value if isinstance(value, bool) else default
+        value = self.values.get(key)
+        if value is None or isinstance(value, bool):
+            return default if value is None else value
+        self.refuse(key, value, "true or false is needed")
+        return default
+
+    def positive(self, key: str, default: float, section: str = "") -> float:
+        """A number above 0, of a section of the file where one is named."""
+        value = (self.nested(section) if section else self.values).get(key)
+        if value is None:
+            return default
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _LARGEST**2:
+            return float(value)
+        self.refuse(f"{section}.{key}" if section else key, value, "a number > 0 is needed")
+        return default
 
     def nested(self, key: str) -> dict[str, object]:
         value = self.values.get(key)
+        if value is not None and not isinstance(value, dict):
+            self.refuse(key, value, "an object is needed")
         return cast("dict[str, object]", value) if isinstance(value, dict) else {}
 
     @property
     def max_positions(self) -> int:
         known = self.number("max_position_embeddings")
-        rope = {**self.nested("rope_parameters"), **self.nested("rope_scaling")}
-        factor, original = rope.get("factor"), rope.get("original_max_position_embeddings") or known
-        if not isinstance(factor, int | float) or not isinstance(original, int):
-            return known
-        return max(known, int(factor * original))  # YaRN and its like stretch what was trained
+        stretched = known
+        for section in ("rope_parameters", "rope_scaling"):
+            factor = self.positive("factor", 0.0, section)
+            original = self.positive("original_max_position_embeddings", known, section)
+            stretched = max(stretched, int(factor * original))  # YaRN and its like stretch what was trained
+        return stretched
 
     @property
     def rope_theta(self) -> float:
         # transformers 5 writes rope_parameters, older versions rope_theta.
-        value = self.nested("rope_parameters").get("rope_theta")
-        value = self.values.get("rope_theta") if value is None else value
-        return float(value) if isinstance(value, int | float) else 1e4
+        return self.positive("rope_theta", self.positive("rope_theta", 1e4), "rope_parameters")
+
+    def refuse_quantised(self) -> None:
+        """Notes that the weights are held in fewer bits than can be trained."""
+        quantised = self.values.get("quantization_config")
+        if quantised is None:
+            return
+        method = cast("dict[str, object]", quantised).get("quant_method") if isinstance(quantised, dict) else quantised
+        name = str(method).upper()[:40]
+        what = f"the weights are quantised ({name}): a gradient through them is wrong, or there is none."
+        fix = "Take the 16-bit checkpoint of that name; tuning.kind=qlora quantises it while it loads."
+        self.problems.append(Problem(f"{self.path}: quantization_config", what, fix))
+
+    def refuse(self, key: str, value: object, needed: str) -> None:
+        """Notes a value of another kind than is needed."""
+        found = "is missing" if value is None else f"is {shown(value)}"
+        problem = Problem(f"{self.path}: {key}", f"{key} {found}; {needed}.")
+        if problem not in self.problems:
+            self.problems.append(problem)
 
 
 def _from_folder(folder: Path, packing: bool) -> ModelSpec:
@@ -243,6 +284,17 @@ def _from_folder(folder: Path, packing: bool) -> ModelSpec:
         linear_attention=_linear_attention(config) if is_hybrid else None,
         tower_of=config.tower_of if config.tower_of in DECODERS else None,
     )
+    config.refuse_quantised()
+    for key in ("dtype", "torch_dtype"):
+        if config.values.get(key) not in (None, *_DTYPES):
+            config.refuse(key, config.values[key], f"one of {', '.join(_DTYPES)} is needed")
+    config.positive("rms_norm_eps", 1e-6)
+    if spec.num_heads % spec.num_kv_heads:
+        what = f"{spec.num_heads} heads cannot share {spec.num_kv_heads} of keys and values evenly."
+        config.problems.append(Problem(f"{config.path}: num_key_value_heads", what))
+    if moe is not None and moe.top_k > moe.num_experts:
+        what = f"a token cannot take {moe.top_k} of {moe.num_experts} experts."
+        config.problems.append(Problem(f"{config.path}: num_experts_per_tok", what))
     if config.problems:
         raise UsageError(config.problems)
     return spec
@@ -269,11 +321,11 @@ def _linear_attention(config: _Config) -> LinearAttentionSpec:
 
 def _kind(folder: Path) -> Kind:
     """How the checkpoint answers, read from its stop token and its chat template."""
-    tokenizer = _read_object(folder / "tokenizer_config.json", optional=True)
+    tokenizer = read_object(folder / "tokenizer_config.json", optional=True, largest_bytes=LARGEST_TOKENIZER_BYTES)
     template_file = folder / "chat_template.jinja"
     template = tokenizer.get("chat_template")
-    if template_file.is_file():
-        template = template_file.read_text(encoding="utf-8")
+    if template_file.exists():
+        template = read_text(template_file, LARGEST_TEMPLATE_BYTES)
     if not template or _stops_at_end_of_text(folder, tokenizer):
         return "base"
     text = template if isinstance(template, str) else json.dumps(template)
@@ -289,20 +341,4 @@ def _stops_at_end_of_text(folder: Path, tokenizer: Mapping[str, object]) -> bool
         eos = cast("dict[str, object]", eos).get("content")
     if eos is not None:
         return eos == _ENDOFTEXT
-    generation = _read_object(folder / "generation_config.json", optional=True)
-    return generation.get("eos_token_id") in (_ENDOFTEXT_ID, [_ENDOFTEXT_ID])
-
-
-def _read_object(path: Path, optional: bool = False) -> dict[str, object]:
-    if optional and not path.is_file():
-        return {}
-    try:
-        value: object = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(Problem(str(path), "The file is missing.", "A checkpoint folder holds one.")) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        line = f":{error.lineno}:{error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UsageError(Problem(f"{path}{line}", f"The file cannot be read: {error}.")) from None
-    if not isinstance(value, dict):
-        raise UsageError(Problem(str(path), "The file holds no JSON object.", "Copy it again from the hub."))
-    return cast("dict[str, object]", value)
+    return read_generation_config(folder).get("eos_token_id") in (_ENDOFTEXT_ID, [_ENDOFTEXT_ID])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from qwentune.data.sample import Json
 from qwentune.errors import Problem, UsageError
+from qwentune.facts.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from qwentune.facts.flex import flex_problem
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.launch import Sharding, sharding_of
@@ -155,10 +155,10 @@ def kernels_beside(device: Device) -> frozenset[str]:
 
 def _started_from(tuning: Tuning) -> dict[str, Any] | None:
     """The configuration of the adapter that a tuning starts from, where that is to be had."""
-    config = Path(tuning.start_from or "", "adapter_config.json")
-    if tuning.kind == "full" or tuning.start_from is None or not config.is_file():
+    folder = Path(tuning.start_from or "")
+    if tuning.kind == "full" or tuning.start_from is None or not (folder / ADAPTER_CONFIG).is_file():
         return None
-    return json.loads(config.read_bytes())
+    return read_adapter_config(folder)
 
 
 def _rewrites_history(spec: ModelSpec) -> bool:
@@ -182,7 +182,7 @@ def _continued(tuning: Tuning) -> Tuning:
     """The tuning with the shape of the adapter that it starts from, where that is to be had."""
     if (adapter := _started_from(tuning)) is None:
         return tuning
-    targets, parameters = adapter["target_modules"], adapter.get("target_parameters") or ()
+    targets, parameters = adapter["target_modules"] or (), adapter.get("target_parameters") or ()
     if not isinstance(targets, str):
         names = {*targets, *parameters}
         targets = "all-linear" if names >= {*ATTENTION, "down_proj"} else sorted(names & {*KNOWN})

@@ -11,9 +11,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from qwentune.errors import Problem, RecipeError
 from qwentune.facts.architecture import FUSED_ADAPTED_EXPERTS
+from qwentune.model.hollow import refuse_other_adapter
 from qwentune.model.load import DTYPES
 from qwentune.model.sharded import Shards
 from qwentune.model.trained_rows import lay_over
@@ -56,8 +58,11 @@ def add_adapters(
 def load_adapters(model: PreTrainedModel, folder: Path, dtype: str, tuning: Tuning | None = None) -> PeftModel:
     """The model with the adapters of `folder`, trainable, bit for bit as they were saved.
 
-    With `tuning` its alpha and dropout count from now on, instead of those that were saved.
+    With `tuning` its alpha and dropout count from now on, instead of those that were saved. Raises ResumeError where
+    its tensors are not exactly those of its configuration around this model.
     """
+    if not is_deepspeed_zero3_enabled():  # under which no model is hollow; the run has looked before it began
+        refuse_other_adapter(model.config, folder)
     config: Any = LoraConfig.from_pretrained(str(folder))
     if tuning is not None:
         config.lora_alpha, config.lora_dropout = tuning.alpha, tuning.dropout
@@ -82,6 +87,10 @@ def _begin_anew(model: PeftModel, shards: Shards) -> None:
 
 def _ready(model: PeftModel, dtype: str) -> PeftModel:
     lay_over(model)
+    for config in model.peft_config.values():
+        for name, value in vars(config).items():
+            if isinstance(value, set):  # which PEFT would save in another order each time
+                setattr(config, name, sorted(value))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[dtype])

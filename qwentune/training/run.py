@@ -77,6 +77,7 @@ class Run:
         """Joins the ranks, finds where to begin, trains, publishes."""
         from qwentune.data.checkpoint import BUILTIN
         from qwentune.model.fingerprint import weights_fingerprint
+        from qwentune.model.hollow import refuse_other_weights
         from qwentune.model.load import silence_loading, weights_folder
         from qwentune.training.checkpoints import Checkpoints
         from qwentune.training.start import run_facts
@@ -86,6 +87,9 @@ class Run:
         if recipe.model.startswith(BUILTIN):  # transformers writes its random weights on rank 0 alone
             self.ranks.agree(lambda: weights_folder(recipe.model))
         base = weights_folder(recipe.model, recipe.revision)
+        start_from = None if recipe.tuning.kind == "full" else recipe.tuning.start_from
+        # Before an old run is moved aside; one rank looks for all.
+        self.ranks.agree(lambda: refuse_other_weights(base, Path(start_from) if start_from else None))
         facts = run_facts(
             recipe.model_dump(mode="json", by_alias=True),
             data=self.dataset.content,
@@ -98,7 +102,7 @@ class Run:
         checkpoints = Checkpoints(self.folder.path, recipe.output.keep)
         with ExitStack() as held:
             try:
-                start = self.ranks.agree(lambda: self._open(held, checkpoints, facts))
+                start = self.ranks.agree(lambda: self._open(held, checkpoints, facts, base))
             except OSError as error:
                 raise self._explained(error) or error from None
             for message in start.messages:
@@ -222,9 +226,10 @@ class Run:
             judged=judged,
         )
 
-    def _open(self, held: ExitStack, checkpoints: Checkpoints, facts: dict[str, Any]) -> Start:
+    def _open(self, held: ExitStack, checkpoints: Checkpoints, facts: dict[str, Any], base: Path) -> Start:
         """Takes the run folder, finds where to begin and writes what is known before step 1; on rank 0 only."""
         from qwentune.memory.judge import changes_the_plan
+        from qwentune.model.hollow import refuse_other_weights
         from qwentune.recipe import resolved_yaml
         from qwentune.training.run_folder import LOG
         from qwentune.training.start import choose_start, move_aside
@@ -242,6 +247,10 @@ class Run:
             patience=self.loaded.recipe.output.early_stopping,
             versions=_library_versions(),
         )
+        if start.checkpoint is not None and not start.trained:
+            # A changed base may have been allowed.
+            trained = start.checkpoint.folder
+            refuse_other_weights(*([trained] if self.loaded.recipe.tuning.kind == "full" else [base, trained]))
         if not start.complete:
             self.folder.rewind(start.step)
             console.log_to(self.folder.path / LOG)

@@ -88,6 +88,8 @@ FAULTS = {
     "K79": "export and preview beside a run",
     "K80": "two preparations of the same data",
     "K81": "--fresh twice within a second",
+    "L85": "weights or adapters that are cut, empty, of another shape, kind or model",
+    "L86": "broken tokenizer and configuration files of a checkpoint",
 }
 
 # Rows without a test of their own, or of which a part has none.

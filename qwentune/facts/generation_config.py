@@ -1,0 +1,44 @@
+"""What a checkpoint's `generation_config.json` says of how its answers end and are sampled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from qwentune.facts.documents import checked, read_object
+
+GENERATION_CONFIG = "generation_config.json"
+_Id = Annotated[int, Ge(0), Lt(2**24)]
+
+
+class _Content(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    eos_token_id: _Id | list[_Id] | None = None
+    pad_token_id: _Id | None = None
+    bos_token_id: _Id | None = None
+    do_sample: bool | None = None
+    temperature: Annotated[float, Ge(0)] | None = None
+    top_p: Annotated[float, Ge(0), Le(1)] | None = None
+    top_k: Annotated[int, Ge(0)] | None = None
+    repetition_penalty: Annotated[float, Gt(0)] | None = None
+
+
+_KIND = TypeAdapter(_Content)
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """The content of the file, empty where there is none; UsageError with every key that is of another kind."""
+    path = folder / GENERATION_CONFIG
+    values = read_object(path, optional=True)
+    checked(values, _KIND, path)
+    return values
+
+
+def end_token_ids(generation: dict[str, Any]) -> list[int]:
+    """The tokens at which an answer ends."""
+    ends: int | list[int] | None = generation.get("eos_token_id")
+    return [] if ends is None else [ends] if isinstance(ends, int) else ends

@@ -1,0 +1,73 @@
+"""A model without weights, by which the files of weights are judged before one of them is read."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from qwentune.errors import Problem, ResumeError
+from qwentune.facts.adapter_config import ADAPTER_CONFIG, largest_trained_token, read_adapter_config
+from qwentune.facts.weight_files import ADAPTER_WEIGHTS, read_adapter
+from qwentune.model.load import listed, load_model
+
+
+def refuse_other_weights(base: Path, adapter: Path | None = None) -> None:
+    """Raises ResumeError where a tensor of the base, or of the adapter on it, is missing, another, or not its model's.
+
+    Only headers are read, so that it takes a second or two whatever the model's size. UsageError for a config.json of
+    which no model can be built.
+    """
+    model = load_model(base, dtype="fp32", device=torch.device("meta"))
+    if adapter is not None:
+        refuse_other_adapter(model.config, adapter)
+
+
+def refuse_other_adapter(config: PreTrainedConfig, folder: Path) -> None:
+    """Raises ResumeError where the adapter's tensors are not exactly those of its configuration around this model."""
+    described = read_adapter_config(folder)
+    stored = {name: tensor.shape for name, tensor in read_adapter(folder).items()}
+    path, vocabulary = folder / ADAPTER_CONFIG, int(config.vocab_size)
+    if (token := largest_trained_token(described)) >= vocabulary:
+        what = f"trains the row of token {token}, but the model has {vocabulary} rows"
+        raise ResumeError(Problem(f"{path}: trainable_token_indices", what))
+    try:
+        expected = _shapes(config, folder)
+    except Exception as error:  # whatever PEFT raises over it, this file was what it read
+        what = f"PEFT makes no adapter of it: {type(error).__name__}: {str(error)[:300]}"
+        raise ResumeError(Problem(str(path), what, "Name an adapter of this base model.")) from None
+    if problems := _differences(stored, expected, folder / ADAPTER_WEIGHTS):
+        raise ResumeError(problems, "This adapter is broken, or belongs to another base model.")
+
+
+def _shapes(config: PreTrainedConfig, folder: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors of an adapter of that configuration around the model, as PEFT saves them."""
+    lora: Any = LoraConfig.from_pretrained(str(folder))
+    lora.init_lora_weights = False  # which needs weights for some kinds, and changes no shape
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        adapted = get_peft_model(model, lora, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+        state: dict[str, Any] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _differences(
+    stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], file: Path
+) -> list[Problem]:
+    missing = [name for name in expected if name not in stored]
+    extra = [name for name in stored if name not in expected]
+    misshapen = [
+        f"{name} {list(stored[name])} for {list(shape)}"
+        for name, shape in expected.items()
+        if name in stored and stored[name] != shape
+    ]
+    kinds = {"are missing": missing, "have no place in the model": extra, "are of another shape": misshapen}
+    return [
+        Problem(str(file), f"{len(names)} tensors {what}: {listed(names)}") for what, names in kinds.items() if names
+    ]
