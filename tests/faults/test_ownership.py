@@ -53,7 +53,7 @@ def test_a_project_that_looks_like_a_run_is_refused(tmp_path: Path, status: str)
         pass
     with pytest.raises(UsageError, match="no run"):
         fresh(run)
-    run.mark_lost("the launcher was killed", 1)
+    run.mark_lost("the launcher was killed", 1, ["train"])
     assert run.stored_plan() is None
     assert files(tmp_path) == before
 
