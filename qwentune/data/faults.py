@@ -16,6 +16,11 @@ MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios", "objects"
 
 
 @dataclass(frozen=True, slots=True)
+class Unread(Problem):
+    """What keeps a file, or the rest of one, from being read: nobody knows how many rows are lost by it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Faults:
     """Collects the problems of one row; `path` in its methods is the place inside the row (`messages[2].content`)."""
 

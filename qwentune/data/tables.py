@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any, BinaryIO, cast
 
+from qwentune.data.faults import Unread
 from qwentune.data.json_rows import LARGEST_ROW_BYTES, NumberedValue
 from qwentune.data.sample import Json
 from qwentune.errors import Problem
@@ -34,18 +35,19 @@ def read_csv_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> Itera
     try:
         for cells in reader:
             if not _is_unicode(cells):
-                problems.append(Problem(f"{path}:{line}", "the row is not UTF-8", "Save the file as UTF-8."))
+                kind = Problem if names else Unread
+                problems.append(kind(f"{path}:{line}", "the row is not UTF-8", "Save the file as UTF-8."))
                 if not names:
                     return
             elif not names:
                 names = cells
                 if "" in names or len(set(names)) < len(names):
                     what = f"the first line must name each column once; it has {names}"
-                    problems.append(Problem(f"{path}:{line}", what, "Name the columns as the row format does."))
+                    problems.append(Unread(f"{path}:{line}", what, "Name the columns as the row format does."))
                     return
                 if len(names) == 1 and (separator := next((mark for mark in ";\t|" if mark in names[0]), "")):
                     what = f"its columns are separated by {separator!r}, not by commas"
-                    problems.append(Problem(f"{path}:{line}", what, "Save the file with commas."))
+                    problems.append(Unread(f"{path}:{line}", what, "Save the file with commas."))
                     return
             elif len(cells) == len(names):
                 yield line, {name: cell for name, cell in zip(names, cells, strict=True) if cell}
@@ -54,7 +56,7 @@ def read_csv_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> Itera
                 problems.append(Problem(f"{path}:{line}", what, "Quote cells that hold a comma or a line break."))
             line = reader.line_num + 1
     except csv.Error as error:
-        problems.append(Problem(f"{path}:{line}", f"this is no CSV: {error}", "Write the file with a CSV library."))
+        problems.append(Unread(f"{path}:{line}", f"this is no CSV: {error}", "Write the file with a CSV library."))
 
 
 def read_parquet_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterator[NumberedValue]:
@@ -73,7 +75,7 @@ def read_parquet_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> I
             file: Any = parquet.ParquetFile(stream)
             names: list[str] = file.schema_arrow.names
             if len(set(names)) < len(names):
-                problems.append(Problem(path, f"two columns have the same name: {names}", "Name each column once."))
+                problems.append(Unread(path, f"two columns have the same name: {names}", "Name each column once."))
                 return
             rows = (row for batch in file.iter_batches(batch_size=ROWS_PER_BATCH) for row in _batch_rows(batch))
             for number, row in enumerate(rows, start=1):
@@ -84,7 +86,7 @@ def read_parquet_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> I
                 else:
                     yield number, row
         except arrow.ArrowException as error:
-            problems.append(Problem(path, f"this is no readable Parquet file: {error}", "Write the file again."))
+            problems.append(Unread(path, f"this is no readable Parquet file: {error}", "Write the file again."))
 
 
 def _batch_rows(batch: Any) -> Iterator[Json | Exception]:

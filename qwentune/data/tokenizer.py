@@ -6,13 +6,15 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
+from unicodedata import is_normalized
 
 from tokenizers import Tokenizer as Backend
 
+from qwentune.data.truth import file_problems, lost, proof_problems
 from qwentune.errors import Problem, UsageError
 
 CONTROL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")
@@ -44,10 +46,16 @@ class Tokenizer:
     chat_template: str | None
     fingerprint: str
     cuts_after_newline: bool = False
+    composes: bool = False  # characters, by Unicode's NFC
+    tags: tuple[str, ...] = ()  # tokens that texts may spell
+    file: str = field(default="tokenizer.json", compare=False)
 
     @cached_property
     def backend(self) -> Backend:
-        """What encodes and decodes; slow to build, and plans do without."""
+        """What encodes and decodes; slow to build, and plans do without.
+
+        Raises UsageError where it does not give back what it is given.
+        """
         backend = Backend.from_str(self.definition)
         backend.encode_special_tokens = True
         backend.no_truncation()
@@ -56,7 +64,19 @@ class Tokenizer:
         resize = getattr(backend.model, "_resize_cache", None)
         if resize is not None:
             resize(NUM_KEPT_WORDS)
+        if problems := proof_problems(self.file, backend, self.control_ids, self.tags):
+            raise UsageError(problems)
         return backend
+
+    def prove(self, text: str, ids: Sequence[int], where: str) -> None:
+        """Raises UsageError where `ids` do not decode to the text that they encode, up to NFC."""
+        if what := lost(self.backend, text, list(ids)):
+            fix = "Take the tokenizer files of the published checkpoint."
+            raise UsageError(Problem(self.file, f"{what} (first seen at {where})", fix))
+
+    def changes(self, text: str) -> bool:
+        """Whether the text comes back in composed characters where it had others."""
+        return self.composes and not text.isascii() and not is_normalized("NFC", text)
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
@@ -99,7 +119,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     except (OSError, ValueError) as error:
         fix = "The folder needs tokenizer.json and tokenizer_config.json of the checkpoint."
         raise UsageError(Problem(str(folder), f"no readable tokenizer: {error}", fix)) from None
-    tokens = _added_tokens(document["added_tokens"], config.get("added_tokens_decoder", {}))
+    listed, decoder = document["added_tokens"], config.get("added_tokens_decoder", {})
+    named = [{**token, "id": int(key)} for key, token in decoder.items()]
+    if problems := file_problems(str(folder / "tokenizer.json"), document, [*listed, *named], _num_rows(folder)):
+        raise UsageError(problems)
+    tokens = _added_tokens(listed, decoder)
     for token in tokens:
         # `encode_special_tokens` spares exactly the tokens flagged special, and Qwen does not flag the FIM ones.
         token["special"] = CONTROL_TOKEN.fullmatch(token["content"]) is not None
@@ -112,6 +136,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         chat_template=_chat_template(folder, config),
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
         cuts_after_newline=split_pattern(document) in PATTERNS_THAT_CUT_AFTER_NEWLINE,
+        composes=bool(document.get("normalizer")),
+        tags=tuple(token["content"] for token in tokens if not token["special"]),
+        file=str(folder / "tokenizer.json"),
     )
 
 
@@ -138,6 +165,16 @@ def _added_tokens(listed: list[dict[str, Any]], decoder: dict[str, dict[str, Any
     for key, token in decoder.items():
         tokens.setdefault(int(key), {"id": int(key), **token})
     return [tokens[key] for key in sorted(tokens)]
+
+
+def _num_rows(folder: Path) -> int | None:
+    """How many tokens the model beside the tokenizer has rows for; None where nothing says so."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        rows = config.get("vocab_size") or config["text_config"]["vocab_size"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None  # what is wrong with that file is said by those who need it
+    return rows if isinstance(rows, int) else None
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:

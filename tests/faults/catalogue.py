@@ -83,6 +83,10 @@ FAULTS = {
     "K78": "a folder with another run, or with other things",
     "K79": "export and preview beside a run",
     "K80": "two preparations of the same data",
+    "L81": "the data cache is damaged, cut or swapped",
+    "L82": "a data file replaced while it is read",
+    "L83": "a tokenizer that does not give back what it was given",
+    "L84": "rows that vanish uncounted",
 }
 
 # Rows without a test of their own, or of which a part has none.
