@@ -77,15 +77,6 @@ def read_rows(
     DataError where the file does not hold `content`.
     """
     count = RowCount() if count is None else count
-    found: list[Problem] = []  # not yet among `problems`
-
-    def note() -> None:
-        num_rows = sum(not isinstance(problem, Unread) for problem in found)
-        count.read += num_rows
-        count.refused += num_rows
-        problems.extend(found)
-        found.clear()
-
     try:
         file = _local(path)
         if problem := misnamed(path, file):
@@ -93,19 +84,26 @@ def read_rows(
     except DataError as error:
         problems.extend(Unread(one.where, one.what, one.fix) for one in error.problems)
         return
-    num_problems = len(problems)
+    first = start = len(problems)
+
+    def count_refused() -> None:
+        num_refused = sum(not isinstance(problem, Unread) for problem in problems[start:])
+        count.read += num_refused
+        count.refused += num_refused
+
     try:
         with ExitStack() as stack:
             stream = _open(file, path, content, stack)
-            for number, value in READERS[_ending(file)](stream, path, found):
-                note()
+            for number, value in READERS[_ending(file)](stream, path, problems):
+                count_refused()
                 count.read += 1
                 yield Row(Source(path, number), value)
+                start = len(problems)  # what others noted meanwhile is no row that the reader refused
     except (OSError, EOFError, zlib.error) as error:  # also what gzip and Arrow raise for broken compressed data
         reason = getattr(error, "strerror", None) or str(error)
-        found.append(Unread(path, f"the file cannot be read to its end: {reason}", "Download or write it again."))
-    note()
-    if not count.read and len(problems) == num_problems:
+        problems.append(Unread(path, f"the file cannot be read to its end: {reason}", "Download or write it again."))
+    count_refused()
+    if not count.read and len(problems) == first:
         problems.append(Unread(path, "the file holds no rows", "Write at least one row."))
     count.is_complete = True
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -14,11 +14,10 @@ from unicodedata import is_normalized
 
 from tokenizers import Tokenizer as Backend
 
-from qwentune.data.truth import file_problems, lost, proof_problems
+from qwentune.data.truth import ANOTHER, END_OF_TEXT, file_problems, lost, proof_problems
 from qwentune.errors import Problem, UsageError
 
 CONTROL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")
-END_OF_TEXT = "<|endoftext|>"
 # In these every alternative that takes in a line feed takes in all white space up to the last one and ends there, so a
 # line that is not empty begins a part of its own. A pattern that is not listed costs time, nothing else.
 PATTERNS_THAT_CUT_AFTER_NEWLINE = (
@@ -48,7 +47,11 @@ class Tokenizer:
     cuts_after_newline: bool = False
     composes: bool = False  # characters, by Unicode's NFC
     tags: tuple[str, ...] = ()  # tokens that texts may spell
-    file: str = field(default="tokenizer.json", compare=False)
+    folder: str = ""
+
+    @property
+    def _file(self) -> str:
+        return str(Path(self.folder, "tokenizer.json"))
 
     @cached_property
     def backend(self) -> Backend:
@@ -64,15 +67,14 @@ class Tokenizer:
         resize = getattr(backend.model, "_resize_cache", None)
         if resize is not None:
             resize(NUM_KEPT_WORDS)
-        if problems := proof_problems(self.file, backend, self.control_ids, self.tags):
+        if problems := proof_problems(self._file, backend, self.control_ids, self.tags):
             raise UsageError(problems)
         return backend
 
     def prove(self, text: str, ids: Sequence[int], where: str) -> None:
         """Raises UsageError where `ids` do not decode to the text that they encode, up to NFC."""
         if what := lost(self.backend, text, list(ids)):
-            fix = "Take the tokenizer files of the published checkpoint."
-            raise UsageError(Problem(self.file, f"{what} (first seen at {where})", fix))
+            raise UsageError(Problem(self._file, f"{what} (first seen at {where})", ANOTHER))
 
     def changes(self, text: str) -> bool:
         """Whether the text comes back in composed characters where it had others."""
@@ -138,7 +140,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         cuts_after_newline=split_pattern(document) in PATTERNS_THAT_CUT_AFTER_NEWLINE,
         composes=bool(document.get("normalizer")),
         tags=tuple(token["content"] for token in tokens if not token["special"]),
-        file=str(folder / "tokenizer.json"),
+        folder=str(folder),
     )
 
 

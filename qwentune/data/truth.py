@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as Backend
 
 from qwentune.errors import Problem
 
+END_OF_TEXT = "<|endoftext|>"
 ANOTHER = "Take the tokenizer files of the published checkpoint."
 AROUND = (("a", "b"), ("a ", "\n b"))  # a token that takes its neighbours' white space would show
 NFC = ("NFC", None)  # what Qwen's own do to a text
@@ -48,6 +49,8 @@ def file_problems(
             whats.append(f"{name!r} has two ids, {other} and {number}")
         if number < 0 or (num_rows is not None and number >= num_rows):
             whats.append(f"{name!r} has the id {number}, and the model has rows for {num_rows} tokens")
+    if END_OF_TEXT not in names:
+        whats.append(f"it has no token {END_OF_TEXT}, with which texts end")
     taken = ids.keys() & set(vocabulary.values())
     whats += [f"the id {number} of {ids[number]!r} is that of another token" for number in sorted(taken)
               if vocabulary.get(ids[number]) != number]  # fmt: skip

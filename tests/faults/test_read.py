@@ -129,6 +129,7 @@ def test_a_file_that_changes_while_its_rows_are_read_is_not_trained(
 
 def edited(folder: Path, to: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
     shutil.copytree(folder, to)
+    (to / "tokenizer_config.json").unlink()
     document = json.loads((to / "tokenizer.json").read_text())
     edit(document)
     (to / "tokenizer.json").write_text(json.dumps(document))
@@ -170,7 +171,11 @@ UNTRUE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda d: token(d, "<|im_end|>").update(id=token(d, "<|im_start|>")["id"]),
         "that of both '<|im_start|>' and '<|im_end|>'",
     ),
-    "a taken id": (lambda d: token(d, "<|im_end|>").update(id=5), "'<|im_end|>' has two ids"),
+    "a taken id": (lambda d: token(d, "<|im_end|>").update(id=5), "the id 5 of '<|im_end|>' is that of another"),
+    "no end": (
+        lambda d: d["added_tokens"].remove(token(d, "<|endoftext|>")),
+        "it has no token <|endoftext|>",
+    ),
     "no row": (lambda d: token(d, "<|im_end|>").update(id=99_999), "the model has rows for"),
     "takes white space": (
         lambda d: token(d, "<|im_end|>").update(rstrip=True),
@@ -192,6 +197,16 @@ def test_a_tokenizer_that_loses_something_is_refused(name: str, tmp_path: Path, 
         load_tokenizer(folder).encode(["a"])
     assert words in str(refused.value)
     assert {problem.where for problem in refused.value.problems} == {str(folder / "tokenizer.json")}
+
+
+@pytest.mark.fault("L83", "tokenizer.json and tokenizer_config.json that name other tokens are refused; exit 2")
+def test_two_files_that_disagree_about_a_token_are_refused(tmp_path: Path, qwen3_folder: Path) -> None:
+    shutil.copytree(qwen3_folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"]["1001"]["content"] = "<|other|>"
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"the id 1001 is that of both '<\|im_start\|>' and '<\|other\|>'"):
+        load_tokenizer(tmp_path / "model")
 
 
 def test_what_a_tokenizer_may_say_of_length_and_padding_cuts_nothing(tmp_path: Path, qwen3_folder: Path) -> None:
@@ -303,3 +318,22 @@ def test_a_row_that_our_own_code_loses_ends_the_run(
     monkeypatch.setattr(Renderer, "render_all", lossy)
     with pytest.raises(AssertionError, match="rows are lost: 5 were read, accounted for are"):
         rendered(qwen3_folder, train=[{"path": "rows.jsonl"}])
+
+
+@pytest.mark.fault("L84", "`rows` in the report: read = trained + evaluated + left out by repeat + dropped + refused")
+def test_what_becomes_of_each_row_adds_up_over_all_sources(qwen3_folder: Path) -> None:
+    def texts(name: str, count: int) -> list[dict[str, str]]:
+        return [{"text": f"{name} {k}"} for k in range(count)]
+
+    Path("half.jsonl").write_bytes(json_lines(*texts("a", 10), {"text": 5}, {"text": ""}) + b"no row\n")
+    Path("twice.jsonl").write_bytes(json_lines(*texts("b", 4), *texts("b", 1)))
+    Path("eval.jsonl").write_bytes(json_lines(*texts("c", 3), {"no": "text"}))
+    report = rendered(
+        qwen3_folder,
+        train=[{"path": "half.jsonl", "repeat": 0.5}, {"path": "twice.jsonl", "repeat": 2}],
+        eval=[{"path": "eval.jsonl", "format": "text"}],
+        bad_rows="skip",
+        max_dropped_fraction=0.5,
+    ).report
+    rows = {"read": 22, "trained": 10, "evaluated": 3, "left_out_by_repeat": 5, "dropped": 0, "refused": 4}
+    assert report["rows"] == rows
