@@ -151,7 +151,7 @@ class _Proved(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, path: str, content: Content) -> None:
         self._file, self._path, self._content = file, path, content
-        self._position = 0
+        self._position: int = 0
         self._number, self._block = -1, b""  # the block that was read last
 
     def readable(self) -> bool:
@@ -165,9 +165,10 @@ class _Proved(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any, /) -> int:
-        number, start = self._position // BLOCK_BYTES, self._position % BLOCK_BYTES
+        number = self._position // BLOCK_BYTES
         if number != self._number:
             self._number, self._block = number, self._proved(number)
+        start = self._position - number * BLOCK_BYTES
         part = self._block[start : start + len(buffer)]
         buffer[: len(part)] = part
         self._position += len(part)

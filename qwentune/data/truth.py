@@ -102,5 +102,5 @@ def _normalizers(value: Any) -> list[str | None]:
         return [None]
     fields = cast(dict[str, Any], value)
     if fields.get("type") == "Sequence":
-        return [name for one in fields.get("normalizers") or [] for name in _normalizers(one)]
+        return [name for one in cast(list[Any], fields.get("normalizers") or []) for name in _normalizers(one)]
     return [fields.get("type")]

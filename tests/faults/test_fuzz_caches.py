@@ -23,8 +23,11 @@ from qwentune.data.store import DTYPES, seal
 from qwentune.data.tokenizer import Tokenizer, load_tokenizer
 from qwentune.durable import remove
 from qwentune.errors import UserError
-from qwentune.recipe import DataOptions
+from qwentune.recipe import DataOptions, load_recipe
+from tests.checkpoints import add_weights, write_checkpoint
 from tests.faults.fuzz import new_seed, write_rows
+from tests.runs import write_recipe
+from tests.warm import Warm
 
 FILES = ("description.json", "manifest.json", *(f"{name}.bin" for name in DTYPES))
 
@@ -246,3 +249,20 @@ def test_a_cache_that_cannot_be_mended_is_an_error_in_words(cache: Cache, monkey
     monkeypatch.setattr("qwentune.data.dataset.seal", sealed_then_damaged)
     with pytest.raises(UserError, match=r"reads back otherwise: starts\.bin is not what was written"):
         cache.opened()
+
+
+@pytest.mark.fault("L81", "a run says so on screen and in its log, and trains the same data, rendered again")
+def test_a_run_renders_a_damaged_cache_again(tmp_path: Path, warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWENTUNE_CACHE", str(tmp_path / "cache"))
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    recipe = write_recipe(tmp_path, model, optimizer={"max_steps": 1})
+    data, tokenizer = load_recipe(str(recipe)).recipe.data, load_tokenizer(model)
+    dataset = prepare(data, tokenizer, chat_template(data, tokenizer), load_recipe(str(recipe)).recipe.seed)
+    folder = tmp_path / "cache" / "data" / dataset.fingerprint
+    flip(folder / "input_ids.bin", Random(0))
+    trained = warm.train(recipe, QWENTUNE_CACHE=str(tmp_path / "cache"))
+    assert trained.code == 0, trained.said
+    words = f"the rendered data in {folder} is damaged: input_ids.bin is not what was written"
+    assert words in trained.said
+    assert words in (tmp_path / "run" / "log.txt").read_text()
+    assert (folder / "input_ids.bin").read_bytes() != Path(f"{folder}.damaged-1", "input_ids.bin").read_bytes()

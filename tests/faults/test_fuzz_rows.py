@@ -31,7 +31,6 @@ from tests.oracle import UntrainableError, expected_examples
 
 TEMPLATES = ("qwen2_5", "qwen3", "qwen3_8")
 ASKED = "\u2020asked\u2020"  # stands in every text that the assistant does not say: none of it may be trained
-TASTE = Taste(reasoning=True, quoted_think=True, marks=True)
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 3.5, 1e300, 10**30, "", " ", "\n", [], {}, [[]], [None], {"a": None}, [{}], {"": ""}),
     *("\x00", "\ufeff", "\u202e", "e\u0301", "\u1112\u1161\u11ab", "\u2028", "\ue000", "👍🏽"),
@@ -76,7 +75,7 @@ def text(random: Random) -> str:
 
 
 def chat(random: Random) -> dict[str, Any]:
-    return random_row(random, TASTE)
+    return random_row(random, Taste(reasoning=True, quoted_think=random.random() < 0.2, marks=True))
 
 
 def sharegpt(random: Random) -> dict[str, Any]:
@@ -189,6 +188,9 @@ def asked_of_the_oracle(
             return None
         if not isinstance(message.get("train", True), bool):
             return None
+        said = json.dumps(message["content"])
+        if "</think>" in said and "<think>" not in said:  # reasoning to the oracle also where we take it for a quote
+            return None
     try:
         examples = expected_examples(row, judge, unsupported_reasoning="inline")
     except (UntrainableError, jinja2.TemplateError, KeyError, TypeError, ValueError, AttributeError, StopIteration):
@@ -278,7 +280,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("format", FORMATS)
 def test_damaged_rows_are_all_accounted_for(format: str, name: str, qwen3_folder: Path) -> None:
-    num_judged = check(format, name, qwen3_folder, f"{format}-{name}", 25)
+    num_judged = check(format, name, qwen3_folder, f"{format}-{name}", 30)
     assert num_judged > 5 or format != "chat"
 
 
