@@ -19,8 +19,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwentune.data import json_rows
-from qwentune.data.files import COMPRESSIONS, READERS, content_sha256, read_rows
+from qwentune.data import files, json_rows
+from qwentune.data.files import COMPRESSIONS, READERS, content_of, read_rows
 from qwentune.data.sample import Json
 from qwentune.data.strict_json import DEEPEST_NESTING
 from qwentune.errors import DataError, Problem
@@ -460,16 +460,23 @@ def test_an_own_file_comes_before_the_shipped_one(tmp_path: Path, monkeypatch: p
     assert [row.value for row in read_rows("data_templates/chat.jsonl", [])] == [{"own": True}]
 
 
-def test_the_hash_is_that_of_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "rows.jsonl").write_bytes(b"abc")
-    assert content_sha256(str(tmp_path / "rows.jsonl")) == hashlib.sha256(b"abc").hexdigest()
+def test_the_fingerprint_is_that_of_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fingerprint(data: bytes) -> str:
+        (tmp_path / "rows.jsonl").write_bytes(data)
+        return content_of(str(tmp_path / "rows.jsonl")).fingerprint
+
+    monkeypatch.setattr(files, "BLOCK_BYTES", 4)
+    contents = (b"", b"\0", b"abcd", b"abcd\0", b"abcdabcd", b"abcdabce", b"ebcdabcd", b"abcdabcdab")
+    assert len({fingerprint(data) for data in contents}) == len(contents)
+    assert fingerprint(b"abcdabcd") == fingerprint(b"abcdabcd")
     monkeypatch.chdir(tmp_path)
-    assert content_sha256("data_templates/chat.jsonl") == hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
+    shipped = content_of("data_templates/chat.jsonl").fingerprint
+    assert shipped == fingerprint(SHIPPED.read_bytes())
 
 
 def test_the_hash_of_a_missing_file_is_a_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no such file"):
-        content_sha256(str(tmp_path / "rows.jsonl"))
+        content_of(str(tmp_path / "rows.jsonl"))
 
 
 # --- anything at all ---

@@ -11,6 +11,7 @@ import pytest
 from qwentune.data.batch import TrainBatches
 from qwentune.data.dataset import Dataset, chat_template, prepare
 from qwentune.data.schedule import Schedule
+from qwentune.data.store import seal
 from qwentune.data.tokenizer import load_tokenizer
 from qwentune.errors import DataError
 from qwentune.recipe import load_recipe
@@ -80,10 +81,13 @@ def test_a_mask_that_misses_its_stop_tokens_is_refused(
         prove(dataset, stop, 0, every=False)
 
 
-def test_a_run_on_damaged_data_ends_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: Warm) -> None:
+def test_a_run_on_data_that_was_rendered_wrongly_ends_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: Warm
+) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
     _, folder = prepared(tmp_path, model, monkeypatch)
     np.memmap(folder / "stops.bin", dtype=np.int32, mode="r+")[:] -= 1
+    seal(folder, json.loads((folder / "description.json").read_text()))  # as a bug of ours would
     refused = warm.train(tmp_path / "recipe.yaml", QWENTUNE_CACHE=str(tmp_path / "cache"))
     assert refused.code == 3, refused.said
     assert "the first batch of rank 0" in refused.said

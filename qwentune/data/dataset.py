@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import json
+import os
 import tempfile
 from array import array
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,25 +23,28 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from qwentune.bounded import UnreadableError, read_text
+from qwentune.console import say
 from qwentune.data import sandbox
 from qwentune.data.checkpoint import cache_folder
-from qwentune.data.files import content_sha256, is_at_hand
+from qwentune.data.faults import Unread
+from qwentune.data.files import Content, RowCount, content_of, is_at_hand
 from qwentune.data.outcome import Dropped
 from qwentune.data.read import read_samples
 from qwentune.data.render import Renderer, RenderOptions
 from qwentune.data.report import Report, with_separate_examples
 from qwentune.data.rows import Rows, Trie, packed_rows
 from qwentune.data.sample import Source
-from qwentune.data.store import Examples, ExampleWriter
+from qwentune.data.split import copies, fates, split, untrained_sources
+from qwentune.data.store import DamagedError, Examples, ExampleWriter, open_sealed, seal
 from qwentune.data.template import ChatTemplate
 from qwentune.data.tokenizer import Tokenizer
-from qwentune.durable import mark, remove, replace_folder
-from qwentune.errors import DataError, Problem, RecipeError
+from qwentune.durable import mark, move_aside, remove, replace_folder
+from qwentune.errors import DataError, DoesNotFitError, Problem, RecipeError, UsageError
 from qwentune.recipe import DataOptions
 
 LARGEST_TEMPLATE_BYTES = 10**6
-MOST_REPEATED = 10**8  # rows of a source in an epoch
-CACHE_FORMAT = 10  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 11  # raise it whenever rendering or storing changes what stands in the cache
+ANOTHER_CACHE = "Name another cache folder with the variable QWENTUNE_CACHE."
 
 
 @dataclass(frozen=True)
@@ -98,18 +103,35 @@ def prepare(
     *,
     shares_prefixes: bool = True,
 ) -> Dataset:
-    """The rendered data of a run, from the cache where the same was rendered before.
+    """The rendered data of a run, from the cache where the same was rendered before and is what was written.
 
-    Raises DataError with every problem of every file, before anything is written.
+    Raises DataError with every problem of every file, before anything is written; UsageError or DoesNotFitError where
+    the cache does not take the data.
     """
-    fingerprint = _fingerprint(data, tokenizer, template, seed)
-    folder = cache_folder() / "data" / fingerprint
-    if not folder.exists():
+    contents = _contents(data)
+    fingerprint = _fingerprint(data, tokenizer, template, seed, contents)
+    cache = cache_folder()
+    folder = cache / "data" / fingerprint
+    with suppress(DamagedError):  # or not there yet: what is to be done, one process does alone
+        return _open(folder, fingerprint, data, shares_prefixes)
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if not folder.exists():  # another process may have rendered it meanwhile
-                _publish(data, tokenizer, template, seed, folder)
-    return _open(folder, fingerprint, data, shares_prefixes)
+            if os.path.lexists(folder):  # another process may have rendered it meanwhile
+                try:
+                    return _open(folder, fingerprint, data, shares_prefixes)
+                except DamagedError as damage:
+                    _set_aside(folder, damage)
+            _publish(data, tokenizer, template, seed, contents, folder, fingerprint)
+            return _open(folder, fingerprint, data, shares_prefixes)
+    except DamagedError as damage:
+        what = f"what was written for {folder} reads back otherwise: {damage}"
+        raise UsageError(Problem(str(cache), what, f"The disk seems to be at fault. {ANOTHER_CACHE}")) from None
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = f"Make room. {ANOTHER_CACHE}" if full else ANOTHER_CACHE
+        problem = Problem(str(cache), f"the data cache cannot be written: {error.strerror or error}", fix)
+        raise (DoesNotFitError if full else UsageError)(problem) from None
 
 
 def prepared(
@@ -124,11 +146,17 @@ def prepared(
     if not all(is_at_hand(source.path) for source in (*data.train, *(data.evaluation or ()))):
         return None
     try:
-        fingerprint = _fingerprint(data, tokenizer, template, seed)
+        fingerprint = _fingerprint(data, tokenizer, template, seed, _contents(data))
     except DataError:
         return None
     folder = cache_folder() / "data" / fingerprint
-    return _open(folder, fingerprint, data, shares_prefixes) if folder.exists() else None
+    if not os.path.lexists(folder):
+        return None
+    try:
+        return _open(folder, fingerprint, data, shares_prefixes)
+    except DamagedError as damage:
+        say(f"the rendered data in {folder} is damaged: {damage}. Planned without it; a preview renders it again")
+        return None
 
 
 def chat_template(data: DataOptions, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -159,12 +187,14 @@ def _refuse_broken_template(text: str, where: str) -> None:
         raise RecipeError(Problem(f"{where}{line}", what, "Mend it, or name another as data.chat_template.")) from None
 
 
-def _fingerprint(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int) -> str:
+def _fingerprint(
+    data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int, contents: Mapping[str, Content]
+) -> str:
     sources = [*data.train, *(data.evaluation or ())]
     parts = {
         "format": CACHE_FORMAT,
         "options": {k: v for k, v in data.model_dump(mode="json").items() if k not in {"packing", "chat_template"}},
-        "contents": _contents([source.path for source in sources]),
+        "contents": [contents[source.path].fingerprint for source in sources],
         "tokenizer": tokenizer.fingerprint,
         "template": None if template is None else template.text,
         "seed": seed,
@@ -172,27 +202,41 @@ def _fingerprint(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _contents(paths: Sequence[str]) -> list[str]:
-    """The hash of each file; DataError with every file that cannot be read."""
-    hashes: list[str] = []
+def _contents(data: DataOptions) -> dict[str, Content]:
+    """What each file holds; DataError with every file that cannot be read."""
+    contents: dict[str, Content] = {}
     problems: list[Problem] = []
-    for path in paths:
+    for path in dict.fromkeys(source.path for source in (*data.train, *(data.evaluation or ()))):
         try:
-            hashes.append(content_sha256(path))
+            contents[path] = content_of(path)
         except DataError as error:
             problems += error.problems
     if problems:
         raise DataError(problems)
-    return hashes
+    return contents
 
 
-def _publish(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int, folder: Path) -> None:
+def _set_aside(folder: Path, damage: DamagedError) -> None:
+    """Moves a damaged folder out of the way; who has it open goes on with the files it opened."""
+    aside = move_aside(folder, f"{folder.name}.damaged")
+    say(f"the rendered data in {folder} is damaged: {damage}. It was moved to {aside.name}, and is rendered again")
+
+
+def _publish(
+    data: DataOptions,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    seed: int,
+    contents: Mapping[str, Content],
+    folder: Path,
+    fingerprint: str,
+) -> None:
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
     mark(staging, folder.name)
     try:
         with ExampleWriter(staging, tokenizer.control_ids.values()) as writer, _no_garbage():
-            description = _build(data, tokenizer, template, seed, writer)
-        (staging / "description.json").write_text(json.dumps(description, ensure_ascii=False))
+            description = _build(data, tokenizer, template, seed, contents, writer)
+        seal(staging, {"fingerprint": fingerprint, **description})
         replace_folder(staging, folder)
     except BaseException:
         with suppress(OSError):
@@ -213,7 +257,12 @@ def _no_garbage() -> Generator[None]:
 
 
 def _build(
-    data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int, writer: ExampleWriter
+    data: DataOptions,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    seed: int,
+    contents: Mapping[str, Content],
+    writer: ExampleWriter,
 ) -> dict[str, Any]:
     """What is to be known of the examples that were written."""
     options = RenderOptions(
@@ -237,7 +286,9 @@ def _build(
     for number, source in enumerate([*data.train, *(data.evaluation or ())]):
         begins = array("q", [writer.num_examples])
         faults: list[Problem] = []
-        for outcome in renderer.render_all(read_samples(source.path, source.format, faults), number):
+        rows = RowCount()
+        samples = read_samples(source.path, source.format, faults, content=contents[source.path], count=rows)
+        for outcome in renderer.render_all(samples, number):
             report.add(outcome)
             faults.extend(outcome.problems)
             dropped.extend(outcome.dropped)
@@ -251,19 +302,22 @@ def _build(
         faults.sort(key=lambda problem: _source_of(problem, source.path).line)
         problems += faults
         refused += [Dropped(_source_of(problem, source.path), None, problem.what) for problem in faults]
-    if problems and data.bad_rows == "error":
+        if not any(isinstance(problem, Unread) for problem in faults):
+            report.end_source(source.path, rows)
+    if problems and (data.bad_rows == "error" or any(isinstance(problem, Unread) for problem in problems)):
         raise DataError(problems)
     dropped += refused
     _refuse_losses(data, report, dropped, problems)
-    train, evaluation = _split(data, groups, seed)
+    train, evaluation = split(data, groups, seed)
     once = np.asarray(versions) <= 0
     evaluation = evaluation[once[evaluation]]
     if not len(train):
         fix = "Give rows with a turn that is trained, or raise `repeat` where it takes no row."
         raise DataError(Problem(data.train[0].path, "no row is left to train on", fix))
-    copies = _copies(np.asarray(identities), groups, evaluation)
-    finished = report.finish(int(once[train].sum()), len(evaluation), dropped, copies)
-    finished["warnings"] += _untrained_sources(data, groups, train, evaluation)
+    report.end(fates(groups, train, evaluation))
+    counts = copies(np.asarray(identities), groups, evaluation)
+    finished = report.finish(int(once[train].sum()), len(evaluation), dropped, counts)
+    finished["warnings"] += untrained_sources(data, groups, train, evaluation)
     return {
         "content": writer.finish(train, evaluation),
         "file_names": list(writer.file_names),
@@ -291,77 +345,11 @@ def _refuse_losses(data: DataOptions, report: Report, dropped: Sequence[Dropped]
         raise DataError([*problems, Problem(data.train[0].path, what, fix)])
 
 
-def _split(
-    data: DataOptions, groups: Sequence[NDArray[np.int64]], seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of training and evaluation examples; whole dialogues go to one side, before anything is repeated."""
-    sizes = [len(begins) - 1 for begins in groups[: len(data.train)]]
-    held_out = np.zeros(sum(sizes), dtype=bool)
-    held_out[_choice(sum(sizes), data.eval_fraction, seed)] = True
-    train: list[NDArray[np.int64]] = []
-    evaluation = [np.arange(begins[0], begins[-1], dtype=np.int64) for begins in groups[len(data.train) :]]
-    for number, (source, begins, out) in enumerate(
-        zip(data.train, groups, np.split(held_out, np.cumsum(sizes)), strict=False)
-    ):
-        if source.repeat > 1 and source.repeat * len(begins) > MOST_REPEATED:
-            what = f"repeat {source.repeat:g} of {len(begins) - 1:,} rows makes more than {MOST_REPEATED:,}"
-            raise DataError(Problem(source.path, what, "Lower its repeat, or take more optimizer.epochs."))
-        evaluation.append(_examples_of(begins, np.flatnonzero(out)))
-        train.append(_examples_of(begins, _repeated(np.flatnonzero(~out), source.repeat, seed + number)))
-    return np.concatenate(train), np.concatenate(evaluation)
-
-
-def _untrained_sources(
-    data: DataOptions, groups: Sequence[NDArray[np.int64]], train: NDArray[np.int64], evaluation: NDArray[np.int64]
-) -> list[str]:
-    """A warning for each source that has rows to train and none of them is."""
-    warnings: list[str] = []
-    for source, begins in zip(data.train, groups, strict=False):
-        num_left = len(begins) - 1 - int(np.isin(begins[:-1], evaluation).sum())
-        if len(begins) == 1 or np.isin(begins[:-1], train).any():
-            continue
-        if num_left:
-            cause = f"repeat {source.repeat:g} of {num_left} rounds to none. Raise its repeat, or leave it out"
-        else:
-            cause = f"data.eval_fraction={data.eval_fraction:g} holds out all. Add rows, or name data.eval"
-        warnings.append(f"no row of {source.path} is trained: {cause}")
-    return warnings
-
-
-def _copies(
-    identities: NDArray[np.int64], groups: Sequence[NDArray[np.int64]], evaluation: NDArray[np.int64]
-) -> dict[str, int]:
-    """How many samples train what an earlier one trains, and how many are evaluated though they are trained too."""
-    is_evaluated = np.isin(np.concatenate([begins[:-1] for begins in groups]), evaluation)
-    trained, evaluated = identities[~is_evaluated], identities[is_evaluated]
-    overlap = np.isin(evaluated, trained)
-    return {"duplicates": len(trained) - len(np.unique(trained)), "eval_overlap": int(overlap.sum())}
-
-
-def _examples_of(begins: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The indices of the examples of the given samples, in their order."""
-    counts = begins[samples + 1] - begins[samples]
-    ends = np.cumsum(counts)
-    return np.repeat(begins[samples] - (ends - counts), counts) + np.arange(counts.sum(), dtype=np.int64)
-
-
-def _choice(count: int, fraction: float, seed: int) -> NDArray[np.int64]:
-    size = 0 if fraction == 0 or count < 2 else min(count - 1, max(1, round(fraction * count)))
-    return np.random.default_rng([seed, 0xE7A1]).permutation(count)[:size]
-
-
-def _repeated(samples: NDArray[np.int64], repeat: float, seed: int) -> NDArray[np.int64]:
-    whole = int(repeat)
-    size = round((repeat - whole) * len(samples))
-    some = np.sort(np.random.default_rng([seed, 0x5EED]).permutation(len(samples))[:size])
-    return np.concatenate([*[samples] * whole, samples[some]])
-
-
 def _open(folder: Path, fingerprint: str, data: DataOptions, shares_prefixes: bool) -> Dataset:
-    description = json.loads((folder / "description.json").read_text())
+    description, examples = open_sealed(folder, fingerprint)
     shares = data.packing and shares_prefixes
     return Dataset(
-        examples=Examples.open(folder, description["file_names"]),
+        examples=examples,
         report=description["report"] if shares else with_separate_examples(description["report"]),
         dropped=tuple(description["dropped"]),
         fingerprint=fingerprint,

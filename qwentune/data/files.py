@@ -8,13 +8,14 @@ import io
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qwentune.bounded import kind_fault, name_fault
+from qwentune.data.faults import Unread
 from qwentune.data.hub import fetched, is_hub_dataset, kept_file
 from qwentune.data.json_rows import NumberedValue, read_json_rows
 from qwentune.data.misnamed import COMPRESSIONS, misnamed
@@ -32,6 +33,8 @@ READERS: dict[str, Reader] = {
     ".parquet": read_parquet_rows,
 }
 
+BLOCK_BYTES = 2**20
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -41,42 +44,84 @@ class Row:
     value: Json
 
 
-def read_rows(path: str, problems: list[Problem]) -> Iterator[Row]:
+@dataclass(slots=True)
+class RowCount:
+    """How many rows of a file were read, how many of them refused as wrong, and whether its end was reached."""
+
+    read: int = 0
+    refused: int = 0
+    is_complete: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a file holds: its length in bytes, and the SHA-256 of each block.
+
+    A CRC-32 would not do: what gzip only stores ends in its own, so that files with other bytes have the same.
+    """
+
+    size: int
+    blocks: tuple[bytes, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all bytes, in hexadecimal."""
+        return hashlib.sha256(b"".join(self.blocks)).hexdigest()
+
+
+def read_rows(
+    path: str, problems: list[Problem], *, content: Content | None = None, count: RowCount | None = None
+) -> Iterator[Row]:
     """The rows of a file, one at a time; whatever cannot be read goes to `problems`, and reading goes on.
 
     Takes the endings of `READERS`, each also with one of `COMPRESSIONS`. A missing path under `data_templates/` falls
-    back to the shipped file; another that looks like a hub dataset is fetched.
+    back to the shipped file; another that looks like a hub dataset is fetched. Rows are counted into `count`. Raises
+    DataError where the file does not hold `content`.
     """
+    count = RowCount() if count is None else count
     try:
         file = _local(path)
+        if problem := misnamed(path, file):
+            raise DataError(problem)
     except DataError as error:
-        problems.extend(error.problems)
+        problems.extend(Unread(one.where, one.what, one.fix) for one in error.problems)
         return
-    if problem := misnamed(path, file):
-        problems.append(problem)
-        return
-    num_problems = len(problems)
-    is_empty = True
+    first = start = len(problems)
+
+    def count_refused() -> None:
+        num_refused = sum(not isinstance(problem, Unread) for problem in problems[start:])
+        count.read += num_refused
+        count.refused += num_refused
+
     try:
-        with closing(_open(file)) as stream:
+        with ExitStack() as stack:
+            stream = _open(file, path, content, stack)
             for number, value in READERS[_ending(file)](stream, path, problems):
-                is_empty = False
+                count_refused()
+                count.read += 1
                 yield Row(Source(path, number), value)
+                start = len(problems)  # what others noted meanwhile is no row that the reader refused
     except (OSError, EOFError, zlib.error) as error:  # also what gzip and Arrow raise for broken compressed data
         reason = getattr(error, "strerror", None) or str(error)
-        problems.append(Problem(path, f"the file cannot be read to its end: {reason}", "Download or write it again."))
-    if is_empty and len(problems) == num_problems:
-        problems.append(Problem(path, "the file holds no rows", "Write at least one row."))
+        problems.append(Unread(path, f"the file cannot be read to its end: {reason}", "Download or write it again."))
+    count_refused()
+    if not count.read and len(problems) == first:
+        problems.append(Unread(path, "the file holds no rows", "Write at least one row."))
+    count.is_complete = True
 
 
-def content_sha256(path: str) -> str:
-    """The SHA-256 of the file's bytes, in hexadecimal; DataError where there is no such file."""
+def content_of(path: str) -> Content:
+    """What the file of a path holds; DataError where there is no such file."""
+    blocks, size = list[bytes](), 0
     file = _local(path)
     try:
         with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+            while block := stream.read(BLOCK_BYTES):
+                blocks.append(hashlib.sha256(block).digest())
+                size += len(block)
     except OSError as error:
         raise DataError(Problem(path, f"the file cannot be read: {error.strerror}")) from None
+    return Content(size, tuple(blocks))
 
 
 def is_at_hand(path: str) -> bool:
@@ -100,14 +145,58 @@ def _ending(file: Path) -> str:
     return (file.with_suffix("") if file.suffix in COMPRESSIONS else file).suffix
 
 
-def _open(file: Path) -> io.BufferedReader:
+class _Proved(io.RawIOBase):
+    """A file of which only blocks are given out that hold what they held when its content was taken.
+
+    So what is trained is what is named, whoever writes into the file or replaces it meanwhile.
+    """
+
+    def __init__(self, file: BinaryIO, path: str, content: Content) -> None:
+        self._file, self._path, self._content = file, path, content
+        self._position: int = 0
+        self._number, self._block = -1, b""  # the block that was read last
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._position = offset + (0, self._position, self._content.size)[whence]
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        number = self._position // BLOCK_BYTES
+        if number != self._number:
+            self._number, self._block = number, self._proved(number)
+        start = self._position - number * BLOCK_BYTES
+        part = self._block[start : start + len(buffer)]
+        buffer[: len(part)] = part
+        self._position += len(part)
+        return len(part)
+
+    def _proved(self, number: int) -> bytes:
+        self._file.seek(number * BLOCK_BYTES)
+        block, blocks = self._file.read(BLOCK_BYTES), self._content.blocks
+        is_same = hashlib.sha256(block).digest() == blocks[number] if number < len(blocks) else not block
+        if not is_same:
+            what = "the file was changed while it was read"
+            raise DataError(Problem(self._path, what, "Start again once it is written."))
+        return block
+
+
+def _open(file: Path, path: str, content: Content | None, stack: ExitStack) -> io.BufferedReader:
+    stream: Any = stack.enter_context(file.open("rb"))
+    if content is not None:
+        stream = stack.enter_context(io.BufferedReader(_Proved(stream, path, content), BLOCK_BYTES))
     if file.suffix == ".gz":
-        return io.BufferedReader(gzip.open(file))
+        return io.BufferedReader(stack.enter_context(gzip.open(stream)))
     if file.suffix == ".zst":
         # Slow to import; unlike zstandard's reader it reports data that ends too early.
         arrow: Any = import_module("pyarrow")
-        return io.BufferedReader(arrow.input_stream(str(file), compression="zstd"))
-    return file.open("rb")
+        return stack.enter_context(io.BufferedReader(arrow.input_stream(stream, compression="zstd")))
+    return stream
 
 
 def _unreadable(path: str, file: Path) -> Problem | None:

@@ -37,7 +37,7 @@ def read_json_rows(stream: io.BufferedReader, path: str, problems: list[Problem]
     """
     beginning = stream.peek(1)[:4096]
     if beginning.startswith(_UTF_16_MARKS):
-        problems.append(Problem(path, "the file is UTF-16", _SAVE_AS_UTF_8))
+        problems.append(Unread(path, "the file is UTF-16", _SAVE_AS_UTF_8))
     elif beginning.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"["):
         yield from _read_array(stream, path, problems)
     else:
@@ -72,7 +72,7 @@ def _read_lines(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterato
             if fault.is_cut and line.strip() == b"{" and line.endswith(b"\n"):
                 what = "an object begins here and goes on in the next line"
                 fix = "Put each row on one line (jq -c . FILE), or all rows into one JSON array."
-                problems.append(Problem(where, what, fix))
+                problems.append(Unread(where, what, fix))
                 return  # every further line would be reported for the same reason
             problems.append(_line_problem(fault, where, is_last=not line.endswith(b"\n")))
 
@@ -129,7 +129,7 @@ def _read_array(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterato
             raise window.fault_here("something follows the array", "Keep one array per file, or one row per line.")
     except JsonFaultError as fault:
         where = f"{path}:{fault.line}:{fault.column}"
-        problems.append(Problem(where, f"the array is broken at its row {max(number, 1)}: {fault.what}", fault.fix))
+        problems.append(Unread(where, f"the array is broken at its row {max(number, 1)}: {fault.what}", fault.fix))
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qwentune.data.example import Example
 from qwentune.data.fim import Order
@@ -19,6 +20,7 @@ class Dropped:
     turn: int | None
     reason: str
     num_tokens: int = 0
+    kind: Literal["too long", "bad row", "nothing to train"] = "bad row"
 
 
 @dataclass(slots=True)
@@ -38,3 +40,15 @@ class Outcome:
     remarks: list[str] = field(default_factory=list[str])  # what deserves a second look
     identity: int = 0  # a hash, the same for samples that train the same
     checked_turns: int = 0  # turns read off one rendering that the rule confirmed
+
+    @property
+    def fate(self) -> Literal["kept", "refused", "dropped"]:
+        """What becomes of the row; AssertionError where it would be lost without a word, or is in two minds."""
+        if self.examples and not self.problems:
+            return "kept"
+        if self.problems and not self.examples:
+            return "refused"
+        if self.dropped and not self.examples:
+            return "dropped"
+        counts = f"{len(self.examples)} examples, {len(self.problems)} problems, {len(self.dropped)} drops"
+        raise AssertionError(f"{self.source}: a row is lost uncounted: it has {counts}")

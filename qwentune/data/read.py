@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from qwentune.data.faults import described, too_many
-from qwentune.data.files import read_rows
+from qwentune.data.files import Content, RowCount, read_rows
 from qwentune.data.formats import FORMATS, NOT_TRAINED, SIGNATURES, detect, format_of
 from qwentune.data.sample import Sample
 from qwentune.data.suggestion import suggestion
@@ -16,17 +16,27 @@ NUM_ROWS_LOOKED_AT = 20  # to recognise a format
 _TRAINED = f"What is trained: {', '.join(name for name in FORMATS if name not in NOT_TRAINED)}."
 
 
-def read_samples(path: str, format: str, problems: list[Problem]) -> Iterator[Sample]:
+def read_samples(
+    path: str,
+    format: str,
+    problems: list[Problem],
+    *,
+    content: Content | None = None,
+    count: RowCount | None = None,
+) -> Iterator[Sample]:
     """The samples of a file in its order; rows that are wrong go to `problems` and reading goes on.
 
-    `format` is a key of `FORMATS`, or `auto`. Raises DataError where no format is recognised.
+    `format` is a key of `FORMATS`, or `auto`. Each row is counted into `count`. Raises DataError where no format is
+    recognised, or where the file does not hold `content`.
     """
     if format == "auto":
-        format = detected(path)
-    for row in read_rows(path, problems):
+        format = detected(path, content)
+    count = RowCount() if count is None else count
+    for row in read_rows(path, problems, content=content, count=count):
         if too_many(path, problems):
             return
         if not isinstance(row.value, dict):
+            count.refused += 1
             problems.append(Problem(str(row.source), f"the row is {described(row.value)}", "A row is an object."))
             continue
         parsed = FORMATS[format](row.value, row.source)
@@ -37,6 +47,7 @@ def read_samples(path: str, format: str, problems: list[Problem]) -> Iterator[Sa
                 parsed = [
                     Problem(str(row.source), what, "Give rows of another format a file and a source of their own.")
                 ]
+            count.refused += 1
             problems.extend(parsed)
         else:
             yield parsed
@@ -54,10 +65,10 @@ def refuse_untrained(sources: Iterable[tuple[str, str]]) -> None:
         raise DataError(problems)
 
 
-def detected(path: str) -> str:
+def detected(path: str, content: Content | None = None) -> str:
     """The format of a file by its first rows; DataError, with a suggested renaming, where none is recognised."""
     problems: list[Problem] = []
-    values = [row.value for row in islice(read_rows(path, problems), NUM_ROWS_LOOKED_AT)]
+    values = [row.value for row in islice(read_rows(path, problems, content=content), NUM_ROWS_LOOKED_AT)]
     format = detect(values)
     if format is not None:
         return format

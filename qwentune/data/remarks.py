@@ -19,6 +19,10 @@ SEVERAL_PARTS = (
     "contents have several text parts, joined as they are: some servers put a line feed or a space between them. "
     "Write each content as one text."
 )
+CHANGED_BY_NFC = (
+    "rows hold characters that the tokenizer composes, as it does when the model is served (Unicode's NFC): what is "
+    "trained decodes to the composed ones."
+)
 UNREACHABLE = "turns have no user turn before them: not trained. Give the question, or leave them out."
 
 

@@ -15,9 +15,10 @@ from qwentune.data.dialogue import Dialogue, RenderOptions
 from qwentune.data.example import DialogueExamples, Example, Span, TurnIds
 from qwentune.data.fim import FillInTheMiddle, Form
 from qwentune.data.grammar import Grammar, learn, prove
+from qwentune.data.guard import message_texts
 from qwentune.data.outcome import Dropped, Outcome
 from qwentune.data.pieces import Encoder, Piece, ids_of
-from qwentune.data.remarks import FILE_LEFT_OUT, UNREACHABLE, remarks
+from qwentune.data.remarks import CHANGED_BY_NFC, FILE_LEFT_OUT, UNREACHABLE, remarks
 from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, RowError, Sample, Source, Text
 from qwentune.data.shorten import Shortening
 from qwentune.data.template import ChatTemplate, Mode
@@ -46,6 +47,7 @@ class _Planned:
     is_checked: bool = False  # by the rule
     turns: list[Turn] = field(default_factory=list[Turn])
     forms: list[Form] = field(default_factory=list[Form])
+    is_checked: bool = False
 
     def pieces(self) -> Iterator[Sequence[Piece]]:
         """All pieces whose ids are needed."""
@@ -108,7 +110,7 @@ class Renderer:
         return ids_of(pieces, self.encoder.encode([pieces]))
 
     def _plan(self, sample: Sample, number: int, source_number: int) -> _Planned:
-        planned = _Planned(sample, Outcome(sample.source))
+        planned = _Planned(sample, Outcome(sample.source), is_checked=_is_checked(sample.source, number))
         if isinstance(sample, Text | Pair | Retrieval):
             return planned
         try:
@@ -119,7 +121,6 @@ class Renderer:
                 fix = "Give one with data.chat_template, or train on rows of the format text."
                 raise RowError("the checkpoint has no chat template to render messages with", fix)
             dialogue = Dialogue.of(sample, self.template, self.options, self.encoder)
-            planned.is_checked = _is_checked(sample.source, number)
             dialogue.prove_guard(by_rendering=planned.is_checked)
             planned.outcome.forged_control_tokens = dialogue.count_forged()
             planned.outcome.unreachable_turns = len(dialogue.candidates) - len(dialogue.trained)
@@ -145,6 +146,9 @@ class Renderer:
     def _finished(self, planned: Sequence[_Planned]) -> Iterator[Outcome]:
         encoded = self.encoder.encode(pieces for one in planned for pieces in one.pieces())
         for one in planned:
+            if one.is_checked:
+                for text in {piece for some in one.pieces() for piece in some if isinstance(piece, str)}:
+                    self.tokenizer.prove(text, encoded[text], str(one.sample.source))
             try:
                 if isinstance(one.sample, Text):
                     ids = [*encoded[one.sample.text], self.tokenizer.end_of_text_id]
@@ -160,6 +164,11 @@ class Renderer:
             except RowError as error:
                 one.outcome.examples.clear()
                 one.outcome.problems.append(Problem(str(one.sample.source), error.what, error.fix))
+            if not (one.outcome.examples or one.outcome.problems or one.outcome.dropped):
+                reason = _why_untrained(one)
+                one.outcome.dropped.append(Dropped(one.sample.source, None, reason, kind="nothing to train"))
+            if any(map(self.tokenizer.changes, _texts(one))):
+                one.outcome.remarks.append(CHANGED_BY_NFC)
             one.outcome.identity = _identity(one.sample, one.outcome.examples)
             yield one.outcome
 
@@ -195,7 +204,7 @@ class Renderer:
                 raise RowError(what, "Raise data.max_tokens, or set data.too_long to drop.")
             else:
                 reason = f"{num_tokens} tokens, more than data.max_tokens={self.options.max_tokens}"
-                outcome.dropped.append(Dropped(sample.source, None, reason, num_tokens))
+                outcome.dropped.append(Dropped(sample.source, None, reason, num_tokens, "too long"))
 
     def _add_pair(self, pair: Pair, outcome: Outcome) -> None:
         for name, conversation in (("chosen", pair.chosen), ("rejected", pair.rejected)):
@@ -230,7 +239,7 @@ class Renderer:
             if fitting is None:
                 reason = f"{num_tokens} tokens, more than data.max_tokens={self.options.max_tokens}"
                 index = dialogue.message_index(turn.index)
-                outcome.dropped.append(Dropped(dialogue.conversation.source, index, reason, num_tokens))
+                outcome.dropped.append(Dropped(dialogue.conversation.source, index, reason, num_tokens, "too long"))
                 continue
             examples.add(fitting)
             outcome.modes.append(dialogue.mode(turn.index))
@@ -248,6 +257,29 @@ class Renderer:
 def _is_checked(source: Source, number: int) -> bool:
     """Whether the dialogue is among those rendered by the rule as well."""
     return number < NUM_CHECKED_FIRST or zlib.crc32(str(source).encode()) % CHECKED_SHARE == 0
+
+
+def _why_untrained(planned: _Planned) -> str:
+    if planned.outcome.unreachable_turns:
+        return "no user turn stands before what the assistant says"
+    if planned.dialogue is not None:
+        return "no turn is to be trained: train is false, or the weight 0"
+    return "there is no token to predict"
+
+
+def _texts(planned: _Planned) -> Iterable[str]:
+    """The texts of a sample as its row gives them."""
+    match planned.sample:
+        case Text(text=text):
+            return (text,)
+        case Code(files=files, cut=cut):
+            return (*(file.text for file in files), *(cut or ()))
+        case Pair(chosen=chosen, rejected=rejected):
+            return (text for end in (chosen, rejected) for message in end.messages for text in message_texts(message))
+        case Retrieval() as row:
+            return (row.instruction, row.query, row.positive, *row.negatives)
+        case _:
+            return () if planned.dialogue is None else (planned.dialogue.lines,)
 
 
 def _identity(sample: Sample, examples: Sequence[Example]) -> int:

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from qwentune.data.files import RowCount
 from qwentune.data.outcome import Dropped, Outcome
+from qwentune.data.remarks import CHANGED_BY_NFC
 from qwentune.data.template import ChatTemplate
 from qwentune.data.tokenizer import Tokenizer
 
@@ -19,6 +21,7 @@ FORGED = (
     "control tokens are spelled in texts of the data: they are encoded as plain text, a server may read them as "
     "control tokens. Remove them, unless the text is about them."
 )
+FATES = ("trained", "evaluated", "left_out_by_repeat", "dropped", "refused")  # of a row that is read: one of them
 LENGTH_EDGES = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
@@ -36,9 +39,12 @@ class Report:
     remarks: Counter[str] = field(default_factory=Counter[str])
     places: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # of remarks, the first few
     last_tokens: Counter[int] = field(default_factory=Counter[int])  # of trained spans
+    rows: Counter[str] = field(default_factory=Counter[str])  # by what becomes of them
+    num_rows: int = 0  # of the sources that were read to their end
 
     def add(self, outcome: Outcome) -> None:
         """Counts one sample in."""
+        self.rows[outcome.fate] += 1
         self.remarks.update(outcome.remarks)
         for remark in {*outcome.remarks, *([FORGED] if outcome.forged_control_tokens else [])}:
             places = self.places.setdefault(remark, [])
@@ -62,6 +68,20 @@ class Report:
             self.counts["rendering_tokens"] += outcome.rendering_tokens
             self.counts["texts"] += sum(not example.turns for example in first)
 
+    def end_source(self, path: str, rows: RowCount) -> None:
+        """Counts a source in that was read to its end; AssertionError where a row of it is lost uncounted."""
+        self.num_rows += rows.read
+        self.rows["refused"] += rows.refused
+        if not rows.is_complete or self.num_rows != self.rows.total():
+            raise AssertionError(f"{path}: rows are lost: {self.num_rows} were read, accounted for are {self.rows}")
+
+    def end(self, fates: Mapping[str, int]) -> None:
+        """Counts in what becomes of the rows that have examples; AssertionError where one of them is lost."""
+        kept = self.rows.pop("kept", 0)
+        if kept != sum(fates.values()):
+            raise AssertionError(f"rows are lost: {kept} have examples, accounted for are {dict(fates)}")
+        self.rows.update(fates)
+
     @property
     def num_trained_turns(self) -> int:
         """Trained turns of conversations, and pieces of texts."""
@@ -79,6 +99,8 @@ class Report:
         report: dict[str, Any] = {
             "schema": 1,
             "samples": self.counts["samples"],
+            "rows": {"read": self.num_rows, **{fate: self.rows[fate] for fate in FATES}},
+            "rows_changed_by_nfc": self.remarks[CHANGED_BY_NFC],
             "examples": len(lengths),
             "train_examples": num_train,
             "eval_examples": num_evaluation,
@@ -97,7 +119,7 @@ class Report:
             **copies,
             "checked_turns": self.counts["checked_turns"],
             "stop_tokens": self._stop_tokens(),
-            "dropped": dict(Counter(_kind(drop) for drop in dropped)),
+            "dropped": dict(Counter(drop.kind for drop in dropped)),
             "template": self._template(),
         }
         report["warnings"] = self._warnings(report)
@@ -172,7 +194,3 @@ def with_separate_examples(report: Mapping[str, Any]) -> dict[str, Any]:
             "data.turns=last trains only the last turn of each"
         )
     return {**report, "expansion_factor": factor, "warnings": warnings}
-
-
-def _kind(drop: Dropped) -> str:
-    return "too long" if drop.num_tokens else "bad row"

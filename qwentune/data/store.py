@@ -6,14 +6,18 @@ What an example shares with an earlier one of the same dialogue is stored once.
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import zlib
 from array import array
-from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +42,16 @@ DTYPES: dict[str, type[np.generic]] = {
     "evaluation": np.int64,
 }
 BUFFER_TOKENS = 2**20
+BLOCK_BYTES = 2**24  # summed by one thread
+MOST_THREADS = 4
+DESCRIPTION, MANIFEST = "description.json", "manifest.json"
+LARGEST_MANIFEST_BYTES = 2**24  # which lists the sums of more than 10 TB
+
+
+class DamagedError(Exception):
+    """A folder of the cache that is not what was written: which file, and what is wrong with it."""
+
+
 TRAINED = ("input_ids", "offsets", "shared", "back", "span_offsets", "starts", "stops", "weights", "versions", "train")
 
 
@@ -69,9 +83,12 @@ class Examples:
     file_names: tuple[str, ...]
 
     @classmethod
-    def open(cls, folder: Path, file_names: Sequence[str]) -> Examples:
-        """The examples that an `ExampleWriter` wrote into `folder`."""
-        return cls(**{name: _mapped(folder, name) for name in DTYPES}, file_names=tuple(file_names))
+    def open(cls, folder: Path, sums: Mapping[str, Any], file_names: Sequence[str]) -> Examples:
+        """The examples that an `ExampleWriter` wrote into `folder`; DamagedError where a file has not its sums.
+
+        What was proved is what is mapped, and stays so where the folder is moved or removed meanwhile.
+        """
+        return cls(**{name: _mapped(folder, name, sums) for name in DTYPES}, file_names=tuple(file_names))
 
     def __len__(self) -> int:
         return len(self.shared)
@@ -201,12 +218,83 @@ class ExampleWriter:
             del values[:]
 
 
+def seal(folder: Path, description: Mapping[str, Any]) -> None:
+    """Writes the description of a finished folder, and last the sums by which all of it is proved when it is opened."""
+    (folder / DESCRIPTION).write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
+    sums: dict[str, list[int]] = {}
+    for name in (DESCRIPTION, *(_path(folder, name).name for name in DTYPES)):
+        with _opened(folder / name) as file:
+            sums[name] = sums_of(file)
+    (folder / MANIFEST).write_text(json.dumps(sums), encoding="utf-8")
+
+
+def open_sealed(folder: Path, fingerprint: str) -> tuple[dict[str, Any], Examples]:
+    """The description and the examples of a sealed folder; DamagedError where any of it is not what was written."""
+    with _opened(folder / MANIFEST) as file:
+        try:
+            parsed = json.loads(file.read(LARGEST_MANIFEST_BYTES))
+        except (ValueError, RecursionError):
+            parsed = None
+    if not isinstance(parsed, dict):
+        raise DamagedError(f"{MANIFEST} is not the list of sums that was written")
+    sums = cast(dict[str, Any], parsed)
+    with _opened(folder / DESCRIPTION) as file:
+        _prove(file, DESCRIPTION, sums)
+        file.seek(0)
+        description = json.loads(file.read())
+    if description["fingerprint"] != fingerprint:
+        raise DamagedError(f"{DESCRIPTION} is that of other data")
+    return description, Examples.open(folder, sums, description["file_names"])
+
+
+def sums_of(file: BinaryIO) -> list[int]:
+    """The length of a file in bytes, and the CRC-32 of each of its blocks: against rot and cuts, not against forgers.
+
+    About 0.3 s per GB and thread.
+    """
+    descriptor = file.fileno()
+    size = os.fstat(descriptor).st_size
+
+    def crc(offset: int) -> int:
+        return zlib.crc32(os.pread(descriptor, BLOCK_BYTES, offset))
+
+    with ThreadPoolExecutor(MOST_THREADS) as threads:
+        return [size, *threads.map(crc, range(0, size, BLOCK_BYTES))]
+
+
+def _prove(file: BinaryIO, name: str, sums: Mapping[str, Any]) -> None:
+    found, expected = sums_of(file), sums.get(name)
+    if found != expected:
+        written = repr(expected).strip("[").split(",")[0]
+        was = (
+            f"has {found[0]} bytes, and {written} were written"
+            if str(found[0]) != written
+            else "is not what was written"
+        )
+        raise DamagedError(f"{name} {was}")
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[BinaryIO]:
+    """The file, open; DamagedError where it is none or cannot be read."""
+    try:
+        if path.exists() and not path.is_file():
+            raise DamagedError(f"{path.name} is no file")
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise DamagedError(f"{path.name} {'is missing' if missing else f'cannot be read: {error.strerror}'}") from None
+
+
 def _path(folder: Path, name: str) -> Path:
     return folder / f"{name}.bin"
 
 
-def _mapped(folder: Path, name: str) -> NDArray[Any]:
+def _mapped(folder: Path, name: str, sums: Mapping[str, Any]) -> NDArray[Any]:
     path = _path(folder, name)
-    if not path.stat().st_size:  # there is nothing to map
-        return np.empty(0, dtype=DTYPES[name])
-    return np.memmap(path, dtype=DTYPES[name], mode="r")
+    with _opened(path) as file:
+        _prove(file, path.name, sums)
+        if not os.fstat(file.fileno()).st_size:  # there is nothing to map
+            return np.empty(0, dtype=DTYPES[name])
+        return np.memmap(file, dtype=DTYPES[name], mode="r")

@@ -45,7 +45,8 @@ def read_csv_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> Itera
                 return
             lines.begin(LARGEST_ROW_BYTES)
             if not _is_unicode(cells):
-                problems.append(Problem(f"{path}:{line}", "the row is not UTF-8", "Save the file as UTF-8."))
+                kind = Problem if names else Unread
+                problems.append(kind(f"{path}:{line}", "the row is not UTF-8", "Save the file as UTF-8."))
                 if not names:
                     return
             elif not names:
@@ -55,11 +56,11 @@ def read_csv_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> Itera
                     return
                 if "" in names or len(set(names)) < len(names):
                     what = f"the first line must name each column once; it has {names}"
-                    problems.append(Problem(f"{path}:{line}", what, "Name the columns as the row format does."))
+                    problems.append(Unread(f"{path}:{line}", what, "Name the columns as the row format does."))
                     return
                 if len(names) == 1 and (separator := next((mark for mark in ";\t|" if mark in names[0]), "")):
                     what = f"its columns are separated by {separator!r}, not by commas"
-                    problems.append(Problem(f"{path}:{line}", what, "Save the file with commas."))
+                    problems.append(Unread(f"{path}:{line}", what, "Save the file with commas."))
                     return
             elif len(cells) == len(names):
                 yield line, {name: cell for name, cell in zip(names, cells, strict=True) if cell}
@@ -72,7 +73,7 @@ def read_csv_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> Itera
         fix = "Cut the row, or close a quote that is open." if names else "Name the columns in the first line."
         problems.append(Unread(f"{path}:{line}", what, fix))
     except csv.Error as error:
-        problems.append(Problem(f"{path}:{line}", f"this is no CSV: {error}", "Write the file with a CSV library."))
+        problems.append(Unread(f"{path}:{line}", f"this is no CSV: {error}", "Write the file with a CSV library."))
 
 
 class _TooLongError(Exception):
@@ -131,7 +132,7 @@ def read_parquet_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> I
                 return
             names: list[str] = file.schema_arrow.names
             if len(set(names)) < len(names):
-                problems.append(Problem(path, f"two columns have the same name: {names}", "Name each column once."))
+                problems.append(Unread(path, f"two columns have the same name: {names}", "Name each column once."))
                 return
             size = _rows_per_batch(file.metadata, stream)
             rows = (row for batch in file.iter_batches(batch_size=size) for row in _batch_rows(batch))
@@ -150,7 +151,7 @@ def read_parquet_rows(stream: BinaryIO, path: str, problems: list[Problem]) -> I
                 else:
                     yield number, row
         except arrow.ArrowException as error:
-            problems.append(Problem(path, f"this is no readable Parquet file: {error}", "Write the file again."))
+            problems.append(Unread(path, f"this is no readable Parquet file: {error}", "Write the file again."))
 
 
 def _rows_per_batch(metadata: Any, stream: BinaryIO) -> int:

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
+from unicodedata import is_normalized
 
 from tokenizers import Tokenizer as Backend
 
 from qwentune.data.tokenizer_files import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, read_tokenizer
+from qwentune.data.truth import ANOTHER, END_OF_TEXT, file_problems, lost, proof_problems
 from qwentune.errors import Problem, UsageError
 from qwentune.facts.documents import MEND
 
 CONTROL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")
-END_OF_TEXT = "<|endoftext|>"
 # In these every alternative that takes in a line feed takes in all white space up to the last one and ends there, so a
 # line that is not empty begins a part of its own. A pattern that is not listed costs time, nothing else.
 PATTERNS_THAT_CUT_AFTER_NEWLINE = (
@@ -46,21 +47,26 @@ class Tokenizer:
     chat_template: str | None
     fingerprint: str
     cuts_after_newline: bool = False
+    composes: bool = False  # characters, by Unicode's NFC
+    tags: tuple[str, ...] = ()  # tokens that texts may spell
     folder: str = ""
+
+    @property
+    def _file(self) -> str:
+        return str(Path(self.folder, TOKENIZER))
 
     @cached_property
     def backend(self) -> Backend:
         """What encodes and decodes; slow to build, and plans do without.
 
-        Raises UsageError where its library makes none of the file.
+        Raises UsageError where its library makes none of the file, or it does not give back what it is given.
         """
         try:
             backend = Backend.from_str(self.definition)
         except BaseException as error:  # of no kind but Exception, and a panic of Rust's is not even that
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            path = str(Path(self.folder, TOKENIZER))
-            raise UsageError(Problem(path, f"makes no tokenizer: {str(error)[:300]}", MEND)) from None
+            raise UsageError(Problem(self._file, f"makes no tokenizer: {str(error)[:300]}", MEND)) from None
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
@@ -68,7 +74,18 @@ class Tokenizer:
         resize = getattr(backend.model, "_resize_cache", None)
         if resize is not None:
             resize(NUM_KEPT_WORDS)
+        if problems := proof_problems(self._file, backend, self.control_ids, self.tags):
+            raise UsageError(problems)
         return backend
+
+    def prove(self, text: str, ids: Sequence[int], where: str) -> None:
+        """Raises UsageError where `ids` do not decode to the text that they encode, up to NFC."""
+        if what := lost(self.backend, text, list(ids)):
+            raise UsageError(Problem(self._file, f"{what} (first seen at {where})", ANOTHER))
+
+    def changes(self, text: str) -> bool:
+        """Whether the text comes back in composed characters where it had others."""
+        return self.composes and not text.isascii() and not is_normalized("NFC", text)
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
@@ -108,7 +125,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises UsageError where a file is missing or damaged.
     """
     document, config, template = read_tokenizer(folder)
-    tokens = _added_tokens(document["added_tokens"], config.get("added_tokens_decoder", {}))
+    listed, decoder = document["added_tokens"], config.get("added_tokens_decoder", {})
+    named = [{**token, "id": int(key)} for key, token in decoder.items()]
+    if problems := file_problems(str(folder / TOKENIZER), document, [*listed, *named], _num_rows(folder)):
+        raise UsageError(problems)
+    tokens = _added_tokens(listed, decoder)
     for token in tokens:
         # `encode_special_tokens` spares exactly the tokens flagged special, and Qwen does not flag the FIM ones.
         token["special"] = CONTROL_TOKEN.fullmatch(token["content"]) is not None
@@ -123,6 +144,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         chat_template=_default_template(config) if template is None else template,
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
         cuts_after_newline=split_pattern(document) in PATTERNS_THAT_CUT_AFTER_NEWLINE,
+        composes=bool(document.get("normalizer")),
+        tags=tuple(token["content"] for token in tokens if not token["special"]),
         folder=str(folder),
     )
 
@@ -150,6 +173,16 @@ def _added_tokens(listed: list[dict[str, Any]], decoder: dict[str, dict[str, Any
     for key, token in decoder.items():
         tokens.setdefault(int(key), {"id": int(key), **token})
     return [tokens[key] for key in sorted(tokens)]
+
+
+def _num_rows(folder: Path) -> int | None:
+    """How many tokens the model beside the tokenizer has rows for; None where nothing says so."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        rows = config.get("vocab_size") or config["text_config"]["vocab_size"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None  # what is wrong with that file is said by those who need it
+    return rows if isinstance(rows, int) else None
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:

@@ -88,6 +88,10 @@ FAULTS = {
     "K79": "export and preview beside a run",
     "K80": "two preparations of the same data",
     "K81": "--fresh twice within a second",
+    "L81": "the data cache is damaged, cut or swapped",
+    "L82": "a data file replaced while it is read",
+    "L83": "a tokenizer that does not give back what it was given",
+    "L84": "rows that vanish uncounted",
     "L85": "weights or adapters that are cut, empty, of another shape, kind or model",
     "L86": "broken tokenizer and configuration files of a checkpoint",
 }

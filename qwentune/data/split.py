@@ -1,0 +1,96 @@
+"""Which of the rendered samples are trained, how often, and which are held out for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwentune.errors import DataError, Problem
+from qwentune.recipe import DataOptions
+
+MOST_REPEATED = 10**8  # rows of a source in an epoch
+
+# `groups` has for each source where the examples of its samples begin, and where those of the last end.
+
+
+def split(
+    data: DataOptions, groups: Sequence[NDArray[np.int64]], seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of training and evaluation examples; whole dialogues go to one side, before anything is repeated."""
+    sizes = [len(begins) - 1 for begins in groups[: len(data.train)]]
+    held_out = np.zeros(sum(sizes), dtype=bool)
+    held_out[_choice(sum(sizes), data.eval_fraction, seed)] = True
+    train: list[NDArray[np.int64]] = []
+    evaluation = [np.arange(begins[0], begins[-1], dtype=np.int64) for begins in groups[len(data.train) :]]
+    for number, (source, begins, out) in enumerate(
+        zip(data.train, groups, np.split(held_out, np.cumsum(sizes)), strict=False)
+    ):
+        if source.repeat > 1 and source.repeat * len(begins) > MOST_REPEATED:
+            what = f"repeat {source.repeat:g} of {len(begins) - 1:,} rows makes more than {MOST_REPEATED:,}"
+            raise DataError(Problem(source.path, what, "Lower its repeat, or take more optimizer.epochs."))
+        evaluation.append(_examples_of(begins, np.flatnonzero(out)))
+        train.append(_examples_of(begins, _repeated(np.flatnonzero(~out), source.repeat, seed + number)))
+    return np.concatenate(train), np.concatenate(evaluation)
+
+
+def untrained_sources(
+    data: DataOptions, groups: Sequence[NDArray[np.int64]], train: NDArray[np.int64], evaluation: NDArray[np.int64]
+) -> list[str]:
+    """A warning for each source that has rows to train and none of them is."""
+    warnings: list[str] = []
+    for source, begins in zip(data.train, groups, strict=False):
+        num_left = len(begins) - 1 - int(np.isin(begins[:-1], evaluation).sum())
+        if len(begins) == 1 or np.isin(begins[:-1], train).any():
+            continue
+        if num_left:
+            cause = f"repeat {source.repeat:g} of {num_left} rounds to none. Raise its repeat, or leave it out"
+        else:
+            cause = f"data.eval_fraction={data.eval_fraction:g} holds out all. Add rows, or name data.eval"
+        warnings.append(f"no row of {source.path} is trained: {cause}")
+    return warnings
+
+
+def copies(
+    identities: NDArray[np.int64], groups: Sequence[NDArray[np.int64]], evaluation: NDArray[np.int64]
+) -> dict[str, int]:
+    """How many samples train what an earlier one trains, and how many are evaluated though they are trained too."""
+    is_evaluated = np.isin(np.concatenate([begins[:-1] for begins in groups]), evaluation)
+    trained, evaluated = identities[~is_evaluated], identities[is_evaluated]
+    overlap = np.isin(evaluated, trained)
+    return {"duplicates": len(trained) - len(np.unique(trained)), "eval_overlap": int(overlap.sum())}
+
+
+def fates(
+    groups: Sequence[NDArray[np.int64]], train: NDArray[np.int64], evaluation: NDArray[np.int64]
+) -> dict[str, int]:
+    """How many samples are trained, how many evaluated, and how many left out by a `repeat` below one."""
+    begins = np.concatenate([group[:-1] for group in groups])
+    chosen = np.zeros((2, int(groups[-1][-1])), dtype=bool)
+    chosen[0, train] = chosen[1, evaluation] = True
+    trained, evaluated = np.logical_or.reduceat(chosen, begins, axis=1) if len(begins) else chosen[:, :0]
+    return {
+        "trained": int(trained.sum()),
+        "evaluated": int(evaluated.sum()),
+        "left_out_by_repeat": int((~trained & ~evaluated).sum()),
+    }
+
+
+def _examples_of(begins: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The indices of the examples of the given samples, in their order."""
+    counts = begins[samples + 1] - begins[samples]
+    ends = np.cumsum(counts)
+    return np.repeat(begins[samples] - (ends - counts), counts) + np.arange(counts.sum(), dtype=np.int64)
+
+
+def _choice(count: int, fraction: float, seed: int) -> NDArray[np.int64]:
+    size = 0 if fraction == 0 or count < 2 else min(count - 1, max(1, round(fraction * count)))
+    return np.random.default_rng([seed, 0xE7A1]).permutation(count)[:size]
+
+
+def _repeated(samples: NDArray[np.int64], repeat: float, seed: int) -> NDArray[np.int64]:
+    whole = int(repeat)
+    size = round((repeat - whole) * len(samples))
+    some = np.sort(np.random.default_rng([seed, 0x5EED]).permutation(len(samples))[:size])
+    return np.concatenate([*[samples] * whole, samples[some]])
