@@ -158,7 +158,7 @@ def test_a_damaged_cache_is_said_and_rendered_again(
         assert "It was moved to " in said
         if damage != "swapped":
             assert name in said or name == "manifest.json"
-        assert (cache.folder.parent / f"{cache.folder.name}.damaged-1").is_dir()
+        assert (cache.folder.parent / f"{cache.folder.name}.damaged").is_dir()
         assert cache.opened() == cache.whole
         assert capfd.readouterr().err == ""
 
@@ -198,7 +198,7 @@ def test_what_stands_in_the_place_of_a_cache_is_moved_aside(
         shutil.copytree(folder, cache.folder)
     assert cache.opened() == cache.whole
     assert "It was moved to " in capfd.readouterr().err
-    aside = cache.folder.with_name(f"{cache.folder.name}.damaged-1")
+    aside = cache.folder.with_name(f"{cache.folder.name}.damaged")
     assert os.path.lexists(aside)
     assert kind != "file" or aside.read_text() == "mine"
 
@@ -219,7 +219,7 @@ def test_processes_that_find_the_damage_at_once_agree(cache: Cache) -> None:
     with get_context("fork").Pool(4) as pool:
         assert pool.map(Cache.opened, [cache] * 4) == [cache.whole] * 4
     names = [path.name for path in cache.folder.parent.iterdir() if path.is_dir()]
-    assert sorted(names) == [cache.folder.name, f"{cache.folder.name}.damaged-1"]
+    assert sorted(names) == [cache.folder.name, f"{cache.folder.name}.damaged"]
 
 
 @pytest.mark.fault("L81", "who has the data open goes on with what it opened")
@@ -265,4 +265,4 @@ def test_a_run_renders_a_damaged_cache_again(tmp_path: Path, warm: Warm, monkeyp
     words = f"the rendered data in {folder} is damaged: input_ids.bin is not what was written"
     assert words in trained.said
     assert words in (tmp_path / "run" / "log.txt").read_text()
-    assert (folder / "input_ids.bin").read_bytes() != Path(f"{folder}.damaged-1", "input_ids.bin").read_bytes()
+    assert (folder / "input_ids.bin").read_bytes() != Path(f"{folder}.damaged", "input_ids.bin").read_bytes()
