@@ -19,10 +19,10 @@ from typing import Any, NoReturn
 import typer
 
 from qwentune.errors import (
-    BROKEN_DISK,
+    BROKEN,
     EXIT_BUG,
     EXIT_INTERRUPTED,
-    FULL_DISK,
+    FULL,
     DoesNotFitError,
     Problem,
     UsageError,
@@ -122,10 +122,10 @@ def run(command: Callable[[], int]) -> int:
 def _of_the_disk(error: OSError) -> UserError | None:
     """What a full or broken disk is to the user; None for errors of other kinds."""
     where = str(error.filename or "a disk")
-    if error.errno in FULL_DISK or "usable temporary directory" in str(error):
+    if error.errno in FULL or "usable temporary directory" in str(error):
         fix = "Free some space: of the output, of the cache (QWENTUNE_CACHE) or of temporary files (TMPDIR)."
         return DoesNotFitError(Problem(where, f"cannot be written: {error.strerror}", fix), AGAIN)
-    if error.errno in BROKEN_DISK:
+    if error.errno in BROKEN:
         return UsageError(
             Problem(where, f"cannot be used: {error.strerror}", "Mend the disk or the permissions."), AGAIN
         )
@@ -160,7 +160,7 @@ def program(app: typer.Typer) -> NoReturn:
     """Runs the command line; data that did not reach stdout is an error, unless nobody wanted to read more of it."""
     code, error = run_program(app)
     if error is not None and not isinstance(error, BrokenPipeError):
-        kind = DoesNotFitError if error.errno in FULL_DISK else UsageError
+        kind = DoesNotFitError if error.errno in FULL else UsageError
         failure = kind(Problem("stdout", f"cannot be written: {error.strerror}"), "What was printed is not whole.")
         say(str(failure))
         code = code or failure.exit_code

@@ -131,9 +131,9 @@ def _kind_in_words(kind: Sequence[Problem]) -> str:
     return "\n".join(lines)
 
 
-# What the system says of a disk, a quota and a limit that are full, and of a disk that fails or is not for this user.
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-BROKEN_DISK = {errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+BROKEN = {errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM}
+
 
 EXIT_OK = 0
 EXIT_BUG = 1

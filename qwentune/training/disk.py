@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from qwentune.errors import FULL_DISK, DoesNotFitError, Problem, UsageError, UserError
+from qwentune.errors import FULL, DoesNotFitError, Problem, UsageError, UserError
 
 # The libraries that write weights raise errors of their own, with the system's words in them.
 # torch names its archive's writer, or only the file in which it noticed that less was written than it asked for.
@@ -22,13 +22,13 @@ def is_about(error: Exception, run: Path) -> bool:
     if not isinstance(error, OSError):
         return False
     names = (error.filename, error.filename2)
-    return error.errno in FULL_DISK or any(isinstance(name, str) and Path(name).is_relative_to(run) for name in names)
+    return error.errno in FULL or any(isinstance(name, str) and Path(name).is_relative_to(run) for name in names)
 
 
 def disk_error(error: Exception, run: Path, what: str) -> UserError | None:
     """What to tell the user of an error that a disk caused while `what` was done; None for any other error."""
     text = str(error)
-    if getattr(error, "errno", None) in FULL_DISK or any(sign in text for sign in SIGNS_OF_A_FULL_DISK):
+    if getattr(error, "errno", None) in FULL or any(sign in text for sign in SIGNS_OF_A_FULL_DISK):
         problem = Problem(str(run), f"{what}, {_free(run)} are free: {text}", f"Free some space; {AGAIN}")
         return DoesNotFitError(problem, "The run has ended.")
     if isinstance(error, OSError) or any(sign in text for sign in SIGNS_OF_A_BROKEN_DISK):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from qwentune import console
 from qwentune.durable import LAYOUT, Mark, is_empty, mark, read_mark, remove, write_text
-from qwentune.errors import FULL_DISK, Problem, RunInUseError, UsageError
+from qwentune.errors import FULL, Problem, RunInUseError, UsageError
 from qwentune.redaction import redact, redacted
 
 METRICS = "metrics.jsonl"  # one row per logged step
@@ -94,7 +94,7 @@ class RunFolder:
         try:
             self.write_json(STATUS, status)
         except OSError as error:
-            if error.errno not in FULL_DISK or (self.path / STATUS).is_symlink():
+            if error.errno not in FULL or (self.path / STATUS).is_symlink():
                 raise
             short = redacted({**status, "reason": redact(reason)[:LONGEST_REASON]})
             with (self.path / STATUS).open("r+b", buffering=0) as file:
