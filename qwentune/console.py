@@ -13,7 +13,7 @@ from pathlib import Path
 
 import typer
 
-from qwentune.errors import EXIT_BUG, EXIT_INTERRUPTED, UserError
+from qwentune.errors import EXIT_BUG, EXIT_INTERRUPTED, UserError, machine_error
 from qwentune.redaction import redact
 
 _unlogged: list[str] = []  # said before there was a log
@@ -71,7 +71,11 @@ def run(command: Callable[[], int]) -> int:
     except Exception as error:  # the one place where a bug becomes a message
         if os.environ.get("QWENTUNE_TRACEBACK"):
             raise
-        where, rank = _kept(traceback.format_exc()), os.environ.get("RANK", "0")
+        rank = os.environ.get("RANK", "0")
+        if (known := machine_error(error)) is not None:
+            say(str(known) if rank == "0" else f"rank {rank}: {known}", by_any_rank=True)
+            return known.exit_code
+        where = _kept(traceback.format_exc())
         words = (
             f"A bug in qwentune: {type(error).__name__}: {error}\n    The traceback is in {where}; please report it."
         )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -114,6 +118,33 @@ def _kind_in_words(kind: Sequence[Problem]) -> str:
     else:
         lines.append(str(last))
     return "\n".join(lines)
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE}
+_PLACES = {"QWENTUNE_CACHE": "~/.cache/qwentune", "HF_HOME": "~/.cache/huggingface", "TMPDIR": "/tmp", "HOME": "~"}
+
+
+def machine_error(error: Exception) -> UserError | None:
+    """What an error of the system means that no command of ours has foreseen; None for a bug."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    if error.errno == errno.ENOENT and "temporary directory" in str(error):
+        fix = "Name a folder that you may write with the variable TMPDIR."
+        return UsageError(Problem("TMPDIR", "there is no folder for temporary files", fix), "The command has ended.")
+    if error.errno not in FULL | _REFUSED:
+        return None
+    where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    others = [
+        name
+        for name, usual in _PLACES.items()
+        if where and Path(where).is_relative_to(os.path.expanduser(os.environ.get(name) or usual))
+    ]
+    other = f", or name another folder with the variable {others[0]}" if others else ""
+    problem = partial(Problem, where, error.strerror or str(error))
+    if error.errno in FULL:
+        return DoesNotFitError(problem(f"Free some space{other}."), "The command has ended.")
+    return UsageError(problem(f"Mend the folder, its owner or the disk{other}."), "The command has ended.")
 
 
 EXIT_OK = 0

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from qwentune.data.vocabulary import write_tokenizer
-from qwentune.errors import Problem, UsageError
+from qwentune.errors import FULL, DoesNotFitError, Problem, UsageError
 from qwentune.facts.models import ModelSpec, config_of, model_spec
 
 BUILTIN = "builtin:"
@@ -19,17 +19,31 @@ WEIGHT_FILES = [*DESCRIPTION_FILES, "*.safetensors"]
 
 
 def cache_folder() -> Path:
-    """Where qwentune keeps what can be made again: `$QWENTUNE_CACHE`, else `~/.cache/qwentune`.
+    """Where qwentune keeps what can be made again: `$QWENTUNE_CACHE`, else `~/.cache/qwentune`; it may not be there.
 
-    Raises UsageError where it cannot be made.
+    Raises UsageError where this user has no home.
     """
-    folder = Path(os.environ.get("QWENTUNE_CACHE") or Path.home() / ".cache" / "qwentune")
+    try:
+        return Path(os.environ.get("QWENTUNE_CACHE") or Path.home() / ".cache" / "qwentune")
+    except RuntimeError:
+        what = "this user has no home to keep what is rendered in"
+        raise UsageError(Problem("HOME", what, "Name a folder with the variable QWENTUNE_CACHE.")) from None
+
+
+def writable_cache(*names: str) -> Path:
+    """A folder of the cache that can be written into, made where it is not there.
+
+    Raises UsageError where this user may not, DoesNotFitError on a full disk.
+    """
+    folder = cache_folder().joinpath(*names)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # an owner, a mode, a read-only disk: only trying tells
+            return folder
     except OSError as error:
-        what = f"the cache folder cannot be made: {error.strerror}"
-        raise UsageError(Problem(str(folder), what, "Name another one with the variable QWENTUNE_CACHE.")) from None
-    return folder
+        error_type, fix = (DoesNotFitError, "Free some space, or n") if error.errno in FULL else (UsageError, "N")
+        what = f"the cache folder cannot be written: {error.strerror}"
+        raise error_type(Problem(str(folder), what, f"{fix}ame another one with the variable QWENTUNE_CACHE.")) from None
 
 
 def checkpoint_folder(model: str, revision: str | None = None, *, weights: bool = False, fetches: bool = True) -> Path:
@@ -62,8 +76,7 @@ def _builtin_folder(model: str) -> Path:
     spec = model_spec(model)
     folder = cache_folder() / "builtin" / model.removeprefix(BUILTIN)
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent))
+        staging = Path(tempfile.mkdtemp(dir=writable_cache("builtin")))
         write_tokenizer(staging, "qwen3")
         (staging / "chat_template.jinja").write_text(_qwen3_chat_template(), encoding="utf-8")
         (staging / "config.json").write_text(json.dumps(_config(spec), indent=2) + "\n")

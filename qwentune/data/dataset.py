@@ -20,7 +20,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from qwentune.data.checkpoint import cache_folder
+from qwentune.data.checkpoint import cache_folder, writable_cache
 from qwentune.data.files import content_sha256, is_at_hand
 from qwentune.data.outcome import Dropped
 from qwentune.data.read import read_samples
@@ -101,7 +101,7 @@ def prepare(
     fingerprint = _fingerprint(data, tokenizer, template, seed)
     folder = cache_folder() / "data" / fingerprint
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        writable_cache("data")
         with FileLock(f"{folder}.lock"):
             if not folder.exists():  # another process may have rendered it meanwhile
                 _publish(data, tokenizer, template, seed, folder)

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from qwentune.console import say
-from qwentune.data.checkpoint import cache_folder
+from qwentune.data.checkpoint import cache_folder, writable_cache
 from qwentune.data.tables import json_row
 from qwentune.durable import sync
 from qwentune.errors import DataError, Problem
@@ -46,7 +46,7 @@ def fetched(path: str) -> Path:
     """
     file = kept_file(path)
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
+        writable_cache(*file.parent.relative_to(cache_folder()).parts)
         with FileLock(f"{file}.lock"):
             if not file.exists():  # another process may have fetched it meanwhile
                 _keep(path, file)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from pathlib import Path
 
-from qwentune.errors import DoesNotFitError, Problem, UsageError, UserError
+from qwentune.errors import FULL, DoesNotFitError, Problem, UsageError, UserError
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # The libraries that write weights raise errors of their own, with the system's words in them.
 # torch names its archive's writer, or only the file in which it noticed that less was written than it asked for.
 SIGNS_OF_A_FULL_DISK = (
