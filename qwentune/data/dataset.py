@@ -177,8 +177,10 @@ def _publish(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | N
             description = _build(data, tokenizer, template, seed, writer)
         (staging / "description.json").write_text(json.dumps(description, ensure_ascii=False))
         replace_folder(staging, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(folder)  # a disk that is full or broken does not say which
         raise
 
 
