@@ -20,7 +20,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from qwentune.data.checkpoint import cache_folder, writable_cache
+from qwentune.data.checkpoint import cache_folder
 from qwentune.data.files import content_sha256, is_at_hand
 from qwentune.data.outcome import Dropped
 from qwentune.data.read import read_samples
@@ -101,7 +101,7 @@ def prepare(
     fingerprint = _fingerprint(data, tokenizer, template, seed)
     folder = cache_folder() / "data" / fingerprint
     if not folder.exists():
-        writable_cache("data")
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.exists():  # another process may have rendered it meanwhile
                 _publish(data, tokenizer, template, seed, folder)
@@ -177,10 +177,8 @@ def _publish(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | N
             description = _build(data, tokenizer, template, seed, writer)
         (staging / "description.json").write_text(json.dumps(description, ensure_ascii=False))
         replace_folder(staging, folder)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(folder)  # a disk that is full or broken does not say which
         raise
 
 

@@ -83,6 +83,12 @@ FAULTS = {
     "K78": "a folder with another run, or with other things",
     "K79": "export and preview beside a run",
     "K80": "two preparations of the same data",
+    "M91": "a home, cache or temporary folder that cannot be written or is another's",
+    "M92": "the data cache is removed or damaged during a run",
+    "M93": "a sync that fails",
+    "M94": "clocks that jump",
+    "M95": "a million rows",
+    "M96": "temporary folders of killed supervisors",
 }
 
 # Rows without a test of their own, or of which a part has none.

@@ -25,6 +25,7 @@ GROUPS = {
     "I": "Mistakes and services",
     "J": "Security",
     "K": "Several at once",
+    "M": "Surroundings",
 }
 HEAD = """\
 # Faults, and what you will see
