@@ -121,7 +121,8 @@ def _kind_in_words(kind: Sequence[Problem]) -> str:
 
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.ENOTCONN}
+_REFUSED |= {errno.EMFILE, errno.ENFILE}
 _PLACES = {"QWENTUNE_CACHE": "~/.cache/qwentune", "HF_HOME": "~/.cache/huggingface", "TMPDIR": "/tmp", "HOME": "~"}
 
 
@@ -135,12 +136,11 @@ def machine_error(error: Exception) -> UserError | None:
     if error.errno not in FULL | _REFUSED:
         return None
     where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
-    others = [
-        name
-        for name, usual in _PLACES.items()
-        if where and Path(where).is_relative_to(os.path.expanduser(os.environ.get(name) or usual))
+    places = {name: Path(os.path.expanduser(os.environ.get(name) or usual)) for name, usual in _PLACES.items()}
+    names = [
+        n for n, place in places.items() if where and (place.is_relative_to(where) or place in Path(where).parents)
     ]
-    other = f", or name another folder with the variable {others[0]}" if others else ""
+    other = f", or name another folder with the variable {names[0]}" if names else ""
     problem = partial(Problem, where, error.strerror or str(error))
     if error.errno in FULL:
         return DoesNotFitError(problem(f"Free some space{other}."), "The command has ended.")

@@ -41,9 +41,9 @@ def writable_cache(*names: str) -> Path:
         with tempfile.TemporaryFile(dir=folder):  # an owner, a mode, a read-only disk: only trying tells
             return folder
     except OSError as error:
-        error_type, fix = (DoesNotFitError, "Free some space, or n") if error.errno in FULL else (UsageError, "N")
         what = f"the cache folder cannot be written: {error.strerror}"
-        raise error_type(Problem(str(folder), what, f"{fix}ame another one with the variable QWENTUNE_CACHE.")) from None
+        problem = Problem(str(folder), what, "Make room, or name another one with the variable QWENTUNE_CACHE.")
+        raise (DoesNotFitError if error.errno in FULL else UsageError)(problem) from None
 
 
 def checkpoint_folder(model: str, revision: str | None = None, *, weights: bool = False, fetches: bool = True) -> Path:

@@ -1,4 +1,4 @@
-"""What the ranks tell the supervisor above them, through the files of a folder: progress, position, exit code, crash."""
+"""What the ranks tell the supervisor above them, through the files of a folder: progress, position, exit, crash."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_what_the_machine_refuses_is_no_bug(
 
         return console.run(fail)
 
-    for number in (errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE):
+    for number in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.EMFILE):
         assert code_of(OSError(number, os.strerror(number), str(tmp_path / "cache" / "data"))) == 2
         said = capsys.readouterr().err
         assert os.strerror(number) in said
