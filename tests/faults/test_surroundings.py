@@ -180,14 +180,13 @@ def result(run: Path) -> tuple[object, ...]:
 
 AFTER_STEP_4 = """
 import os, shutil
-from pathlib import Path
 from qwentune.training.progress import Recorder
-logged = Recorder.logged
-def logged_and_more(self, row):
-    logged(self, row)
+take = Recorder.logged
+def take_and_remove(self, row):
+    take(self, row)
     if row["step"] == 4:
         shutil.rmtree(os.environ["QWENTUNE_CACHE"])
-Recorder.logged = logged_and_more
+Recorder.logged = take_and_remove
 """
 
 
@@ -517,13 +516,14 @@ def test_reports_of_another_user_are_refused(tmp_path: Path, monkeypatch: pytest
 
 COUNT_ROWS = """
 import json, resource, sys, time
+from pathlib import Path
 from qwentune.data.batch import TrainBatches
 from qwentune.data.dataset import chat_template, prepare
 from qwentune.data.schedule import Schedule
 from qwentune.data.tokenizer import load_tokenizer
 from qwentune.recipe import load_recipe
 recipe = load_recipe(sys.argv[1]).recipe
-tokenizer = load_tokenizer(recipe.model)
+tokenizer = load_tokenizer(Path(recipe.model))
 before = time.process_time()
 dataset = prepare(recipe.data, tokenizer, chat_template(recipe.data, tokenizer), recipe.seed)
 rows = dataset.train
