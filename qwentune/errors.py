@@ -121,8 +121,10 @@ def _kind_in_words(kind: Sequence[Problem]) -> str:
 
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.ENOTCONN}
-_REFUSED |= {errno.EMFILE, errno.ENFILE}
+_REFUSED = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),
+    *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE),
+}
 _PLACES = {"QWENTUNE_CACHE": "~/.cache/qwentune", "HF_HOME": "~/.cache/huggingface", "TMPDIR": "/tmp", "HOME": "~"}
 
 

@@ -6,14 +6,20 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from qwentune.console import say
 from qwentune.data.vocabulary import write_tokenizer
-from qwentune.errors import FULL, DoesNotFitError, Problem, UsageError
+from qwentune.errors import FULL, DoesNotFitError, Problem, UsageError, machine_error
 from qwentune.facts.models import ModelSpec, config_of, model_spec
 
 BUILTIN = "builtin:"
+PATIENCE_SECONDS = 20.0
 DESCRIPTION_FILES = ["*.json", "*.jinja", "merges.txt"]
 WEIGHT_FILES = [*DESCRIPTION_FILES, "*.safetensors"]
 
@@ -46,6 +52,21 @@ def writable_cache(*names: str) -> Path:
         raise (DoesNotFitError if error.errno in FULL else UsageError)(problem) from None
 
 
+@contextmanager
+def alone(path: Path) -> Generator[None]:
+    """Keeps other processes from writing the same place of the cache; says so where one does for long."""
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=PATIENCE_SECONDS)
+    except Timeout:
+        say(f"waiting for another process, which is writing {path}; it may be stopped or slow")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def checkpoint_folder(model: str, revision: str | None = None, *, weights: bool = False, fetches: bool = True) -> Path:
     """The local folder of a checkpoint; its weights are fetched only where they are asked for.
 
@@ -66,6 +87,8 @@ def checkpoint_folder(model: str, revision: str | None = None, *, weights: bool 
             snapshot_download(spec.id, revision=revision, allow_patterns=patterns, local_files_only=not fetches)
         )
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if (refused := machine_error(error)) is not None:  # of the hub's cache, a folder of this machine
+            raise refused from None
         reason = str(error).splitlines()[0]
         fix = "Check the connection, or download the checkpoint and give its folder as `model`."
         raise UsageError(Problem(spec.id, f"cannot be fetched from the hub: {reason}", fix)) from None

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
-from qwentune.data.checkpoint import cache_folder
+from qwentune.data.checkpoint import alone, cache_folder
 from qwentune.data.files import content_sha256, is_at_hand
 from qwentune.data.outcome import Dropped
 from qwentune.data.read import read_samples
@@ -102,7 +101,7 @@ def prepare(
     folder = cache_folder() / "data" / fingerprint
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with alone(folder):
             if not folder.exists():  # another process may have rendered it meanwhile
                 _publish(data, tokenizer, template, seed, folder)
     return _open(folder, fingerprint, data, shares_prefixes)

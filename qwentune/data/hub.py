@@ -10,10 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from qwentune.console import say
-from qwentune.data.checkpoint import cache_folder, writable_cache
+from qwentune.data.checkpoint import alone, cache_folder, writable_cache
 from qwentune.data.tables import json_row
 from qwentune.durable import sync
 from qwentune.errors import DataError, Problem
@@ -47,7 +45,7 @@ def fetched(path: str) -> Path:
     file = kept_file(path)
     if not file.exists():
         writable_cache(*file.parent.relative_to(cache_folder()).parts)
-        with FileLock(f"{file}.lock"):
+        with alone(file):
             if not file.exists():  # another process may have fetched it meanwhile
                 _keep(path, file)
                 say(f"{path} is kept in {file}; its rows are named by the lines there, delete it to fetch it anew")

@@ -9,8 +9,8 @@ import os
 import re
 import signal
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -25,7 +25,7 @@ ASK_FOR_STACK = signal.SIGUSR2
 
 
 @contextmanager
-def folder_of_reports() -> Iterator[Path]:
+def folder_of_reports() -> Generator[Path]:
     """A folder for the reports of one run; those that killed supervisors of this user left behind go now.
 
     Each is held by a lock that the system frees with its supervisor, also where that one's process id is unknown here.
@@ -36,14 +36,16 @@ def folder_of_reports() -> Iterator[Path]:
             if pid.isdigit() and not psutil.pid_exists(int(pid)) and _is_own(old) and (old / MARK).is_file():
                 with _held(old):
                     remove(old)
-    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-") as name, _held(Path(name)):
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-") as name, ExitStack() as lock:
+        with suppress(OSError):  # a file system without locks
+            lock.enter_context(_held(Path(name)))
         mark = {"written_by": "qwentune", "what": "files", "layout": 1, "run": ""}
         (Path(name) / MARK).write_text(json.dumps(mark) + "\n")
         yield Path(name)
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def _held(folder: Path) -> Generator[None]:
     """Holds a folder; raises OSError where another process does."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:

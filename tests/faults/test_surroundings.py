@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock, Timeout
 
 from qwentune import console
+from qwentune.data import checkpoint
 from qwentune.data.dataset import chat_template, prepare
 from qwentune.data.tokenizer import load_tokenizer
 from qwentune.durable import replace_folder, write_text
+from qwentune.errors import UsageError
 from qwentune.recipe import load_recipe
 from qwentune.training import reports
 from qwentune.training.checkpoints import Checkpoints
@@ -163,6 +166,18 @@ def test_what_the_machine_refuses_is_no_bug(
     assert code_of(ValueError("ours")) == 1
 
 
+@pytest.mark.fault("M91", "a cache of the hub that cannot be written: exit 2 with HF_HOME, not a lost connection")
+def test_a_cache_of_the_hub_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "hub" / "models--Qwen"))
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(UsageError, match="Permission denied") as error:
+        checkpoint.checkpoint_folder("Qwen/Qwen3-0.6B")
+    assert "HF_HOME" in str(error.value)
+
+
 # --- the cache during a run
 
 
@@ -263,6 +278,24 @@ def test_preview_and_plan_beside_a_run_disturb_nothing(
     running.signal(signal.SIGCONT)
     assert running.wait() == 0, running.said
     assert result(run) == undisturbed
+
+
+@pytest.mark.fault(
+    "K80", "one that is stopped while it renders: the other says for whom it waits, and goes on after it"
+)
+def test_who_waits_for_a_cache_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, said = FileLock(tmp_path / "data.lock"), list[str]()
+    other.acquire()
+
+    def hear(words: str) -> None:
+        said.append(words)
+        other.release()
+
+    monkeypatch.setattr(checkpoint, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(checkpoint, "say", hear)
+    with checkpoint.alone(tmp_path / "data"), pytest.raises(Timeout):
+        other.acquire(timeout=0)
+    assert said == [f"waiting for another process, which is writing {tmp_path / 'data'}; it may be stopped or slow"]
 
 
 # --- syncs that fail
