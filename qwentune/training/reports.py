@@ -78,7 +78,9 @@ class Report:
 
     def keep_crash(self) -> None:
         """From now on a crash in a library, or of a file that is gone under a map, leaves its name and place."""
-        if self.folder is not None:
+        if self.folder is None:
+            return
+        with suppress(OSError):  # it is a comfort, and no reason to end a run
             faulthandler.enable((self.folder / f"crash-{self.rank}").open("w"), all_threads=False)
 
     def listen(self) -> None:
