@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 import typer
 
 from qwentune.errors import (
-    BROKEN,
     EXIT_BUG,
     EXIT_INTERRUPTED,
     FULL,
@@ -27,11 +26,10 @@ from qwentune.errors import (
     Problem,
     UsageError,
     UserError,
+    machine_error,
 )
 from qwentune.redaction import redact, redacted
 from qwentune.streams import run_program
-
-AGAIN = "The same command goes on, or begins again."
 
 _unlogged: list[str] = []  # said before there was a log
 _log: Path | None = None
@@ -107,29 +105,16 @@ def run(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:  # the one place where a bug becomes a message
-        if isinstance(error, OSError) and (failure := _of_the_disk(error)):
-            _say_of_any_rank(str(failure))
-            return failure.exit_code
         if os.environ.get("QWENTUNE_TRACEBACK"):
             raise
+        if (known := machine_error(error)) is not None:
+            _say_of_any_rank(str(known))
+            return known.exit_code
         where = _kept(traceback.format_exc())
         _say_of_any_rank(
             f"A bug in qwentune: {type(error).__name__}: {error}\n    The traceback is in {where}; please report it."
         )
         return EXIT_BUG
-
-
-def _of_the_disk(error: OSError) -> UserError | None:
-    """What a full or broken disk is to the user; None for errors of other kinds."""
-    where = str(error.filename or "a disk")
-    if error.errno in FULL or "usable temporary directory" in str(error):
-        fix = "Free some space: of the output, of the cache (QWENTUNE_CACHE) or of temporary files (TMPDIR)."
-        return DoesNotFitError(Problem(where, f"cannot be written: {error.strerror}", fix), AGAIN)
-    if error.errno in BROKEN:
-        return UsageError(
-            Problem(where, f"cannot be used: {error.strerror}", "Mend the disk or the permissions."), AGAIN
-        )
-    return None
 
 
 def _say_of_any_rank(words: str) -> None:

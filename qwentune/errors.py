@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import ClassVar
 
 LONGEST_WORDS = 5000  # characters, more than a path has: a value that is quoted may be a whole file
@@ -132,7 +135,37 @@ def _kind_in_words(kind: Sequence[Problem]) -> str:
 
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-BROKEN = {errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM}
+_REFUSED = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),
+    *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE),
+}
+_PLACES = {"QWENTUNE_CACHE": "~/.cache/qwentune", "HF_HOME": "~/.cache/huggingface", "TMPDIR": "/tmp", "HOME": "~"}
+_ENDED = "The command has ended."
+
+
+def machine_error(error: Exception) -> UserError | None:
+    """What an error of the system means that no command of ours has foreseen; None for a bug."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    if error.errno == errno.ENOENT and "temporary directory" in str(error):
+        problem = Problem("TMPDIR", "there is no folder for temporary files", "Name one that you may write, with room.")
+        return (DoesNotFitError if _is_full(os.environ.get("TMPDIR", "/tmp")) else UsageError)(problem, _ENDED)
+    if error.errno not in FULL | _REFUSED:
+        return None
+    where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    places = {name: Path(os.path.expanduser(os.environ.get(name) or usual)) for name, usual in _PLACES.items()}
+    names = [
+        n for n, place in places.items() if where and (place.is_relative_to(where) or place in Path(where).parents)
+    ]
+    other = f", or name another folder with the variable {names[0]}" if names else ""
+    problem = partial(Problem, where, error.strerror or str(error))
+    if error.errno in FULL:
+        return DoesNotFitError(problem(f"Free some space{other}."), _ENDED)
+    return UsageError(problem(f"Mend the folder, its owner or the disk{other}."), _ENDED)
+
+
+def _is_full(folder: str) -> bool:
+    return os.path.isdir(folder) and os.statvfs(folder).f_bavail == 0
 
 
 EXIT_OK = 0

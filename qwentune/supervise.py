@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -38,6 +37,10 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+MAP_LOST = (
+    "A file was cut short or cannot be read any more while it was in use: most often the rendered data of the cache "
+    "($QWENTUNE_CACHE/data), the weights, or shared memory that is full. The same command continues the run."
+)
 
 
 def train(
@@ -124,24 +127,26 @@ def supervise(arguments: list[str], launch: Path, num_processes: int, folder: Ru
     Signals go to the trainers themselves, not to the launcher, which would end them before they have saved. No
     process is left behind. What a trainer could not say itself is said, and written into the run folder's status.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with reports.folder_of_reports() as scratch:
         command = [
             *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)),
             *("--num_processes", str(num_processes), "--quiet", "-m", "qwentune.train", *arguments),
         ]
-        environment = {**os.environ, reports.FOLDER: scratch}
+        environment = {**os.environ, reports.FOLDER: str(scratch)}
         received: list[int] = []
         previous = take_over(lambda number, _: received.append(number))
         launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_supervisor)
         watched = _Watched()
         try:
-            launcher_code = _watch(launcher, received, HangWatch(Path(scratch), num_processes), watched)
+            launcher_code = _watch(launcher, received, HangWatch(scratch, num_processes), watched)
             _end_orphans(launcher.pid, watched.trainers)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)  # type: ignore[arg-type]
-        codes = reports.exit_codes(Path(scratch))
-    code, reason = _verdict(launcher_code, codes, num_processes, watched)
+        codes = reports.exit_codes(scratch)
+        silent = [rank for rank in range(num_processes) if rank not in codes]
+        crashes = {rank: crash for rank in silent if (crash := reports.crash(scratch, rank))}
+    code, reason = _verdict(launcher_code, codes, crashes, num_processes, watched)
     if reason:
         console.say(reason)
     if reason or code not in (EXIT_OK, EXIT_PREEMPTED, EXIT_INTERRUPTED, RunInUseError.exit_code):
@@ -218,10 +223,16 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _verdict(launcher_code: int, codes: dict[int, int], num_ranks: int, watched: _Watched) -> tuple[int, str]:
+def _verdict(
+    launcher_code: int, codes: dict[int, int], crashes: dict[int, str], num_ranks: int, watched: _Watched
+) -> tuple[int, str]:
     """The run's exit code, and what is to be said of ranks that could not speak for themselves."""
     if watched.hung is not None:
         return EXIT_BUG, f"{watched.hung}: all are ended."
+    if crashes:
+        rank, crash = min(crashes.items())
+        likely = MAP_LOST if crash.startswith("Bus error") else "A library crashed; the same command continues the run."
+        return EXIT_BUG, f"Lost rank {rank}: {crash}. {likely}"
     silent = [rank for rank in range(num_ranks) if rank not in codes]
     if silent and watched.stopped_by is not None:  # the signal came before Python had a handler for it
         return (EXIT_INTERRUPTED if watched.stopped_by == signal.SIGINT else EXIT_PREEMPTED), ""

@@ -78,6 +78,8 @@ def run(request: Request) -> int:
     from qwentune.recipe import load_recipe
     from qwentune.training.run_folder import RunFolder
 
+    reports.refuse_another_users()
+    Report().keep_crash()
     loaded = load_recipe(request.recipe, request.overrides)
     folder = RunFolder(Path(loaded.recipe.output.dir))
     folder.refuse_other_things()

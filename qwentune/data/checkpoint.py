@@ -5,31 +5,66 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from qwentune.console import say
 from qwentune.data.vocabulary import write_tokenizer
 from qwentune.durable import mark, settle
-from qwentune.errors import Problem, UsageError
+from qwentune.errors import FULL, DoesNotFitError, Problem, UsageError, machine_error
 from qwentune.facts.models import ModelSpec, config_of, model_spec
 
 BUILTIN = "builtin:"
+PATIENCE_SECONDS = 20.0
 DESCRIPTION_FILES = ["*.json", "*.jinja", "merges.txt"]
 WEIGHT_FILES = [*DESCRIPTION_FILES, "*.safetensors"]
 
 
 def cache_folder() -> Path:
-    """Where qwentune keeps what can be made again: `$QWENTUNE_CACHE`, else `~/.cache/qwentune`.
+    """Where qwentune keeps what can be made again: `$QWENTUNE_CACHE`, else `~/.cache/qwentune`; it may not be there.
 
-    Raises UsageError where it cannot be made.
+    Raises UsageError where this user has no home.
     """
-    folder = Path(os.environ.get("QWENTUNE_CACHE") or Path.home() / ".cache" / "qwentune")
+    try:
+        return Path(os.environ.get("QWENTUNE_CACHE") or Path.home() / ".cache" / "qwentune")
+    except RuntimeError:
+        what = "this user has no home to keep what is rendered in"
+        raise UsageError(Problem("HOME", what, "Name a folder with the variable QWENTUNE_CACHE.")) from None
+
+
+def writable_cache(*names: str) -> Path:
+    """A folder of the cache that can be written into, made where it is not there.
+
+    Raises UsageError where this user may not, DoesNotFitError on a full disk.
+    """
+    folder = cache_folder().joinpath(*names)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # an owner, a mode, a read-only disk: only trying tells
+            return folder
     except OSError as error:
-        what = f"the cache folder cannot be made: {error.strerror}"
-        raise UsageError(Problem(str(folder), what, "Name another one with the variable QWENTUNE_CACHE.")) from None
-    return folder
+        what = f"the cache folder cannot be written: {error.strerror}"
+        problem = Problem(str(folder), what, "Make room, or name another one with the variable QWENTUNE_CACHE.")
+        raise (DoesNotFitError if error.errno in FULL else UsageError)(problem) from None
+
+
+@contextmanager
+def alone(path: Path) -> Generator[None]:
+    """Keeps other processes from writing the same place of the cache; says so where one does for long."""
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=PATIENCE_SECONDS)
+    except Timeout:
+        say(f"waiting for another process, which is writing {path}; it may be stopped or slow")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def checkpoint_folder(model: str, revision: str | None = None, *, weights: bool = False, fetches: bool = True) -> Path:
@@ -52,6 +87,8 @@ def checkpoint_folder(model: str, revision: str | None = None, *, weights: bool 
             snapshot_download(spec.id, revision=revision, allow_patterns=patterns, local_files_only=not fetches)
         )
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if (refused := machine_error(error)) is not None:  # of the hub's cache, a folder of this machine
+            raise refused from None
         reason = str(error).splitlines()[0]
         fix = "Check the connection, or download the checkpoint and give its folder as `model`."
         raise UsageError(Problem(spec.id, f"cannot be fetched from the hub: {reason}", fix)) from None
@@ -62,8 +99,7 @@ def _builtin_folder(model: str) -> Path:
     spec = model_spec(model)
     folder = cache_folder() / "builtin" / model.removeprefix(BUILTIN)
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent))
+        staging = Path(tempfile.mkdtemp(dir=writable_cache("builtin")))
         mark(staging, BUILTIN)
         write_tokenizer(staging, "qwen3")
         (staging / "chat_template.jinja").write_text(_qwen3_chat_template(), encoding="utf-8")

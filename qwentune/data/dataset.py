@@ -7,7 +7,6 @@ import gc
 import hashlib
 import json
 import os
-import tempfile
 from array import array
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,13 +18,12 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from qwentune.bounded import UnreadableError, read_text
 from qwentune.console import say
 from qwentune.data import sandbox
-from qwentune.data.checkpoint import cache_folder
+from qwentune.data.checkpoint import alone, cache_folder
 from qwentune.data.faults import Unread
 from qwentune.data.files import Content, RowCount, content_of, is_at_hand
 from qwentune.data.outcome import Dropped
@@ -116,7 +114,7 @@ def prepare(
         return _open(folder, fingerprint, data, shares_prefixes)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with alone(folder):
             if os.path.lexists(folder):  # another process may have rendered it meanwhile
                 try:
                     return _open(folder, fingerprint, data, shares_prefixes)
@@ -231,7 +229,8 @@ def _publish(
     folder: Path,
     fingerprint: str,
 ) -> None:
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    staging = folder.with_name(f".building-{folder.name}")  # of one name: the next one clears what a kill leaves
+    remove(staging)
     mark(staging, folder.name)
     try:
         with ExampleWriter(staging, tokenizer.control_ids.values()) as writer, _no_garbage():

@@ -10,11 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from qwentune.bounded import name_fault
 from qwentune.console import say
-from qwentune.data.checkpoint import cache_folder
+from qwentune.data.checkpoint import alone, cache_folder, writable_cache
 from qwentune.data.tables import json_row
 from qwentune.durable import replace_file
 from qwentune.errors import DataError, Problem
@@ -47,8 +45,8 @@ def fetched(path: str) -> Path:
     """
     file = kept_file(path)
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
+        writable_cache(*file.parent.relative_to(cache_folder()).parts)
+        with alone(file):
             if not file.exists():  # another process may have fetched it meanwhile
                 _keep(path, file)
                 say(f"{path} is kept in {file}; its rows are named by the lines there, delete it to fetch it anew")

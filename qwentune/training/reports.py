@@ -1,26 +1,84 @@
-"""What the ranks tell the supervisor above them, through the files of a folder: progress, position, exit code."""
+"""What the ranks tell the supervisor above them, through the files of a folder: progress, position, exit, crash."""
 
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import os
 import re
 import signal
-from contextlib import suppress
+import tempfile
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
+from qwentune.durable import mark, read_mark, remove
+from qwentune.errors import Problem, UsageError
+
+PREFIX = "qwentune-reports-"
 FOLDER = "QWENTUNE_REPORTS"  # the environment variable that names the folder; only a supervisor sets it
 ASK_FOR_STACK = signal.SIGUSR2
 
 
+@contextmanager
+def folder_of_reports() -> Generator[Path]:
+    """A folder for the reports of one run; those that killed supervisors of this user left behind go now.
+
+    Each is held by a lock that the system frees with its supervisor, also where that one's process id is unknown here.
+    """
+    for old in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
+        pid = old.name.removeprefix(PREFIX).partition("-")[0]
+        with suppress(OSError):
+            if pid.isdigit() and not psutil.pid_exists(int(pid)) and _is_own(old) and read_mark(old) is not None:
+                with _held(old):
+                    remove(old)
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-") as name, ExitStack() as lock:
+        with suppress(OSError):  # a file system without locks
+            lock.enter_context(_held(Path(name)))
+        mark(Path(name), "")
+        yield Path(name)
+
+
+@contextmanager
+def _held(folder: Path) -> Generator[None]:
+    """Holds a folder; raises OSError where another process does."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_own(folder: Path) -> bool:
+    return folder.lstat().st_uid == os.getuid() and not folder.is_symlink()
+
+
+def refuse_another_users() -> None:
+    """Raises UsageError where the folder of reports is not this user's: who owns it reads and steers."""
+    folder = os.environ.get(FOLDER)
+    if folder is not None and os.path.lexists(folder) and not _is_own(Path(folder)):
+        what = f"the folder of reports {folder!r} belongs to another user"
+        raise UsageError(Problem(FOLDER, what, f"Unset {FOLDER}; `qwentune train` sets it itself."))
+
+
 class Report:
-    """The files of one rank; without a supervisor nothing is written."""
+    """The files of one rank; without a supervisor, or in another user's folder, nothing is written."""
 
     def __init__(self) -> None:
         folder = os.environ.get(FOLDER)
-        self.folder = None if folder is None else Path(folder)
+        self.folder = Path(folder) if folder is not None and os.path.isdir(folder) and _is_own(Path(folder)) else None
         self.rank = os.environ.get("RANK", "0")
         self.num_marks = 0
+
+    def keep_crash(self) -> None:
+        """From now on a crash in a library, or of a file that is gone under a map, leaves its name and place."""
+        if self.folder is None:
+            return
+        with suppress(OSError):  # it is a comfort, and no reason to end a run
+            faulthandler.enable((self.folder / f"crash-{self.rank}").open("w"), all_threads=False)
 
     def listen(self) -> None:
         """From now on the supervisor can ask where this rank stands, even one that is stuck in code."""
@@ -66,10 +124,19 @@ def marks(folder: Path) -> dict[int, int]:
     return values
 
 
-def position(folder: Path, rank: int) -> str:
+def position(folder: Path, rank: int, *, of: str = "stack") -> str:
     """Where a rank that was asked stands, as `file:line in function`; empty where it did not answer."""
     with suppress(OSError):
-        frame = re.search(r'File "(.+)", line (\d+) in (\S+)', (folder / f"stack-{rank}").read_text())
+        frame = re.search(r'File "(.+)", line (\d+) in (\S+)', (folder / f"{of}-{rank}").read_text())
         if frame is not None:
             return f"{frame[1]}:{frame[2]} in {frame[3]}"
+    return ""
+
+
+def crash(folder: Path, rank: int) -> str:
+    """What a rank crashed of, and where: `Bus error in file:line in function`; empty where it did not."""
+    with suppress(OSError):
+        error = re.match(r"Fatal Python error: (.+)", (folder / f"crash-{rank}").read_text())
+        if error is not None:
+            return f"{error[1]} in {position(folder, rank, of='crash') or 'a library'}"
     return ""

@@ -22,6 +22,7 @@ from qwentune.errors import (
     Problem,
     ResumeError,
     UserError,
+    machine_error,
 )
 from qwentune.redaction import redact
 from qwentune.training.signals import StoppedEarlyError
@@ -145,7 +146,7 @@ class Run:
             return ResumeError(Problem(str(self.folder.path), what, "It was not run. Take an earlier checkpoint."))
         if is_about(error, self.folder.path):
             return disk_error(error, self.folder.path, "the run folder cannot be written")
-        return None
+        return machine_error(error)
 
     def _train(self, start: Start, base: Path, checkpoints: Checkpoints, facts: dict[str, Any]) -> int | None:
         """Trains until nothing is left to do; the exit code where a signal stopped it before that, else None."""

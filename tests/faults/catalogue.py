@@ -94,6 +94,12 @@ FAULTS = {
     "L84": "rows that vanish uncounted",
     "L85": "weights or adapters that are cut, empty, of another shape, kind or model",
     "L86": "broken tokenizer and configuration files of a checkpoint",
+    "M91": "a home, cache or temporary folder that cannot be written or is another's",
+    "M92": "the data cache is removed or damaged during a run",
+    "M93": "a sync that fails",
+    "M94": "clocks that jump",
+    "M95": "a million rows",
+    "M96": "temporary folders of killed supervisors",
 }
 
 # Rows without a test of their own, or of which a part has none.

@@ -26,6 +26,7 @@ GROUPS = {
     "J": "Security",
     "K": "Several at once",
     "L": "What is read",
+    "M": "Surroundings",
 }
 HEAD = """\
 # Faults, and what you will see

@@ -1,7 +1,8 @@
 """Killed with kill -9 at any moment and started again by the same command, a run ends like one that nobody touched.
 
-Under any tuning at a known step; then in a loop at random moments until the run is done. Half of the kills of the loop
-come at a random moment of the first seconds of a process, half within ten steps of the moment at which it resumed.
+Under any tuning at a known step; then in a loop at random moments until the run is done. A third of the kills of the
+loop come at a random moment of the first seconds of a process, a third within ten steps of the moment at which it
+resumed, a third in a save.
 `-m soak` kills a hundred times for each kind of tuning, with one process and with two.
 """
 
@@ -35,7 +36,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "qlora": {"tuning": {**LORA, "kind": "qlora"}},
     "full": {"precision": {"weights": "bf16"}},
     "full-8bit": {"precision": {"weights": "bf16", "optimizer_state": "8bit"}},
-}
+    "evaluated": {
+        "tuning": LORA, "data": {"eval_fraction": 0.1},
+        "output": {"eval_every_steps": 3, "best": "loss", "early_stopping": 10**6},
+    },
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full-packed-qwen3": ("qwen3", {"batch": {"micro_batch": 4}}),
     "full-moe-accumulated": ("qwen3_moe", {"data": {"packing": False}, "batch": {"micro_batch": 1}}),
@@ -52,6 +57,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 FAST = "lora-dropout-qwen2"
 LAUNCH = {1: None, 2: "launch/cpu-2.yaml"}
 MOST_STEPS = 10.0
+LONGEST_SAVE_SECONDS = 0.2
 # Writes the rows of every step, as the run takes them, to the file that the environment names.
 TRAIN_AND_TELL = """
 import json, os, sys
@@ -137,10 +143,17 @@ class Attempt(ABC):
 
     def resumes(self) -> bool:
         """Waits for the line that says where the run goes on; False where it ended before."""
-        while "\nresuming " not in f"\n{self.said}":
+        return self._until(lambda: "\nresuming " in f"\n{self.said}")
+
+    def saves(self, run: Path) -> bool:
+        """Waits until a checkpoint begins to be written; False where it ended before."""
+        return self._until(lambda: any((run / "checkpoints").glob(".saving-*")))
+
+    def _until(self, happens: Callable[[], bool]) -> bool:
+        while not happens():
             if self.has_ended():
                 return False
-            time.sleep(0.01)
+            time.sleep(0.005)
         return True
 
 
@@ -227,39 +240,59 @@ def order_of(file: Path) -> list[list[object]]:
     return [steps[step] for step in sorted(steps)]
 
 
+def evaluations_of(run: Path) -> str:
+    """What the evaluations of a run gave, in their order."""
+    file = run / "evaluations.jsonl"
+    return file.read_text() if file.exists() else ""
+
+
 def kill_until_done(folder: Path, kind: str, kills: int, start: Callable[[Path, Path], Attempt]) -> None:
     """`start` begins an attempt at a recipe whose order of rows goes to a file."""
     seed = int(os.environ.get("SEED", random.randrange(10_000)))
     model = add_weights(write_checkpoint(folder / "model", "qwen3"))
+    sections: dict[str, dict[str, Any]] = {
+        "optimizer": {"max_steps": kills * int(MOST_STEPS + 1)}, "data": {"max_tokens": 256},
+        "batch": {"sequences_per_step": 2, "micro_batch": 1}, "output": {"save_every_steps": 5},
+    }  # fmt: skip
     recipe = write_recipe(
-        folder, model, **KINDS[kind], optimizer={"max_steps": kills * int(MOST_STEPS + 1)},
-        data={"max_tokens": 256}, batch={"sequences_per_step": 2, "micro_batch": 1}, output={"save_every_steps": 5},
-    )  # fmt: skip
+        folder,
+        model,
+        **{
+            name: {**sections.get(name, {}), **KINDS[kind].get(name, {})}
+            for name in dict.fromkeys([*KINDS[kind], *sections])
+        },
+    )
     run, chance = folder / "run", random.Random(seed)
     print(f"seed {seed}")
 
     undisturbed = start(recipe, folder / "order.jsonl")
     assert undisturbed.wait() == 0, undisturbed.said
     expected = loss_history(run), final_weights(run), order_of(folder / "order.jsonl"), last_states(run)
+    evaluations = evaluations_of(run)
     assert expected[3]
     run.rename(folder / "undisturbed")
 
-    order, moments = folder / "order-killed.jsonl", []
+    order, moments, in_saves = folder / "order-killed.jsonl", [], 0
     for number in range(kills):
         attempt = start(recipe, order)
-        after_the_resume_line = number % 2 == 1
         seconds, steps = chance.uniform(0, attempt.longest_start_seconds), chance.uniform(0, MOST_STEPS)
         if number == 0:  # the first leaves a checkpoint, so that there is something to resume from
             steps = MOST_STEPS - 2
-            goes_on = attempt.runs_until(seconds=60, steps=steps)
-        elif after_the_resume_line:
+            goes_on, moment = attempt.runs_until(seconds=60, steps=steps), f"{steps:.1f} steps"
+        elif number % 3 == 0:
+            goes_on, moment = attempt.runs_until(seconds=seconds, steps=MOST_STEPS), f"{seconds:.1f} s"
+        elif number % 3 == 1:
             goes_on = attempt.resumes() and attempt.runs_until(seconds=60, steps=steps)
+            moment = f"{steps:.1f} steps"
         else:
-            goes_on = attempt.runs_until(seconds=seconds, steps=MOST_STEPS)
+            goes_on, wait = attempt.resumes() and attempt.saves(run), chance.uniform(0, LONGEST_SAVE_SECONDS)
+            time.sleep(wait)
+            moment = f"{wait:.3f} s of a save"
         attempt.kill()
         assert goes_on, f"it ended by itself before kill {number + 1}: {attempt.said}"
-        moments.append(f"{steps:.1f} steps" if after_the_resume_line or number == 0 else f"{seconds:.1f} s")
-    print(f"killed after {', '.join(moments)}")
+        moments.append(moment)
+        in_saves += any((run / "checkpoints").glob(".[st]*"))  # .saving-, .trash-
+    print(f"killed {in_saves} times in a save; after {', '.join(moments)}")
 
     last = start(recipe, order)
     assert last.wait() == 0, last.said
@@ -268,12 +301,19 @@ def kill_until_done(folder: Path, kind: str, kills: int, start: Callable[[Path, 
     assert final_weights(run) == expected[1]
     assert last_states(run) == expected[3]
     assert order_of(order) == expected[2]
+    assert evaluations_of(run) == evaluations
 
 
 @pytest.mark.fault("A01 A08 E35", "the same weights, losses and order of rows, bit for bit")
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     kill_until_done(tmp_path, "lora", 10, lambda recipe, order: ColdAttempt(recipe, 1, order))
+
+
+@pytest.mark.fault("A01 A02 A08 E36", "two ranks, packed rows, evaluations, the best step: the same, bit for bit")
+@pytest.mark.slow
+def test_six_kills_of_two_ranks_that_evaluate_change_nothing(tmp_path: Path) -> None:
+    kill_warm(tmp_path, "evaluated", kills=6, ranks=2)
 
 
 @pytest.mark.fault("A01 A08 E35", "the same weights, losses and order of rows, bit for bit")
@@ -285,9 +325,13 @@ def test_a_hundred_kills_at_random_moments_change_nothing(tmp_path: Path, kind: 
     if "COLD" in os.environ:
         kill_until_done(tmp_path, kind, 100, lambda recipe, order: ColdAttempt(recipe, ranks, order))
         return
+    kill_warm(tmp_path, kind, kills=100, ranks=ranks)
+
+
+def kill_warm(folder: Path, kind: str, *, kills: int, ranks: int) -> None:
     servers = [Warm() for _ in range(ranks)]
     try:
-        kill_until_done(tmp_path, kind, 100, lambda recipe, order: WarmAttempt(recipe, servers, order))
+        kill_until_done(folder, kind, kills, lambda recipe, order: WarmAttempt(recipe, servers, order))
     finally:
         for server in servers:
             server.close()
