@@ -16,12 +16,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from qwentune.data import sandbox
 from qwentune.data.checkpoint import cache_folder
 from qwentune.data.files import content_sha256, is_at_hand
 from qwentune.data.outcome import Dropped
@@ -31,7 +29,7 @@ from qwentune.data.report import Report, with_separate_examples
 from qwentune.data.rows import Rows, Trie, packed_rows
 from qwentune.data.sample import Source
 from qwentune.data.store import Examples, ExampleWriter
-from qwentune.data.template import ChatTemplate
+from qwentune.data.template import ChatTemplate, refuse_broken_template
 from qwentune.data.tokenizer import Tokenizer
 from qwentune.durable import replace_folder
 from qwentune.errors import DataError, Problem, RecipeError
@@ -144,17 +142,8 @@ def chat_template(data: DataOptions, tokenizer: Tokenizer) -> ChatTemplate | Non
         text = tokenizer.chat_template
     if text is None:
         return None
-    _refuse_broken_template(text, data.chat_template or tokenizer.template_file)
+    refuse_broken_template(text, data.chat_template or tokenizer.template_file)
     return ChatTemplate(text, tokenizer.special_tokens, data.template_args)
-
-
-def _refuse_broken_template(text: str, where: str) -> None:
-    try:
-        sandbox.parsed(text)
-    except (*sandbox.TEMPLATE_ERRORS, SyntaxError) as error:
-        line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        what = f"the chat template cannot be read: {str(error)[:200] or type(error).__name__}"
-        raise RecipeError(Problem(f"{where}{line}", what, "Mend it, or name another as data.chat_template.")) from None
 
 
 def _fingerprint(data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int) -> str:
