@@ -16,13 +16,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
 from qwentune.bounded import UnreadableError, read_text
 from qwentune.console import say
-from qwentune.data import sandbox
 from qwentune.data.checkpoint import alone, cache_folder
 from qwentune.data.faults import Unread
 from qwentune.data.files import Content, RowCount, content_of, is_at_hand
@@ -34,7 +32,7 @@ from qwentune.data.rows import Rows, Trie, packed_rows
 from qwentune.data.sample import Source
 from qwentune.data.split import copies, fates, split, untrained_sources
 from qwentune.data.store import DamagedError, Examples, ExampleWriter, open_sealed, seal
-from qwentune.data.template import ChatTemplate
+from qwentune.data.template import ChatTemplate, refuse_broken_template
 from qwentune.data.tokenizer import Tokenizer
 from qwentune.durable import mark, move_aside, remove, replace_folder
 from qwentune.errors import DataError, DoesNotFitError, Problem, RecipeError, UsageError
@@ -172,17 +170,8 @@ def chat_template(data: DataOptions, tokenizer: Tokenizer) -> ChatTemplate | Non
         text = tokenizer.chat_template
     if text is None:
         return None
-    _refuse_broken_template(text, data.chat_template or tokenizer.template_file)
+    refuse_broken_template(text, data.chat_template or tokenizer.template_file)
     return ChatTemplate(text, tokenizer.special_tokens, data.template_args)
-
-
-def _refuse_broken_template(text: str, where: str) -> None:
-    try:
-        sandbox.parsed(text)
-    except (*sandbox.TEMPLATE_ERRORS, SyntaxError) as error:
-        line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        what = f"the chat template cannot be read: {str(error)[:200] or type(error).__name__}"
-        raise RecipeError(Problem(f"{where}{line}", what, "Mend it, or name another as data.chat_template.")) from None
 
 
 def _fingerprint(

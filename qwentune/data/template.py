@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import jinja2
+
 from qwentune.data import sandbox
 from qwentune.data.bars import ignores_bars
 from qwentune.data.particulars import Particulars, particulars
 from qwentune.data.sample import Json, Message
+from qwentune.errors import Problem, RecipeError
 
 Mode = Literal["thinking", "non_thinking", "default"]
 ReasoningForm = Literal["field", "inline"]
@@ -132,6 +135,16 @@ class ChatTemplate:
             except TemplateRefusalError:
                 prompts.append("")
         return prompts
+
+
+def refuse_broken_template(text: str, where: str) -> None:
+    """Raises RecipeError with file and line where the text is no template."""
+    try:
+        sandbox.parsed(text)
+    except (*sandbox.TEMPLATE_ERRORS, SyntaxError) as error:
+        line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        what = f"the chat template cannot be read: {str(error)[:200] or type(error).__name__}"
+        raise RecipeError(Problem(f"{where}{line}", what, "Mend it, or name another as data.chat_template.")) from None
 
 
 def inline_reasoning(reasoning: str, answer: str) -> str:

@@ -335,6 +335,21 @@ def test_nothing_is_moved_aside_for_a_run_that_cannot_begin(tmp_path: Path, warm
 
 
 @pytest.mark.slow
+@pytest.mark.fault("L85", "a base of other shapes under a checkpoint's adapter, its change allowed: refused, exit 5")
+def test_a_changed_base_may_be_allowed_and_still_not_fit(tmp_path: Path, warm: Warm) -> None:
+    model = base(tmp_path)
+    recipe = write_recipe(tmp_path, model, tuning={"kind": "lora", "rank": 2}, optimizer={"max_steps": 2})
+    assert warm.train(recipe).code == 0
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 192}))
+    add_weights(model)
+    allowed = [word for key in ("base weights", "optimizer", "plan") for word in ("--allow-change", key)]
+    refused = warm.train(recipe, "optimizer.max_steps=3", *allowed)
+    assert (refused.code, "of another shape" in refused.said) == (5, True), refused.said
+    assert "Traceback" not in refused.said
+
+
+@pytest.mark.slow
 @pytest.mark.fault("E33", "two runs of one recipe publish the same bytes, the adapter's configuration too")
 def test_two_runs_publish_the_same_bytes(tmp_path: Path) -> None:
     from tests.runs import ENVIRONMENT, train
