@@ -7,7 +7,7 @@ than the machine has; and loops, calls and large results look at the clock and a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from functools import wraps
 from os import sysconf
 from pathlib import Path
@@ -26,11 +26,11 @@ LARGEST_INTEGER = 2**16  # bits
 MOST_SECONDS = 5.0  # of the processor
 MOST_BYTES = 2**31
 _NUM_STEPS = 4096  # between two looks
-LARGE = 2**16  # characters
+LARGE = 2**16  # characters or items
 _MOST_WORDS = 1000
 _STATISTICS = Path("/proc/self/statm")
 _DIGITS = re.compile(r"\d{6,}|\{[^{}]*\{")  # a width that is large, or one that is given as an argument
-_MANY = (list, tuple, set, frozenset, *(type(view) for view in ({}.keys(), {}.values(), {}.items())))
+_MANY: tuple[type[Any], ...] = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
 
 # Methods that make more than they are given, or compare it.
 GROWING_METHODS = frozenset(
@@ -89,12 +89,12 @@ class Meter:
         if self.left < 0:
             self.look()
 
-    def iterated(self, items: Iterable[Any]) -> Iterable[Any]:
-        """The items, each counted."""
-        if type(items) is not list or len(items) > _NUM_STEPS:
-            return self._counted(items)
-        self.step(1 + len(items))
-        return items
+    def iterated(self, items: Any) -> Iterable[Any]:
+        """The items of a loop, each counted."""
+        if type(items) is not list or len(cast(list[Any], items)) > _NUM_STEPS:
+            return self._counted(cast(Any, items))
+        self.step(1 + len(cast(list[Any], items)))
+        return cast(list[Any], items)
 
     def _counted(self, items: Iterable[Any]) -> Iterator[Any]:
         for item in items:
@@ -103,14 +103,13 @@ class Meter:
 
     def made(self, value: Any) -> Any:
         """The value, if it is not too long."""
-        if isinstance(value, str):
-            if len(value) >= LARGE:
-                bound(len(value))
-                self.step(len(value) >> 8)
-        elif isinstance(value, list | tuple):
-            _bound_items(len(cast(Sequence[Any], value)))
-            self.step(len(cast(Sequence[Any], value)) >> 6)
-        return value
+        size = len(cast(Sequence[Any], value)) if isinstance(value, str | list | tuple) else 0
+        if size >= LARGE:
+            bound(size)
+            if not isinstance(value, str):
+                _bound_items(size)
+            self.step(size >> 6)
+        return cast(Any, value)
 
     def built(self, value: Any) -> Any:
         """A list, tuple or dict that holds what may be another one."""
@@ -155,7 +154,9 @@ class Meter:
 
     def joined(self, values: Sequence[Any]) -> str:
         """What is written of some values, one after the other."""
-        return self.made("".join(map(self.text, values)))
+        texts = list(map(self.text, values))
+        bound(sum(map(len, texts)))
+        return self.made("".join(texts))
 
     def combined(self, operator: str, left: Any, right: Any, operation: Callable[[Any, Any], Any]) -> Any:
         """What a binary operator makes of two values."""
@@ -166,10 +167,12 @@ class Meter:
         elif operator == "%" and isinstance(left, str | bytes):
             self._filled(left, (right,), left.count("%") if isinstance(left, str) else left.count(b"%"))
             if "*" in str(left):
-                _bound_numbers(right if isinstance(right, tuple) else (right,))
-        elif operator == "+" and isinstance(left, list | tuple):
+                _bound_numbers(cast(tuple[Any, ...], right) if isinstance(right, tuple) else (right,))
+        elif operator == "+" and isinstance(left, list | tuple) and isinstance(right, list | tuple):
             self.builds = True
-            _bound_items(len(cast(Sequence[Any], left)) + len(right) if isinstance(right, list | tuple) else 0)
+            _bound_items(len(cast(Sequence[Any], left)) + len(cast(Sequence[Any], right)))
+        elif operator == "+" and isinstance(left, str) and isinstance(right, str):
+            bound(len(left) + len(right))
         return self.made(operation(left, right))
 
     def _times(self, left: Any, right: Any) -> None:
@@ -200,7 +203,7 @@ class Meter:
         if isinstance(called, BuiltinMethodType | FunctionType):
             name, owner = called.__name__, getattr(called, "__self__", None)
             if name in GROWING_METHODS:
-                args = tuple(self._listed(one) if isinstance(one, GeneratorType) else one for one in args)
+                args = tuple(self._listed(cast(Any, one)) if isinstance(one, GeneratorType) else one for one in args)
                 # The sandbox wraps `format`.
                 owner = getattr(getattr(called, "__wrapped__", None), "__self__", owner)
                 if isinstance(owner, str | bytes | int):

@@ -11,7 +11,7 @@ import jinja2
 from jinja2 import nodes, pass_context
 from jinja2.compiler import CodeGenerator, operators
 from jinja2.exceptions import SecurityError
-from jinja2.runtime import LoopContext
+from jinja2.runtime import Context, LoopContext
 from transformers.utils.chat_template_utils import (
     _compile_jinja_template,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
     render_jinja_template,  # pyright: ignore[reportUnknownVariableType]
@@ -62,19 +62,23 @@ def _compiled(template: str) -> tuple[jinja2.Template, Meter]:
     if len(template) > LONGEST_TEMPLATE:
         raise BoundError(f"it is a text of {len(template)} characters, more than {LONGEST_TEMPLATE}")
     environment, meter = _environment(), Meter()
-    quick = {"is_safe_attribute": _remembering(environment.is_safe_attribute), "getattr": _look_up(environment)}
-    vars(environment).update(quick)
-    names = ("built", "compared", "joined", "made", "text")
-    vars(environment).update({f"bounded_{name}": getattr(meter, name) for name in names})
+    environment.is_safe_attribute = _remembering(environment.is_safe_attribute)
+    environment.getattr = _look_up(environment)
+    for name in ("built", "compared", "joined", "made", "text"):
+        setattr(environment, f"bounded_{name}", getattr(meter, name))
     environment.concat = _joined
     environment.intercepted_binops = frozenset(("+", "*", "**", "%"))
     environment.call_binop = _operate(environment, meter)
     environment.call = _call(environment, meter)
     environment.filters = {name: meter.bounded_filter(name, one) for name, one in environment.filters.items()}
-    environment.filters[_ITERATED] = pass_context(lambda _, items: meter.iterated(items))
+    environment.filters[_ITERATED] = _iterate(meter)
     environment.tests = {name: meter.bounded_test(name, one) for name, one in environment.tests.items()}
     environment.code_generator_class = _Code
     return environment.from_string(template), meter
+
+
+def _compiled_template(template: str) -> jinja2.Template:
+    return _compiled(template)[0]
 
 
 def _environment() -> Any:
@@ -88,7 +92,7 @@ _render = cast(
     Any,
     FunctionType(
         cast(Any, render_jinja_template).__code__,
-        {**cast(Any, render_jinja_template).__globals__, "_compile_jinja_template": lambda text: _compiled(text)[0]},
+        {**cast(Any, render_jinja_template).__globals__, "_compile_jinja_template": _compiled_template},
         "render_jinja_template",
         cast(Any, render_jinja_template).__defaults__,
     ),
@@ -189,8 +193,9 @@ def _sums(expression: nodes.Node) -> list[nodes.Add]:
 
 def _is_number(expression: nodes.Expr) -> bool:
     """Whether it can be seen that an expression is a number: what a loop says of itself, or a difference."""
-    of_loop = isinstance(expression, nodes.Getattr) and isinstance(expression.node, nodes.Name)
-    return isinstance(expression, nodes.Sub) or (of_loop and expression.node.name == "loop")
+    if isinstance(expression, nodes.Getattr):
+        return isinstance(expression.node, nodes.Name) and expression.node.name == "loop"
+    return isinstance(expression, nodes.Sub)
 
 
 def _is_text(expression: nodes.Expr) -> bool:
@@ -200,6 +205,16 @@ def _is_text(expression: nodes.Expr) -> bool:
     return isinstance(expression, nodes.Concat) or (
         isinstance(expression, nodes.Const) and isinstance(expression.value, str)
     )
+
+
+def _iterate(meter: Meter) -> Callable[[Context, Iterable[Any]], Iterable[Any]]:
+    """The items of a loop, each counted; with a context, so that none is made when the template is compiled."""
+
+    @pass_context
+    def iterated(_: Context, items: Iterable[Any]) -> Iterable[Any]:
+        return meter.iterated(items)
+
+    return iterated
 
 
 def _operate(environment: Any, meter: Meter) -> Callable[[object, str, Any, Any], Any]:

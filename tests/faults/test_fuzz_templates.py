@@ -117,6 +117,8 @@ HOSTILE = {
     LONG + "{% for i in range(99999) %}{{ x | length }}{{ x }}{% endfor %}": WRITES,
     LONG + "".join(f"{{% set x{k} = x + '{k}' %}}" for k in range(2000)): f"{MEMORY}|{TIME}",
     LONG + "".join(f"{{% set x{k} = x[{k}:] %}}" for k in range(2000)): f"{MEMORY}|{TIME}",
+    LONG + "{{ " + " ~ ".join(["x"] * 9999) + " }}": WRITES,
+    LONG + "{{ " + " + ".join(["x"] * 99) + " }}": WRITES,
     LONG + "".join(f"{{% set x{k} = x.split() %}}" for k in range(99)): LISTS,
     "{% for i in range(99999) %}{{ range(99999) | map('string') | join }}{% endfor %}": f"{WRITES}|{TIME}",
     "{% for i in range(99999) %}{% set x = range(99999) | sort | list %}{% endfor %}": TIME,
@@ -155,7 +157,7 @@ WORDS = re.compile(r"\{[%{#]-?|-?[%}#]\}|\w+|\s+|.", re.S)
 
 def changed(text: str, rng: Random) -> str:
     """A template with one to three of its characters or words changed, moved, doubled or removed."""
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(rng.choice((1, 1, 2, 3))):
         parts = WORDS.findall(text) if rng.random() < 0.7 else list(text)
         place, other = rng.randrange(len(parts)), rng.randrange(len(parts))
         kind = rng.randrange(5)
