@@ -14,10 +14,11 @@ from functools import cached_property
 from qwentune.data.dialogue import Dialogue, RenderOptions
 from qwentune.data.example import DialogueExamples, Example, Span, TurnIds
 from qwentune.data.fim import FillInTheMiddle, Form
-from qwentune.data.grammar import Grammar, learn, prove
+from qwentune.data.grammar import Grammar, prove
 from qwentune.data.guard import message_texts
 from qwentune.data.outcome import Dropped, Outcome
 from qwentune.data.pieces import Encoder, Piece, ids_of
+from qwentune.data.probes import learn
 from qwentune.data.remarks import CHANGED_BY_NFC, FILE_LEFT_OUT, UNREACHABLE, remarks
 from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, RowError, Sample, Source, Text
 from qwentune.data.shorten import Shortening

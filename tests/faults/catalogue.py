@@ -71,6 +71,7 @@ FAULTS = {
     "H64": "a small compressed file that unpacks to a huge one",
     "H65": "an empty file, a folder, a pipe, a missing file",
     "H66": "rows of several formats in one file",
+    "H67": "a dialogue of thousands of turns",
     "H68": "a row that uses every private character, weights that vanish",
     "I67": "mistakes in a recipe",
     "I68": "mistakes in an override",
@@ -110,6 +111,5 @@ EXCUSED = {
     "E34": "there are no loader workers and no grouping by length; a WSD schedule is no choice of a recipe",
     "A06": "a merge is one folder that appears by one rename; its crash points are those of any publication",
     "I69": "thinking and base checkpoints are told apart by tests of the data stage; GGUF holds no safetensors",
-    "J72": "loops within loops are not bounded in time: the sandbox bounds one range at 100,000",
     "J74": "a path that the user names, with `..` or absolute, is where the user wants it",
 }

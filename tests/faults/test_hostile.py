@@ -56,7 +56,7 @@ def test_a_template_reaches_nothing_outside_its_sandbox(
 
 @pytest.mark.fault("J72", "a template that writes without end is stopped")
 def test_what_a_template_writes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwentune.data.sandbox.LONGEST_RENDERING", 10_000)
+    monkeypatch.setattr("qwentune.data.bounds.LONGEST_TEXT", 10_000)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}xx{% endfor %}{% endfor %}"
     with pytest.raises(TemplateRefusalError, match="writes more than 10000 characters"):
         ChatTemplate(loops, {}, {}).render([[{"role": "user", "content": "hi"}]])
