@@ -204,7 +204,6 @@ WRITERS = {
     "model/load.py": "random weights in the user's cache",
     "exporting/package.py": "the model's own files, which are data and must not be changed",
     "exporting/merge.py": "weights",
-    "data/dataset.py": "the user's data in the user's cache",
     "data/store.py": "the user's data in the user's cache",
     "data/hub.py": "the user's data in the user's cache",
     "data/checkpoint.py": "a built-in model in the user's cache",

@@ -220,8 +220,8 @@ def _publish(
 ) -> None:
     staging = folder.with_name(f".building-{folder.name}")  # of one name: the next one clears what a kill leaves
     remove(staging)
-    mark(staging, folder.name)
     try:
+        mark(staging, folder.name)
         with ExampleWriter(staging, tokenizer.control_ids.values()) as writer, _no_garbage():
             description = _build(data, tokenizer, template, seed, contents, writer)
         seal(staging, {"fingerprint": fingerprint, **description})

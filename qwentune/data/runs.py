@@ -23,8 +23,7 @@ class Tokens:
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, place: int) -> int:
-        (ids, first, _) = next(self._runs(place, place + 1))
-        return ids[first]
+        return self.ids(place, place + 1)[0]
 
     def ids(self, start: int, stop: int) -> list[int]:
         """The ids at the places `start` to `stop`."""
@@ -120,4 +119,4 @@ def _num_same(one: Run, other: Run, size: int) -> int:
         if high == size:
             return size
         low, high = high, min(size, 3 * high)
-    return next(k for k in range(low, high) if ours[first + k] != theirs[second + k])
+    return next((k for k in range(low, high) if ours[first + k] != theirs[second + k]), high)

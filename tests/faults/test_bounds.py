@@ -125,7 +125,7 @@ def test_a_plan_and_a_preview_answer_at_the_upper_end_of_every_number(name: str)
 
 @pytest.mark.fault("I71", "rows repeated beyond 100,000,000 are refused with the count")
 def test_a_repeat_of_many_rows_is_refused_with_its_product(qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwentune.data.dataset.MOST_REPEATED", 10_000)
+    monkeypatch.setattr("qwentune.data.split.MOST_REPEATED", 10_000)
     with pytest.raises(DataError, match=r"repeat 1000 of 20 rows makes more than 10,000"):
         prepared(qwen3_folder, train=[{"path": "rows.jsonl", "repeat": 1000.0}])
 

@@ -244,6 +244,7 @@ def test_a_run_folder_with_any_damaged_file_can_be_read_and_gone_on_with(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, before: bool, step: int
 ) -> None:
     run = RunFolder(tmp_path_factory.mktemp("run"))
+    mark(run.path, "1", what="run")
     (run.path / "model").mkdir()
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         (run.path / name).write_bytes("".join(RECORDS[:3]).encode() * before + content)

@@ -22,7 +22,7 @@ from qwentune import console
 from qwentune.data import checkpoint
 from qwentune.data.dataset import chat_template, prepare
 from qwentune.data.tokenizer import load_tokenizer
-from qwentune.durable import replace_folder, write_text
+from qwentune.durable import MARK, replace_folder, write_text
 from qwentune.errors import UsageError
 from qwentune.recipe import load_recipe
 from qwentune.training import reports
@@ -511,7 +511,7 @@ def test_what_killed_supervisors_left_goes(tmp_path: Path, monkeypatch: pytest.M
     spared[0].mkdir()
     (spared[0] / "thesis.txt").touch()
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / reports.MARK).touch()
+    (tmp_path / "elsewhere" / MARK).touch()
     spared[1].symlink_to(tmp_path / "elsewhere")
     if IS_ROOT:
         spared.append(tmp_path / f"{reports.PREFIX}{number}-another")
@@ -529,7 +529,7 @@ def test_what_killed_supervisors_left_goes(tmp_path: Path, monkeypatch: pytest.M
         held.rename(first)
     assert not first.exists()
     assert all(path.exists() for path in spared)
-    assert (tmp_path / "elsewhere" / reports.MARK).exists()
+    assert (tmp_path / "elsewhere" / MARK).exists()
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root can give a folder to another user")
