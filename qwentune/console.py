@@ -57,7 +57,8 @@ def show_json(value: Any, indent: int | None = 2) -> None:
 
 def is_read() -> bool:
     """Whether what is printed still arrives somewhere."""
-    return getattr(getattr(sys.stdout.buffer, "raw", None), "error", None) is None
+    buffer = sys.stdout.buffer
+    return getattr(getattr(buffer, "raw", buffer), "error", None) is None
 
 
 def log(message: str) -> None:

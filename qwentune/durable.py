@@ -13,17 +13,21 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from qwentune.bounded import UnreadableError, read_bytes
 
 MARK = ".qwentune.json"  # in every folder that we may remove or replace
 LAYOUT = 1  # of a run folder
 MANIFEST = "manifest.json"  # of checkpoints, which carried no other mark before there were marks
 MANIFEST_KEYS = {"schema", "step", "facts", "files", "sha256"}
 OLD = ".old"
+LARGEST_JSON_BYTES = 2**26
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Who wrote a folder, what it is, in which layout, and for which run."""
+    """Who wrote a folder, what it is, in which layout, and a run's id."""
 
     written_by: str
     what: str  # "run", which is never removed, or "files", which can be made again
@@ -31,9 +35,12 @@ class Mark:
     run: str
 
 
-def mark(folder: Path, run: str, *, what: str = "files") -> None:
-    """Makes a folder ours, new or there already; `run` is the id of its run."""
-    made = Mark("qwentune", what, LAYOUT, run)
+def mark(folder: Path, run: str = "") -> None:
+    """Makes a folder ours, new or there already: that of a run with its id, or files that can be made again.
+
+    Those carry no id: of two runs that are the same the files are too.
+    """
+    made = Mark("qwentune", "run" if run else "files", LAYOUT, run)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / MARK, json.dumps(asdict(made)) + "\n")
 
@@ -41,22 +48,31 @@ def mark(folder: Path, run: str, *, what: str = "files") -> None:
 def read_mark(folder: Path) -> Mark | None:
     """The mark in a folder; None where it has none of ours."""
     try:
-        found = Mark(**json.loads((folder / MARK).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        found = Mark(**read_json(folder / MARK))
+    except TypeError:
         return None
     is_ours = found.written_by == "qwentune" and isinstance(found.layout, int) and isinstance(found.run, str)
     return found if is_ours else None
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of ours; an empty one where there is none that can be read."""
+    try:
+        value = json.loads(read_bytes(path, LARGEST_JSON_BYTES))
+    except (UnreadableError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def run_id(folder: Path) -> str:
-    """The id of the run whose folder, or whose files, these are; empty where it has no mark."""
+    """The id of the run whose folder this is; empty where it has no mark."""
     found = read_mark(folder)
     return "" if found is None else found.run
 
 
-def is_empty(folder: Path) -> bool:
-    """Whether nothing is in a folder, or no more than a mark that was being written when its writer was killed."""
-    return {file.name for file in folder.iterdir()} <= {_temporary(folder / MARK).name}
+def is_empty(folder: Path, *, besides: str = "") -> bool:
+    """Whether nothing else is in a folder, or no more than a mark that was being written when its writer was killed."""
+    return {file.name for file in folder.iterdir()} <= {_temporary(folder / MARK).name, besides}
 
 
 def is_ours(folder: Path) -> bool:
@@ -64,11 +80,7 @@ def is_ours(folder: Path) -> bool:
     found = read_mark(folder)
     if found is not None:
         return found.what == "files"
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return is_empty(folder)
-    return isinstance(manifest, dict) and set(manifest) == MANIFEST_KEYS
+    return set(read_json(folder / MANIFEST)) == MANIFEST_KEYS or is_empty(folder)
 
 
 def remove(path: Path) -> Path | None:

@@ -52,6 +52,10 @@ class UserError(Exception):
         count = len(self.problems)
         lines.append(f"{count} problem{'s' if count != 1 else ''}. {self.closing if closing is None else closing}")
         super().__init__("\n".join(lines))
+        self._made_of = (self.problems, closing)
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[object, ...]]:
+        return type(self), self._made_of  # ranks tell each other of it
 
 
 class UsageError(UserError):
@@ -136,7 +140,7 @@ def _kind_in_words(kind: Sequence[Problem]) -> str:
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR),
     *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE),
 }
 _PLACES = {"QWENTUNE_CACHE": "~/.cache/qwentune", "HF_HOME": "~/.cache/huggingface", "TMPDIR": "/tmp", "HOME": "~"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwentune import console
-from qwentune.durable import mark, remove, replace_folder, run_id
+from qwentune.durable import mark, remove, replace_folder
 from qwentune.errors import EXIT_OK, DoesNotFitError, Problem, UsageError, UserError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def run_export(folder: Path, merge: bool, verify: bool, output: Path | None) -> 
         raise UsageError(Problem(str(target), "exists already", "Remove it, or name another folder with -o."))
     staging = target.with_name(f".{target.name}.writing")
     remove(staging)
-    mark(staging, run_id(folder))
+    mark(staging)
     try:
         _write(run, merge, staging)
         if verify:

@@ -24,23 +24,32 @@ _WORDS = {"PASS", "PWD", "PAT", "PATS", "CREDS", "AUTH", "JWT", "DSN", "BEARER",
 # What a name ends with that holds no secret itself, but says something about one or where it is.
 _ABOUT = {
     *("FILE", "PATH", "DIR", "SOCK", "HOST", "ENDPOINT", "NAME", "TYPE", "MODE", "METHOD", "ALGORITHM", "VERSION"),
-    *("ENABLED", "PARALLELISM", "LIMIT", "LENGTH", "SIZE", "COUNT", "TTL", "SECONDS", "EXPIRY", "EXPIRES"),
+    *("ENABLED", "PARALLELISM", "PROVIDER", "DOMAIN", "RATE", "LIST", "LIMIT", "LENGTH", "SIZE", "COUNT", "TTL"),
+    *("SECONDS", "EXPIRY", "EXPIRES"),
 }
 _LABELS = {"ID", "PROD", "PRODUCTION", "DEV", "TEST", "STAGING", "CI", "OLD", "NEW", "DATA"}  # after KEY
 _ORDINARY_KEYS = {"PUBLIC", "EXPERIMENT", "SORT", "PARTITION", "FOREIGN", "CACHE", "INDEX", "GROUP", "JOIN", "ROUTING"}
+_ORDINARY_KEYS |= {"TEXT", "PROMPT", "RESPONSE", "MESSAGES", "COLUMN", "LABEL", "IMAGE"}
+_OF_A_MODEL = {  # before TOKEN
+    *("EOS", "BOS", "PAD", "UNK", "SEP", "MASK", "STOP", "SPECIAL", "CHAT", "START", "END", "MAX", "NEW"),
+}
 
 # Tokens of hubs, trackers, clouds and shops by their published prefixes, and what follows a prefix.
 _TOKENS = {
-    r"[A-Za-z0-9]{16,}": "hf_ api_org_ ghp_ gho_ ghu_ ghs_ ghr_ npm_ LTAI gsk_ xai- r8_ fw_ pplx- ntn_ "
+    r"[A-Za-z0-9]{16,}": "hf_ api_org_ ghp_ gho_ ghu_ ghs_ ghr_ npm_ LTAI gsk_ xai- pplx- "
     "sk_live_ sk_test_ rk_live_ rk_test_ lin_api_ AGE-SECRET-KEY-1",
+    # What could as well begin the name of a file or a run must go on as no words do.
+    r"(?=[A-Za-z0-9_-]*[0-9])(?=[A-Za-z0-9_-]*[A-Za-z0-9]{16}|[A-Za-z0-9_-]{32})[A-Za-z0-9_-]{16,}": "sk-",
+    r"(?=[A-Za-z]*[0-9])(?=[a-z0-9]*[A-Z])[A-Za-z0-9]{16,}": "r8_ fw_ ntn_",
+    r"[ ](?=[A-Za-z/+]*[0-9])(?=[a-z0-9/+]*[A-Z])[A-Za-z0-9/+]{20,}={0,2}(?![\w.-])": "Basic",
     r"[A-Z0-9]{16}": "AKIA ASIA ABIA ACCA",
     r"[A-Za-z0-9_-]{20,}": "github_pat_ pypi- AIza ya29. GOCSPX- dckr_pat_ dckr_oat_ hvs. hvb.",
     r"[a-f0-9]{32,}": "dapi dop_v1_ doo_v1_ dor_v1_ shpat_ shpca_ shppa_ shpss_ rubygems_",
     r"[A-Za-z0-9-]{10,}": "xoxa- xoxb- xoxe- xoxo- xoxp- xoxr- xoxs- xapp-",
     r"[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.?[A-Za-z0-9_-]*": "SG. eyJ",  # the second is a JSON Web Token
-    r"(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{16,}": "sk- nvapi- tvly- tgp_v1_ wandb_v1_ lsv2_pt_ lsv2_sk_ glpat- glptt- "
+    r"(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{16,}": "nvapi- tvly- tgp_v1_ wandb_v1_ lsv2_pt_ lsv2_sk_ glpat- glptt- "
     "gldt- glrt- glcbt- glft- glsoat- glagent- figd_ glsa_ glc_ tskey- CFPAT- PMAK- ATATT3",  # words have no digit
-    r"[ ]?(?=[A-Za-z_/+=.-]*[0-9])[A-Za-z0-9_/+=.-]{20,}": "Bearer bearer Basic AccountKey= SharedAccessKey= sntrys_ "
+    r"[ ]?(?=[A-Za-z_/+=.-]*[0-9])[A-Za-z0-9_/+=.-]{20,}": "Bearer bearer AccountKey= SharedAccessKey= sntrys_ "
     "sntryu_ whsec_ hooks.slack.com/services/",
 }
 _ADDRESS = r"(?<=://)[^\s/:@]*:[^\s/@]+(?=@)"  # a password in it
@@ -94,6 +103,8 @@ def names_a_secret(name: str) -> bool:
     parts = [part.rstrip("0123456789") for part in re.split(r"[^A-Z0-9]+", name.upper())]
     parts = [part for part in parts if part]
     if not parts or parts[-1] in _ABOUT or parts in (["PWD"], ["OLDPWD"]):
+        return False
+    if parts[-1] == "TOKEN" and parts[-2:-1] and parts[-2] in _OF_A_MODEL:
         return False
     if any(part in _WORDS or part.endswith(_ENDINGS) for part in parts):
         return True

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import qwentune
 from qwentune.errors import RecipeError
 from qwentune.recipe import load_recipe
-from qwentune.redaction import HIDDEN, SHORTEST_SECRET, holds_a_token, names_a_secret, redact, redacted
+from qwentune.redaction import HIDDEN, SHORTEST_SECRET, holds_a_token, names_a_secret, redact, redacted, variable_in
 from qwentune.training.run_folder import RunFolder
 from tests.runs import write_recipe
 
@@ -232,6 +232,24 @@ def test_only_listed_modules_write_files() -> None:
     found = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if writes(path)}
     assert found <= set(WRITERS), "write through RunFolder, or say here why no secret can be in it"
     assert set(WRITERS) <= found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data/sk-2024-chat-sft-v2-final.jsonl",
+        "runs/fw_finetuningexperiment",
+        "Basic mathematics_2024_problems_v1",
+        "r8_abcdefghijklmnopq",
+        "stop at <|im_end|>",
+    ],
+)
+def test_names_of_files_and_control_tokens_are_no_secrets(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("EOS_TOKEN", "PAD_TOKEN", "STOP_TOKEN"):
+        monkeypatch.setenv(name, "<|im_end|>")
+    monkeypatch.setenv("TEXT_KEY", "mathematics")
+    assert redact(text) == text
+    assert variable_in(text) is None
 
 
 def test_only_the_console_prints() -> None:

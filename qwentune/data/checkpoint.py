@@ -100,7 +100,7 @@ def _builtin_folder(model: str) -> Path:
     folder = cache_folder() / "builtin" / model.removeprefix(BUILTIN)
     if not folder.exists():
         staging = Path(tempfile.mkdtemp(dir=writable_cache("builtin")))
-        mark(staging, BUILTIN)
+        mark(staging)
         write_tokenizer(staging, "qwen3")
         (staging / "chat_template.jinja").write_text(_qwen3_chat_template(), encoding="utf-8")
         (staging / "config.json").write_text(json.dumps(_config(spec), indent=2) + "\n")

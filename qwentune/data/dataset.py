@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import hashlib
 import json
@@ -35,7 +34,7 @@ from qwentune.data.store import DamagedError, Examples, ExampleWriter, open_seal
 from qwentune.data.template import ChatTemplate, refuse_broken_template
 from qwentune.data.tokenizer import Tokenizer
 from qwentune.durable import mark, move_aside, remove, replace_folder
-from qwentune.errors import DataError, DoesNotFitError, Problem, RecipeError, UsageError
+from qwentune.errors import FULL, DataError, DoesNotFitError, Problem, RecipeError, UsageError
 from qwentune.recipe import DataOptions
 
 LARGEST_TEMPLATE_BYTES = 10**6
@@ -124,7 +123,7 @@ def prepare(
         what = f"what was written for {folder} reads back otherwise: {damage}"
         raise UsageError(Problem(str(cache), what, f"The disk seems to be at fault. {ANOTHER_CACHE}")) from None
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in FULL
         fix = f"Make room. {ANOTHER_CACHE}" if full else ANOTHER_CACHE
         problem = Problem(str(cache), f"the data cache cannot be written: {error.strerror or error}", fix)
         raise (DoesNotFitError if full else UsageError)(problem) from None
@@ -221,7 +220,7 @@ def _publish(
     staging = folder.with_name(f".building-{folder.name}")  # of one name: the next one clears what a kill leaves
     remove(staging)
     try:
-        mark(staging, folder.name)
+        mark(staging)
         with ExampleWriter(staging, tokenizer.control_ids.values()) as writer, _no_garbage():
             description = _build(data, tokenizer, template, seed, contents, writer)
         seal(staging, {"fingerprint": fingerprint, **description})
@@ -290,7 +289,7 @@ def _build(
         faults.sort(key=lambda problem: _source_of(problem, source.path).line)
         problems += faults
         refused += [Dropped(_source_of(problem, source.path), None, problem.what) for problem in faults]
-        if not any(isinstance(problem, Unread) for problem in faults):
+        if not any(isinstance(problem, Unread) for problem in problems):  # else there is no telling, and no run
             report.end_source(source.path, rows)
     if problems and (data.bad_rows == "error" or any(isinstance(problem, Unread) for problem in problems)):
         raise DataError(problems)
@@ -321,6 +320,7 @@ def _source_of(problem: Problem, file: str) -> Source:
 
 
 def _refuse_losses(data: DataOptions, report: Report, dropped: Sequence[Dropped], problems: Sequence[Problem]) -> None:
+    dropped = [drop for drop in dropped if drop.kind != "not asked for"]
     num_lost = len({(drop.source, drop.turn) for drop in dropped})
     fraction = num_lost / max(1, num_lost + report.num_trained_turns)
     if fraction > data.max_dropped_fraction:

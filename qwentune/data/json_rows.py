@@ -115,6 +115,8 @@ def _read_array(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterato
             number += 1
             row = window.take_value()
             try:
+                if len(row) > LARGEST_ROW_BYTES:
+                    raise JsonFaultError(f"the row is longer than {LARGEST_ROW_BYTES // 2**20} MiB", "Cut the row.")
                 row.encode()
                 yield number, parse_json(row)
             except UnicodeEncodeError:
@@ -170,8 +172,6 @@ class _Window:
         while True:
             try:
                 _, end = _LENIENT.raw_decode(self.text, self.position)
-                if end - self.position > LARGEST_ROW_BYTES:
-                    raise self.fault_here(f"no value ends within {LARGEST_ROW_BYTES // 2**20} MiB")
                 if end + _LONGEST_CUT_EXPONENT < len(self.text) or not self._grow():
                     taken, self.position = self.text[self.position : end], end
                     return taken

@@ -20,7 +20,7 @@ class Dropped:
     turn: int | None
     reason: str
     num_tokens: int = 0
-    kind: Literal["too long", "bad row", "nothing to train"] = "bad row"
+    kind: Literal["too long", "bad row", "nothing to train", "not asked for"] = "bad row"
 
 
 @dataclass(slots=True)

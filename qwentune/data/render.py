@@ -48,7 +48,6 @@ class _Planned:
     is_checked: bool = False  # by the rule
     turns: list[Turn] = field(default_factory=list[Turn])
     forms: list[Form] = field(default_factory=list[Form])
-    is_checked: bool = False
 
     def pieces(self) -> Iterator[Sequence[Piece]]:
         """All pieces whose ids are needed."""
@@ -159,15 +158,14 @@ class Renderer:
                 elif isinstance(one.sample, Pair):
                     self._add_pair(one.sample, one.outcome)
                 elif isinstance(one.sample, Retrieval):
-                    self._add_retrieval(one.sample, one.outcome)
+                    self._add_retrieval(one.sample, one.outcome, one.is_checked)
                 elif one.dialogue is not None:
                     self._add_turns(one, one.dialogue, encoded)
             except RowError as error:
                 one.outcome.examples.clear()
                 one.outcome.problems.append(Problem(str(one.sample.source), error.what, error.fix))
             if not (one.outcome.examples or one.outcome.problems or one.outcome.dropped):
-                reason = _why_untrained(one)
-                one.outcome.dropped.append(Dropped(one.sample.source, None, reason, kind="nothing to train"))
+                one.outcome.dropped.append(_untrained(one))
             if any(map(self.tokenizer.changes, _texts(one))):
                 one.outcome.remarks.append(CHANGED_BY_NFC)
             one.outcome.identity = _identity(one.sample, one.outcome.examples)
@@ -221,11 +219,15 @@ class Renderer:
             outcome.examples.clear()
             outcome.modes.clear()
 
-    def _add_retrieval(self, sample: Retrieval, outcome: Outcome) -> None:
+    def _add_retrieval(self, sample: Retrieval, outcome: Outcome, is_checked: bool) -> None:
         # The layout of Qwen3-Embedding's model card; nothing carries a token loss.
         query = f"Instruct: {sample.instruction}\nQuery:{sample.query}" if sample.instruction else sample.query
         texts = (query, sample.positive, *sample.negatives)
-        for ids in self.tokenizer.encode(texts):
+        encoded = self.tokenizer.encode(texts)
+        if is_checked:
+            for text, ids in zip(texts, encoded, strict=True):
+                self.tokenizer.prove(text, ids, str(sample.source))
+        for ids in encoded:
             tokens = [*ids, self.tokenizer.end_of_text_id][-self.options.max_tokens :]
             outcome.rendering_tokens += len(tokens)
             outcome.examples.append(Example(sample.source, tokens, ()))
@@ -260,12 +262,14 @@ def _is_checked(source: Source, number: int) -> bool:
     return number < NUM_CHECKED_FIRST or zlib.crc32(str(source).encode()) % CHECKED_SHARE == 0
 
 
-def _why_untrained(planned: _Planned) -> str:
+def _untrained(planned: _Planned) -> Dropped:
+    """The row of which nothing is trained, and why."""
+    source = planned.sample.source
     if planned.outcome.unreachable_turns:
-        return "no user turn stands before what the assistant says"
+        return Dropped(source, None, "no user turn stands before what the assistant says", kind="nothing to train")
     if planned.dialogue is not None:
-        return "no turn is to be trained: train is false, or the weight 0"
-    return "there is no token to predict"
+        return Dropped(source, None, "no turn is to be trained: train is false", kind="not asked for")
+    return Dropped(source, None, "there is no token to predict", kind="nothing to train")
 
 
 def _texts(planned: _Planned) -> Iterable[str]:

@@ -187,15 +187,23 @@ def _page_bytes(stream: BinaryIO, offset: int | None) -> int:
     return numbers[1] >> 1  # zigzag: what is not negative is doubled
 
 
+def _spelled_out(row: Any) -> Any:
+    """A batch of one row without dictionaries, of which each would count whole for the one text that is taken."""
+    arrow: Any = import_module("pyarrow")
+    columns = [one.dictionary_decode() if arrow.types.is_dictionary(one.type) else one for one in row.columns]
+    return arrow.RecordBatch.from_arrays(columns, names=row.schema.names)
+
+
 def _batch_rows(batch: Any) -> Iterator[Json | Exception]:
     """The rows of an Arrow batch; in place of one that JSON has no form for, or that is too long, the reason."""
     if batch.nbytes > LARGEST_ROW_BYTES:
-        if batch.num_rows == 1:
+        if batch.num_rows == 1 and (batch := _spelled_out(batch)).nbytes > LARGEST_ROW_BYTES:
             yield _TooLongError(f"it takes {batch.nbytes:,} bytes, and at most {LARGEST_ROW_BYTES:,} are read")
             return
-        for i in range(batch.num_rows):
-            yield from _batch_rows(batch.slice(i, 1))
-        return
+        if batch.num_rows > 1:
+            for i in range(batch.num_rows):
+                yield from _batch_rows(batch.slice(i, 1))
+            return
     try:
         yield from [json_row(row) for row in batch.to_pylist(maps_as_pydicts="strict")]
     except _NO_JSON as error:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from qwentune.data.tokenizer_files import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, read_tokenizer
 from qwentune.data.truth import ANOTHER, END_OF_TEXT, file_problems, lost, proof_problems
 from qwentune.errors import Problem, UsageError
-from qwentune.facts.documents import MEND
+from qwentune.facts.documents import MEND, read_object
 
 CONTROL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")
 # In these every alternative that takes in a line feed takes in all white space up to the last one and ends there, so a
@@ -178,9 +178,9 @@ def _added_tokens(listed: list[dict[str, Any]], decoder: dict[str, dict[str, Any
 def _num_rows(folder: Path) -> int | None:
     """How many tokens the model beside the tokenizer has rows for; None where nothing says so."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = read_object(folder / "config.json")
         rows = config.get("vocab_size") or config["text_config"]["vocab_size"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (UsageError, LookupError, TypeError):
         return None  # what is wrong with that file is said by those who need it
     return rows if isinstance(rows, int) else None
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from qwentune import console
 from qwentune.data.tokenizer import Tokenizer
-from qwentune.durable import mark, remove, replace_folder, run_id
+from qwentune.durable import mark, remove, replace_folder
 from qwentune.errors import Problem, ResumeError
 from qwentune.exporting.package import copy_weights, model_card, stop_token_ids, write_package
 from qwentune.recipe import Recipe
@@ -38,7 +38,7 @@ def publish(
     target = folder.path / ("model" if recipe.tuning.kind == "full" else "adapter")
     staging = target.with_name(f".{target.name}.writing")
     remove(staging)
-    mark(staging, run_id(folder.path))
+    mark(staging)
     copy_weights(source.folder, staging)
     write_package(
         staging,

@@ -67,6 +67,11 @@ def _differences(
         for name, shape in expected.items()
         if name in stored and stored[name] != shape
     ]
+    kept = [name for name in extra if name.endswith(("embed_tokens.base_layer.weight", "lm_head.base_layer.weight"))]
+    if kept:  # as PEFT saves them where they are adapted, unless it is told not to
+        fix = "Save it again with save_embedding_layers=False: the base has these weights, and they must not change."
+        what = f"brings weights of the base along: {listed(kept)}"
+        return [Problem(str(file), what, fix)]
     kinds = {"are missing": missing, "have no place in the model": extra, "are of another shape": misshapen}
     return [
         Problem(str(file), f"{len(names)} tensors {what}: {listed(names)}") for what, names in kinds.items() if names

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwentune.durable import MANIFEST, is_ours, mark, move_aside, put, remove, run_id, sync, sync_folders, write_text
+from qwentune.durable import MANIFEST, is_ours, mark, move_aside, put, read_json, remove, sync, sync_folders, write_text
 from qwentune.errors import Problem, ResumeError
 
 MANIFEST_SCHEMA = 2  # since 16-bit weights have exact values behind them
@@ -43,7 +43,7 @@ class Checkpoints:
 
     def begin(self, step: int) -> None:
         """Makes the staging folder of `step`; called by one rank, before any writes."""
-        mark(self.staging(step), run_id(self.run))
+        mark(self.staging(step))
 
     def published(self, step: int) -> Path:
         """Where step `step` stands once it is whole."""
@@ -54,7 +54,7 @@ class Checkpoints:
 
         Only after the new checkpoint is in place are old ones removed, all but the newest `keep` and those `spared`.
         """
-        mark(written, run_id(self.run))
+        mark(written)
         files = sorted(path for path in written.rglob("*") if path.is_file())
         for path in files:
             sync(path)
@@ -140,27 +140,28 @@ class Checkpoints:
 
 def verify(folder: Path) -> Checkpoint | Problem:
     """The checkpoint in `folder` if every file has the size and hash that its manifest states, else what is wrong."""
+    if not (folder / MANIFEST).exists():
+        return Problem(str(folder), "has no manifest: it was never finished")
+    manifest = read_json(folder / MANIFEST)
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
         schema = manifest["schema"]
         if schema != MANIFEST_SCHEMA:
             what = f"was written in layout {schema}, this version reads layout {MANIFEST_SCHEMA}"
             return Problem(str(folder), what, "--fresh moves the run aside and starts anew.")
         if manifest.pop("sha256") != _sha256_of(manifest):
             return Problem(str(folder / MANIFEST), "has been altered: its SHA-256 is not the one in it")
-        step, files, facts = manifest["step"], manifest["files"], manifest["facts"]
-    except FileNotFoundError:
-        return Problem(str(folder), "has no manifest: it was never finished")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return Problem(str(folder), f"its manifest cannot be read: {error}")
-    for name, expected in files.items():
+        step, facts = manifest["step"], manifest["facts"]
+        files = [(name, expected["bytes"], expected["sha256"]) for name, expected in manifest["files"].items()]
+    except (AttributeError, KeyError, TypeError):
+        return Problem(str(folder), "its manifest cannot be read")
+    for name, num_bytes, sha256 in files:
         path = folder / name
         if not path.is_file():
             return Problem(str(path), "is missing")
         size = path.stat().st_size
-        if size != expected["bytes"]:
-            return Problem(str(path), f"has {size} bytes instead of {expected['bytes']}")
-        if _sha256(path) != expected["sha256"]:
+        if size != num_bytes:
+            return Problem(str(path), f"has {size} bytes instead of {num_bytes}")
+        if _sha256(path) != sha256:
             return Problem(str(path), "has been altered: its SHA-256 is not the manifest's")
     return Checkpoint(folder, step, facts)
 

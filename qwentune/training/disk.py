@@ -18,11 +18,11 @@ AGAIN = "the same command continues from the last checkpoint."
 
 
 def is_about(error: Exception, run: Path) -> bool:
-    """Whether an error is a full disk's, or about a file of the run."""
+    """Whether an error is about a file of the run, or a full disk's that names none."""
     if not isinstance(error, OSError):
         return False
-    names = (error.filename, error.filename2)
-    return error.errno in FULL or any(isinstance(name, str) and Path(name).is_relative_to(run) for name in names)
+    names = [Path(name) for name in (error.filename, error.filename2) if isinstance(name, str)]
+    return any(name.is_relative_to(run) for name in names) or (error.errno in FULL and not names)
 
 
 def disk_error(error: Exception, run: Path, what: str) -> UserError | None:

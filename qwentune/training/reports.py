@@ -37,7 +37,7 @@ def folder_of_reports() -> Generator[Path]:
     with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-") as name, ExitStack() as lock:
         with suppress(OSError):  # a file system without locks
             lock.enter_context(_held(Path(name)))
-        mark(Path(name), "")
+        mark(Path(name))
         yield Path(name)
 
 

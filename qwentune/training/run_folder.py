@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwentune import console
-from qwentune.durable import LAYOUT, Mark, is_empty, mark, read_mark, remove, write_text
+from qwentune.durable import LAYOUT, Mark, is_empty, mark, read_json, read_mark, remove, write_text
 from qwentune.errors import FULL, Problem, RunInUseError, UsageError
 from qwentune.redaction import redact, redacted
 
@@ -26,6 +26,7 @@ EVALUATIONS = "evaluations.jsonl"  # one row per evaluation
 LOG = "log.txt"  # what was said on the screen
 STATUS = "status.json"
 LOCK = ".lock"
+HOLDER = "process "  # begins what stands in it
 TRAINED = ("adapter", "model")  # where the trained weights are published
 STATUS_KEYS = {"state", "exit", "reason", "step", "resume_command"}
 TRACKER_ID = "tracker_id.txt"  # of runs that began before folders were marked
@@ -46,8 +47,7 @@ class RunFolder:
         Raises RunInUseError where another process holds it, UsageError where the folder is no run's.
         """
         self.refuse_other_things()
-        if read_mark(self.path) is None:
-            mark(self.path, self._id_before_marks() or uuid.uuid4().hex, what="run")
+        self.path.mkdir(parents=True, exist_ok=True)
         lock = self.path / LOCK
         if lock.is_symlink():  # written through, it would empty the file that it points to
             remove(lock)
@@ -59,26 +59,28 @@ class RunFolder:
                 holder = file.read().strip() or "another process"
                 fix = "Wait for it, stop it, or choose another output.dir."
                 raise RunInUseError(Problem(str(self.path), f"is in use by {holder}", fix)) from None
-            holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+            if read_mark(self.path) is None:
+                self._begin()
+            holder = f"{HOLDER}{os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
             with suppress(OSError):  # on a full disk nobody reads who holds it
                 os.ftruncate(file.fileno(), os.pwrite(file.fileno(), holder.encode(), 0))
             yield
 
     def refuse_other_things(self) -> None:
         """Raises UsageError where the folder is there and is neither a run's nor empty."""
-        found = self._mark()
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise UsageError(Problem(str(self.path), "is no folder", "Name another output.dir."))
+        try:
+            names = (
+                [] if not self.path.exists() or self._is_new() else sorted(file.name for file in self.path.iterdir())
+            )
+        except OSError as error:
+            raise UsageError(Problem(str(self.path), f"cannot be read: {error.strerror}")) from None
+        found = self._mark()  # only now: another start may have marked it meanwhile
         if found is not None and found.layout > LAYOUT:
             what = f"was written by a later version (layout {found.layout}; this one writes {LAYOUT})"
             raise UsageError(Problem(str(self.path), what, "Upgrade qwentune, or name another output.dir."))
-        if found is not None or not os.path.lexists(self.path):
-            return
-        if not self.path.is_dir():
-            raise UsageError(Problem(str(self.path), "is no folder", "Name another output.dir."))
-        try:
-            names = [] if is_empty(self.path) else sorted(path.name for path in self.path.iterdir())
-        except OSError as error:
-            raise UsageError(Problem(str(self.path), f"cannot be read: {error.strerror}")) from None
-        if names:
+        if names and found is None:
             what = f"holds {len(names)} other things, such as {names[0]!r}, and no run"
             raise UsageError(Problem(str(self.path), what, "Name a new or empty folder as output.dir."))
 
@@ -157,10 +159,7 @@ class RunFolder:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The object in a file of JSON; an empty one where there is none, or no file that can be read."""
-        with suppress(OSError, ValueError, RecursionError):
-            value = json.loads((self.path / name).read_bytes())
-            return value if isinstance(value, dict) else {}
-        return {}
+        return read_json(self.path / name)
 
     def stored_plan(self) -> dict[str, Any] | None:
         """The plan that this run was started with; None where there is none that can be read."""
@@ -208,6 +207,20 @@ class RunFolder:
         """The step of the newest record, else of the status, else 0."""
         step = (self.last_metrics() or self.read_json(STATUS)).get("step")
         return step if isinstance(step, int) else 0
+
+    def _begin(self) -> None:
+        """Marks the folder, and the weights that a run of before there were marks has published."""
+        if self.read_json(STATUS).get("state") == "finished" and self.trained is not None:
+            mark(self.trained)
+        mark(self.path, self._id_before_marks() or uuid.uuid4().hex)
+
+    def _is_new(self) -> bool:
+        """Whether nothing is in the folder but the lock of a start that has not come further yet."""
+        lock = self.path / LOCK
+        if not lock.is_file():
+            return is_empty(self.path)
+        held_by = lock.read_bytes()[: len(HOLDER)]
+        return is_empty(self.path, besides=LOCK) and HOLDER.encode().startswith(held_by)
 
     def _mark(self) -> Mark | None:
         """The folder's mark, or the one that a run of before there were marks will have; None where it is no run's."""

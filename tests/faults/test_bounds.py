@@ -382,6 +382,17 @@ def test_rows_of_parquet_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "10,001 columns" in told("b.parquet", file.getvalue())[0].what
 
 
+def test_a_column_of_many_texts_in_a_dictionary_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tables, "LARGEST_ROW_BYTES", 2**16)
+    texts = [f"{i} " + "x" * 500 for i in range(300)]
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(texts).dictionary_encode()}), file)
+    problems: list[Problem] = []
+    rows = list(tables.read_parquet_rows(file, "rows.parquet", problems))
+    assert not problems
+    assert [row for _, row in rows] == [{"text": text} for text in texts]
+
+
 @pytest.mark.fault("H63", "empty lines, white space and wrong rows without end are refused with the count")
 def test_what_is_no_row_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (json_rows, tables):
@@ -391,7 +402,9 @@ def test_what_is_no_row_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "more than 1,000 empty lines" in told("a.jsonl", b"\n" * 5000)[0].what
     assert "more than 1,000 empty lines" in told("a.csv", b"text\n" + b"\n" * 5000)[0].what
     assert "nothing but white space" in told("a.json", b"[" + b" " * 2**22)[0].what
-    assert "no value ends within 1 MiB" in told("b.json", b'[{"text": "' + b"x" * 2**20 + b'"}]')[0].what
+    assert "no value ends within 1 MiB" in told("b.json", b'[{"text": "' + b"x" * 2**22 + b'"}]')[0].what
+    long = told("d.json", b'[{"text": "' + b"x" * (2**20 + 9) + b'"}, {"text": "a"}]' + b" " * 2**20)
+    assert [(one.where, one.what) for one in long] == [("d.json:1", "the row is longer than 1 MiB")]
     for name, content in (
         ("b.jsonl", b"x\n" * 5000),
         ("c.json", b"[" + b'{"a":NaN},' * 5000),

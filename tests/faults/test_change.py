@@ -9,7 +9,7 @@ import pytest
 
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.runs import KILL_AT, KILLED, loss_history, write_recipe
-from tests.warm import Warm
+from tests.warm import TRAIN, Warm
 
 pytestmark = pytest.mark.slow
 
@@ -99,17 +99,29 @@ def test_a_finished_run_goes_on_where_its_steps_are_raised(tmp_path: Path, warm:
     assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 10
 
 
+HUGE = """
+import torch
+from qwentune.training.trainer import ExactResume
+step = ExactResume.training_step
+def with_huge_weights(self, model, *args, **kwargs):
+    if self.state.global_step == 2:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "up_proj" in name or "down_proj" in name:
+                    weight.fill_(1e25)
+    return step(self, model, *args, **kwargs)
+ExactResume.training_step = with_huge_weights
+"""
+
+
 @pytest.mark.fault("G43", "the step, its rows and the first layer that is not finite, exit 6; weights are those before")
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_the_weights(
     tmp_path: Path, warm: Warm, log_every: int
 ) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
-    recipe = write_recipe(
-        tmp_path, model, optimizer={"learning_rate": 1e37, "schedule": "constant", "warmup_fraction": 0.0},
-        output={"save_every_steps": 1, "log_every_steps": log_every},
-    )  # fmt: skip
-    ended = warm.train(recipe)
+    recipe = write_recipe(tmp_path, model, output={"save_every_steps": 1, "log_every_steps": log_every})
+    ended = warm.train(recipe, code=HUGE + TRAIN)
     assert ended.code == 6, ended.said
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit"]) == ("failed", 6)
@@ -118,6 +130,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_the_weights(
     assert "rows.jsonl:" in problem
     bad = int(problem.split()[1])
     saved = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
-    assert not saved or saved[-1] < bad, "a step that was left out is no progress to save"
+    assert bad == 3
+    assert saved[-1] < bad, "a step that was left out is no progress to save"
     if (tmp_path / "run" / "metrics.jsonl").exists():
         assert all(row[1] == row[1] for row in loss_history(tmp_path / "run")), "no NaN is ever written as a loss"

@@ -75,7 +75,7 @@ def test_the_weights_of_a_shorter_run_are_not_taken_for_those_of_the_longer_one(
 def test_a_folder_is_replaced_whole_wherever_the_process_dies(tmp_path: Path) -> None:
     def replace(folder: Path) -> None:
         written = folder / ".adapter.writing"
-        mark(written, "1")
+        mark(written)
         for name in ("a", "b"):
             (written / name).write_text("new")
         replace_folder(written, folder / "adapter")
@@ -83,7 +83,7 @@ def test_a_folder_is_replaced_whole_wherever_the_process_dies(tmp_path: Path) ->
     seen: set[str | None] = set()
     for operation in count():
         folder = tmp_path / str(operation)
-        mark(folder / "adapter", "1")
+        mark(folder / "adapter")
         for name in ("a", "b"):
             (folder / "adapter" / name).write_text("old")
         was_killed = killed_at(operation, lambda: replace(folder))  # noqa: B023 - runs at once
@@ -158,7 +158,7 @@ def test_links_are_replaced_and_what_they_point_to_is_untouched(tmp_path: Path) 
         (outside / name).write_text("precious")
     run, checkpoints = RunFolder(tmp_path / "run"), Checkpoints(tmp_path / "run", keep=1)
     checkpoints.folder.mkdir(parents=True)
-    mark(run.path, "1", what="run")
+    mark(run.path, "1")
     (run.path / ".lock").symlink_to(outside / "lock")
     (run.path / "status.json").symlink_to(outside / "status")
     (run.path / ".status.json.qwentune-new").symlink_to(outside / "status")
@@ -244,7 +244,7 @@ def test_a_run_folder_with_any_damaged_file_can_be_read_and_gone_on_with(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, before: bool, step: int
 ) -> None:
     run = RunFolder(tmp_path_factory.mktemp("run"))
-    mark(run.path, "1", what="run")
+    mark(run.path, "1")
     (run.path / "model").mkdir()
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         (run.path / name).write_bytes("".join(RECORDS[:3]).encode() * before + content)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -17,6 +19,7 @@ import qwentune
 from qwentune import preview, supervise, train
 from qwentune.durable import MARK, mark, move_aside, read_mark, remove, replace_folder
 from qwentune.errors import UsageError
+from qwentune.training.checkpoints import verify
 from qwentune.training.request import Request
 from qwentune.training.run_folder import RunFolder
 from qwentune.training.start import move_aside as fresh
@@ -78,7 +81,7 @@ def test_a_strangers_folder_is_refused_first(tmp_path: Path, run: Callable[[str]
 @pytest.mark.fault("K78", "a folder of files that we wrote, such as an adapter or a checkpoint, is no run's: refused")
 def test_what_a_run_wrote_is_no_run_folder(tmp_path: Path) -> None:
     _, checkpoints = trained_run(tmp_path / "run", 6)
-    mark(tmp_path / "adapter", "1")
+    mark(tmp_path / "adapter")
     for folder in (tmp_path / "adapter", checkpoints.published(6), checkpoints.folder):
         with pytest.raises(UsageError, match="no run"), RunFolder(folder).lock():
             pass
@@ -125,6 +128,52 @@ def test_a_first_start_that_was_killed_leaves_a_folder_that_the_next_takes(tmp_p
             break
 
 
+STARTS = """
+import sys, time
+from pathlib import Path
+from qwentune.errors import RunInUseError
+from qwentune.training.run_folder import RunFolder
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with RunFolder(Path(sys.argv[1])).lock():
+        time.sleep(0.3)
+except RunInUseError:
+    sys.exit(7)
+"""
+
+
+@pytest.mark.fault("K77", "two first starts in one new folder at once: one runs, the other is refused, exit 7")
+def test_two_first_starts_at_once_are_one(tmp_path: Path) -> None:
+    for attempt in range(3):
+        command = [sys.executable, "-c", STARTS, str(tmp_path / str(attempt))]
+        both = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        for process in both:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in both:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        said = [process.communicate(timeout=60)[1] for process in both]
+        assert sorted(process.returncode for process in both) in ([0, 7], [0, 0]), said  # one may come after the other
+
+
+@pytest.mark.fault("K78", "a mark or a manifest nested without end is none of ours")
+def test_a_mark_that_is_nested_without_end_is_none(tmp_path: Path) -> None:
+    for name in (MARK, "manifest.json"):
+        folder = tmp_path / name.strip(".")
+        folder.mkdir()
+        (folder / name).write_text("[" * 100_000)
+        with pytest.raises(UsageError, match="no run"):
+            RunFolder(folder).refuse_other_things()
+        assert "manifest" in str(verify(folder))
+        assert remove(folder) is not None
+
+
 def test_a_run_keeps_its_name(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     names = set()
@@ -161,7 +210,7 @@ def test_weights_that_no_run_wrote_are_moved_aside(tmp_path: Path) -> None:
     moved = remove(tmp_path / ".model.writing")
     assert moved is not None
     assert moved.name.startswith("aside-model.writing-")
-    mark(tmp_path / ".model.writing", "1")
+    mark(tmp_path / ".model.writing")
     aside = replace_folder(tmp_path / ".model.writing", tmp_path / "model")
     assert aside is not None
     assert files(aside) == {"weights": "model"}
@@ -173,7 +222,7 @@ def test_weights_that_no_run_wrote_are_moved_aside(tmp_path: Path) -> None:
 def test_what_a_kill_leaves_of_a_removed_folder_is_ours(tmp_path: Path) -> None:
     for operation in count():
         folder = tmp_path / str(operation)
-        mark(folder, "1")
+        mark(folder)
         (folder / "shards").mkdir()
         for name in ("a", "shards/b"):
             (folder / name).touch()

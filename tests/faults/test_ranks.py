@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import signal
 import subprocess
@@ -16,6 +17,16 @@ from typing import Any
 import psutil
 import pytest
 
+from qwentune.errors import (
+    DataError,
+    DoesNotFitError,
+    NotFiniteError,
+    Problem,
+    RecipeError,
+    ResumeError,
+    RunInUseError,
+    UserError,
+)
 from qwentune.training import hangs
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.runs import ENVIRONMENT, KILL_AT, KILLED, final_weights, last_states, loss_history, train, write_recipe
@@ -200,13 +211,23 @@ def test_a_rank_that_fails_first_gives_the_reason(tmp_path: Path) -> None:
     assert not list((run / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.parametrize("kind", [RecipeError, DataError, DoesNotFitError, ResumeError, NotFiniteError, RunInUseError])
+def test_ranks_can_tell_each_other_what_is_wrong(kind: type[UserError]) -> None:
+    error = kind([Problem("a:1", "is wrong", "Mend it."), Problem("b", "too")], "Nothing else.")
+    told = pickle.loads(pickle.dumps(error))
+    assert (type(told), str(told), told.problems) == (kind, str(error), error.problems)
+
+
 @pytest.mark.fault("G43", "two ranks: the step, its rows and the first layer that is not finite, exit 6")
 def test_two_ranks_name_what_is_not_finite(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
-    recipe = write_recipe(
-        tmp_path, model, batch={"micro_batch": 1},
-        optimizer={"learning_rate": 1e37, "schedule": "constant", "warmup_fraction": 0.0},
-    )  # fmt: skip
+    weights = load_file(model / "model.safetensors")
+    for name in (name for name in weights if "up_proj" in name or "down_proj" in name):
+        weights[name] *= 1e25
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    recipe = write_recipe(tmp_path, model, batch={"micro_batch": 1})
     process = supervised(recipe)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 6, errors

@@ -263,8 +263,6 @@ VANISHED: dict[str, tuple[Any, Any, str]] = {
         {"conversations": [{"from": "system", "value": "q"}, {"from": "gpt", "value": "a"}]},
         UNREACHABLE,
     ),
-    "untrained": (asked("user", "assistant"), asked("user", "assistant", train=False), "no turn is to be trained"),
-    "weightless": (asked("user", "assistant"), asked("user", "assistant", weight=0), "no turn is to be trained"),
 }
 
 
@@ -282,6 +280,27 @@ def test_rows_of_which_nothing_is_trained_are_dropped_and_counted(name: str, qwe
     assert dataset.report["rows"] == rows
     assert {drop["source"]["line"] for drop in dataset.dropped} == set(range(2, 21))
     assert all(drop["reason"].startswith(reason) and drop["kind"] == "nothing to train" for drop in dataset.dropped)
+
+
+@pytest.mark.fault("L84", "rows that the user wants untrained are counted, and are no loss")
+@pytest.mark.parametrize("fields", [{"train": False}, {"weight": 0}])
+def test_rows_that_are_not_to_be_trained_are_no_loss(fields: dict[str, Any], qwen3_folder: Path) -> None:
+    rows = [asked("user", "assistant"), *[asked("user", "assistant", **fields)] * 19]
+    Path("rows.jsonl").write_bytes(json_lines(*rows))
+    dataset = rendered(qwen3_folder, train=[{"path": "rows.jsonl"}])
+    assert (dataset.report["rows"]["trained"], dataset.report["rows"]["dropped"]) == (1, 19)
+    assert {drop["kind"] for drop in dataset.dropped} == {"not asked for"}
+
+
+@pytest.mark.fault("L84", "a file that cannot be read, before others that can: its own error, not a lost count")
+def test_a_source_that_cannot_be_read_is_named_before_others(qwen3_folder: Path) -> None:
+    Path("cut.jsonl.gz").write_bytes(
+        gzip.compress(json_lines(*({"text": os.urandom(20).hex()} for _ in range(99))))[:-900]
+    )
+    Path("good.jsonl").write_bytes(json_lines({"text": "a b c"}))
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz") as error:
+        rendered(qwen3_folder, train=[{"path": "cut.jsonl.gz"}, {"path": "good.jsonl"}], max_dropped_fraction=1.0)
+    assert "good" not in str(error.value)
 
 
 @pytest.mark.fault("L84", "a file that cannot be read to its end is refused, also where bad rows are skipped; exit 3")

@@ -57,8 +57,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if IS_ROOT and subprocess.run([*AS_SOMEONE, "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("root cannot become another user here")
     folder = tmp_path_factory.mktemp("surroundings")
-    for parent in (folder, folder.parent, folder.parent.parent):
-        parent.chmod(0o755)
+    for parent in (folder, *folder.parents):
+        if parent.stat().st_uid == os.getuid() and not parent.stat().st_mode & 0o001:
+            parent.chmod(0o755)
     model = add_weights(write_checkpoint(folder / "model", "qwen3"))
     recipe = write_recipe(
         folder, model, data={"max_tokens": 256}, optimizer={"max_steps": 9}, output={"save_every_steps": 3},
