@@ -173,7 +173,7 @@ def context_and_target(
 
     Text is rendered with every "|" replaced: each marker in the rendering was written by the template.
     """
-    used = json.dumps([messages, tools], ensure_ascii=False)
+    used = json.dumps([messages, tools, tokenizer.chat_template], ensure_ascii=False)
     guard = next(character for character in map(chr, range(0xE000, 0xF900)) if character not in used)
     messages, tools = replaced(messages, "|", guard), replaced(tools, "|", guard)
     added, marker = markers_of(tokenizer)

@@ -101,9 +101,13 @@ def test_numbers_are_refused_without_torch() -> None:
     assert "4,194,304" in ended.stderr
 
 
-@pytest.mark.slow
+SLOWEST = ("data.max_tokens", "batch.sequences_per_step", "data.fim.cuts", "optimizer.epochs", "tuning.rank")
+
+
 @pytest.mark.fault("I71", "at its limit a number is planned with, or refused in words")
-@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOWEST else pytest.mark.soak) for name in NUMBERS]
+)
 def test_a_plan_and_a_preview_answer_at_the_upper_end_of_every_number(name: str) -> None:
     most, is_taken, _ = NUMBERS[name]
     given = [override(name, most if is_taken else most * (1 - 2**-53)), *GIVEN_BESIDE.get(name, ())]

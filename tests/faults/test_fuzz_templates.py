@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import jinja2
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -176,7 +177,7 @@ def changed(text: str, rng: Random) -> str:
 
 
 def agree_on_changed_templates(count: int, seed: int, folder: Path) -> None:
-    rng, trained, refused = Random(seed), 0, Counter[str]()
+    rng, trained, unjudged, refused = Random(seed), 0, 0, Counter[str]()
     tokenizer, judge = load_tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
     rows = random_rows(seed, 30, reasoning=False, lists=False)
     for _ in range(count):
@@ -191,10 +192,16 @@ def agree_on_changed_templates(count: int, seed: int, folder: Path) -> None:
                 assert not outcome.examples
                 refused[re.sub(r"\d+|'.*", "", outcome.problems[0].what)[:40]] += 1
                 continue
+            try:
+                expected = expected_examples(row, judge)
+            except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
+                unjudged += 1  # the template fails on a message that the oracle asks it about, and not on this row's
+                continue
             trained += 1
-            assert [as_previewed(one) for one in outcome.examples] == expected_examples(row, judge), text
-    print(f"seed {seed}: {trained} dialogues trained as the oracle says, {refused.total()} refused: {refused}")
-    assert trained
+            assert [as_previewed(one) for one in outcome.examples] == expected, text
+    judged = f"{trained} dialogues trained as the oracle says, {unjudged} that it cannot judge"
+    print(f"seed {seed}: {judged}, {refused.total()} refused: {refused}")
+    assert trained > unjudged
     assert refused
 
 
