@@ -35,9 +35,9 @@ from qwentune.data.template import ChatTemplate, refuse_broken_template
 from qwentune.data.tokenizer import Tokenizer
 from qwentune.durable import mark, move_aside, remove, replace_folder
 from qwentune.errors import FULL, DataError, DoesNotFitError, Problem, RecipeError, UsageError
+from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES
 from qwentune.recipe import DataOptions
 
-LARGEST_TEMPLATE_BYTES = 10**6
 CACHE_FORMAT = 11  # raise it whenever rendering or storing changes what stands in the cache
 ANOTHER_CACHE = "Name another cache folder with the variable QWENTUNE_CACHE."
 

@@ -133,8 +133,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     for token in tokens:
         # `encode_special_tokens` spares exactly the tokens flagged special, and Qwen does not flag the FIM ones.
         token["special"] = CONTROL_TOKEN.fullmatch(token["content"]) is not None
-    if not any(token["content"] == END_OF_TEXT for token in tokens):
-        raise UsageError(Problem(str(folder / TOKENIZER), f"has no token {END_OF_TEXT}, as all of Qwen's have", MEND))
     document["added_tokens"] = tokens
     text = json.dumps(document, ensure_ascii=False)
     return Tokenizer(
