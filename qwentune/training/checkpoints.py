@@ -105,7 +105,8 @@ class Checkpoints:
         """Removes what interrupted saves and removals left, mends `latest`; where what was not ours is moved to."""
         if not self.folder.exists():
             return []
-        left = [path for path in self.folder.iterdir() if path.name.startswith((STAGING, TRASH))]
+        named = [path for path in self.folder.iterdir() if path.name.startswith((STAGING, TRASH))]
+        left = [path for path in named if path.is_dir() or path.is_symlink()]  # a plain file was never ours
         aside = [moved for path in left if (moved := remove(path)) is not None]
         numbered = self._numbered()
         if numbered:

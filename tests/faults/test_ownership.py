@@ -192,7 +192,9 @@ def test_trees_that_no_run_wrote_are_moved_aside(tmp_path: Path) -> None:
     for tree in (".saving-9", ".trash-step-3", "step-7", "step-9"):
         (checkpoints.folder / tree).mkdir()
         (checkpoints.folder / tree / "precious").write_text(tree)
+    (checkpoints.folder / ".trash-notes").write_text("mine")
     begun = start(run, checkpoints, num_steps=12)
+    assert (checkpoints.folder / ".trash-notes").read_text() == "mine"
     assert sum("which no run wrote, aside" in message for message in begun.messages) == 2
     publish(checkpoints, 9)
     for step in (10, 11, 12):
