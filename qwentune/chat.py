@@ -79,12 +79,12 @@ class Speaker:
     def __init__(self, run: FinishedRun, thinking: str | None) -> None:
         import torch
 
-        from qwentune.data.render import Renderer, RenderOptions
+        from qwentune.data.rendering.render import Renderer, RenderOptions
         from qwentune.exporting.merge import load_tuned
         from qwentune.exporting.package import main_mode
         from qwentune.facts.documents import MEND
         from qwentune.facts.generation_config import GENERATION_CONFIG, end_token_ids, read_generation_config
-        from qwentune.model.load import silence_loading, weights_folder
+        from qwentune.model.loading import silence_loading, weights_folder
 
         if run.template is None:
             raise UsageError(Problem(str(run.folder), "was trained without a chat template, so there is no chat"))

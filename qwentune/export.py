@@ -74,7 +74,7 @@ def _write(run: FinishedRun, merge: bool, target: Path) -> None:
         from qwentune.exporting.merge import merge as merge_adapter
         from qwentune.exporting.merge import merge_bytes
         from qwentune.facts.present import free_host_bytes
-        from qwentune.model.load import silence_loading, weights_folder
+        from qwentune.model.loading import silence_loading, weights_folder
 
         silence_loading()
         base = weights_folder(run.model, run.revision)
@@ -104,7 +104,7 @@ def _verify(run: FinishedRun, exported: Path) -> None:
     Raises UserError where it is more than rounding explains, or no number at all.
     """
     from qwentune.exporting.merge import largest_logit_difference, load_tuned
-    from qwentune.model.load import silence_loading, weights_folder
+    from qwentune.model.loading import silence_loading, weights_folder
 
     silence_loading()
     base = weights_folder(run.model, run.revision) if run.has_adapter else run.trained

@@ -16,7 +16,7 @@ from qwentune.exporting.package import serving_flags
 
 if TYPE_CHECKING:
     from qwentune.data.dataset import Dataset
-    from qwentune.data.tokenizer import Tokenizer
+    from qwentune.data.tokenizing.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 NUM_FIRST = 4  # tokens of a trained span that count as its beginning

@@ -78,9 +78,9 @@ def run(model: str, paths: Sequence[str], gpu: str | None, output: Path) -> int:
 
 def look_at(paths: Sequence[str]) -> list[Seen]:
     """What the first rows of each file are. Raises DataError with every problem of all files."""
-    from qwentune.data.files import read_rows
     from qwentune.data.formats import detect
-    from qwentune.data.read import read_samples, refuse_untrained
+    from qwentune.data.formats.samples import read_samples, refuse_untrained
+    from qwentune.data.reading.files import read_rows
 
     problems: list[Problem] = []
     found: list[Seen] = []
@@ -156,7 +156,7 @@ def _length(tokens: Sequence[int], share: float, most: int) -> int:
 
 def _batch(tokens: Sequence[int], max_tokens: int, ranks: int, epochs: float, can_pack: bool) -> tuple[bool, int, int]:
     """Whether to pack, rows per step and steps: the largest usual batch that still makes the fewest useful steps."""
-    from qwentune.memory.plan import FEWEST_USEFUL_STEPS
+    from qwentune.memory.run_plan import FEWEST_USEFUL_STEPS
 
     sizes = [size for size in BATCHES if size % ranks == 0] or [ranks]
     packed_rows = math.ceil(sum(tokens) / max_tokens)

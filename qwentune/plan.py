@@ -31,8 +31,8 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     """Prints the plan; the exit code says whether it fits."""
     from qwentune.facts.models import model_spec
     from qwentune.memory import render_plan
+    from qwentune.memory.device_remarks import recipe_remarks
     from qwentune.memory.judge import device_of, judge_recipe
-    from qwentune.memory.remarks import recipe_remarks
     from qwentune.recipe import load_recipe
 
     # A mend that is pasted after the command counts: the last override of a key does.
@@ -74,19 +74,20 @@ def _of_data(recipe: Recipe) -> tuple[int | None, float | None]:
     if dataset is None:
         return steps, None
     if steps is None:
-        from qwentune.data.schedule import Schedule
+        from qwentune.data.layout.schedule import Schedule
 
         steps = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed).num_steps
     return steps, dataset.report["expansion_factor"]
 
 
 def _rendered(recipe: Recipe) -> Dataset | None:
-    from qwentune.data.checkpoint import cache_folder, checkpoint_folder
+    from qwentune.data.cache import cache_folder
+    from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
 
     if not (cache_folder() / "data").is_dir():  # no data was rendered yet; the rest takes its time
         return None
     from qwentune.data.dataset import chat_template, prepared
-    from qwentune.data.tokenizer import load_tokenizer
+    from qwentune.data.tokenizing.tokenizer import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision, fetches=False))

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qwentune.data.dataset import Dataset
-    from qwentune.data.example import Example
-    from qwentune.data.tokenizer import Tokenizer
+    from qwentune.data.rendering.example import Example
+    from qwentune.data.tokenizing.tokenizer import Tokenizer
 
 BAR_WIDTH = 40
 NUM_SHOWN, NUM_IN_HTML = 5, 200  # examples
@@ -53,10 +53,10 @@ def run(
     from rich.console import Console
 
     from qwentune.bounded import refuse_name
-    from qwentune.data.checkpoint import checkpoint_folder
     from qwentune.data.dataset import chat_template, prepare
-    from qwentune.data.schedule import Schedule
-    from qwentune.data.tokenizer import load_tokenizer
+    from qwentune.data.layout.schedule import Schedule
+    from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
+    from qwentune.data.tokenizing.tokenizer import load_tokenizer
     from qwentune.facts.models import refuse_packing
     from qwentune.html_report import html_report
     from qwentune.recipe import load_recipe

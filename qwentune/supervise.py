@@ -75,8 +75,8 @@ def run(
     from qwentune.facts.models import model_spec, refuse_untrainable
     from qwentune.facts.present import count_cards_by_bus
     from qwentune.memory import render_plan
+    from qwentune.memory.device_remarks import recipe_remarks
     from qwentune.memory.judge import device_of, judge_recipe
-    from qwentune.memory.remarks import recipe_remarks
     from qwentune.memory.shortage import refusal
     from qwentune.recipe import load_recipe
     from qwentune.training.run_folder import RunFolder

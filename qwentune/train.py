@@ -26,16 +26,16 @@ from qwentune.errors import (
     UserError,
 )
 from qwentune.training import reports
+from qwentune.training.command_line import Request
 from qwentune.training.reports import Report
-from qwentune.training.request import Request
 from qwentune.training.signals import stoppable, watch_launcher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qwentune.facts.launch import Sharding
-    from qwentune.memory.plan import RunPlan
-    from qwentune.memory.request import Auto
+    from qwentune.memory.plan_request import Auto
+    from qwentune.memory.run_plan import RunPlan
     from qwentune.recipe import LoadedRecipe, Recipe
     from qwentune.training.run_folder import RunFolder
 
@@ -105,18 +105,18 @@ def _exit_code_is_lost() -> bool:
 
 def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     """From a loaded recipe to a trained model; the exit code."""
-    from qwentune.data.checkpoint import checkpoint_folder
     from qwentune.data.dataset import chat_template, prepare
-    from qwentune.data.read import refuse_untrained
-    from qwentune.data.schedule import Schedule
-    from qwentune.data.tokenizer import load_tokenizer
+    from qwentune.data.formats.samples import refuse_untrained
+    from qwentune.data.layout.schedule import Schedule
+    from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
+    from qwentune.data.tokenizing.tokenizer import load_tokenizer
     from qwentune.exporting.publish import publish
     from qwentune.facts.gpus import GpuSpec
     from qwentune.facts.models import model_spec, refuse_untrainable
     from qwentune.facts.present import count_cards_by_bus, may_have_gpu
+    from qwentune.memory.device_remarks import recipe_remarks
     from qwentune.memory.judge import changes_the_plan, device_of, judge_recipe
-    from qwentune.memory.plan import RunPlan
-    from qwentune.memory.remarks import recipe_remarks
+    from qwentune.memory.run_plan import RunPlan
     from qwentune.memory.shortage import refusal
     from qwentune.recipe import load_recipe
     from qwentune.training.device import refuse_other_device

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from qwentune.data.vocabulary import Family, write_tokenizer
+from qwentune.data.tokenizing.vocabulary import Family, write_tokenizer
 
 ModelType: TypeAlias = Literal["qwen2", "qwen3", "qwen3_moe"]
 

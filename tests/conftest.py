@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 from hypothesis import settings
 
-from qwentune.data import vocabulary
+from qwentune.data.tokenizing import vocabulary
 from tests import checkpoints, qwen3_5
 from tests.checkpoints import write_checkpoint
 from tests.warm import Warm

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qwentune.data import vocabulary
+from qwentune.data.tokenizing import vocabulary
 
 RANKS_SHA256 = "8dde380a6405e935f5de16a99eb61c824f3f814dd1ed298784c72babb7a03cdd"
 SPLIT_PATTERN = (

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from qwentune.memory.trace import LiveStorage
-from qwentune.model.load import load_model
+from qwentune.memory.trace.live_bytes import LiveStorage
+from qwentune.model.loading import load_model
 from qwentune.model.sharded import Shards
 
 STRANGE = 2**16  # bytes of whatever else is there: rotary frequencies, and what a rank without experts reads for one

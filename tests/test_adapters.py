@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from qwentune.errors import RecipeError
 from qwentune.exporting.merge import load_tuned, merge
 from qwentune.model.adapters import add_adapters, load_adapters
-from qwentune.model.load import load_model
+from qwentune.model.loading import load_model
 from qwentune.recipe import Tuning
 from tests.checkpoints import add_weights, token_ids, write_checkpoint
 from tests.runs import ENVIRONMENT, train, write_recipe

@@ -14,13 +14,13 @@ from transformers import AutoConfig
 from qwentune.facts.gpus import GpuSpec, gpu_spec
 from qwentune.facts.launch import Sharding
 from qwentune.facts.models import config_of, model_spec
-from qwentune.memory.allocator import LARGE_PAGE_BYTES, SMALL_PAGE_BYTES, Allocator, CardIsFullError
-from qwentune.memory.cross_check import cross_checked
-from qwentune.memory.meta_step import meta_step, no_autocast, recorded_step, traced_peak
-from qwentune.memory.plan import make_plan
-from qwentune.memory.replay import depth, record, replay
-from qwentune.memory.request import PlanRequest
+from qwentune.memory.plan_request import PlanRequest
+from qwentune.memory.run_plan import make_plan
 from qwentune.memory.settings import GIB, MIB
+from qwentune.memory.trace.allocator import LARGE_PAGE_BYTES, SMALL_PAGE_BYTES, Allocator, CardIsFullError
+from qwentune.memory.trace.cross_check import cross_checked
+from qwentune.memory.trace.meta_step import meta_step, no_autocast, recorded_step, traced_peak
+from qwentune.memory.trace.replay import depth, record, replay
 from tests.test_trace import SETTINGS, tiny
 
 STEP = replace(SETTINGS, weights="bf16", attention="flex_attention", micro_batch=1, max_tokens=1024)

@@ -15,7 +15,7 @@ from qwentune.errors import UsageError
 from qwentune.facts.gpus import GPUS, gpu_spec
 from qwentune.facts.models import MODELS, config_of, length_remark, model_spec
 from qwentune.facts.towers import tower_remark, training_problems
-from qwentune.model.load import load_model
+from qwentune.model.loading import load_model
 
 # Counts of the model classes of transformers 5.23 on the meta device; those of Qwen2.5 and Qwen3 up to 72B and the MoE
 # equal the exact counts of keras-team/keras-hub@71453d08.

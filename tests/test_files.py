@@ -19,10 +19,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwentune.data import files, json_rows
-from qwentune.data.files import COMPRESSIONS, READERS, content_of, read_rows
+from qwentune.data.reading import files, json_rows
+from qwentune.data.reading.files import COMPRESSIONS, READERS, content_of, read_rows
+from qwentune.data.reading.strict_json import DEEPEST_NESTING
 from qwentune.data.sample import Json
-from qwentune.data.strict_json import DEEPEST_NESTING
 from qwentune.errors import DataError, Problem
 
 SHIPPED = Path(__file__).parents[1] / "data_templates" / "chat.jsonl"

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from qwentune.data.dataset import Dataset, prepare
-from qwentune.data.example import Example
-from qwentune.data.fim import cut
 from qwentune.data.formats import FORMATS
 from qwentune.data.formats.fim import parse
-from qwentune.data.outcome import Outcome
-from qwentune.data.render import Renderer, RenderOptions
+from qwentune.data.layout.schedule import Schedule
+from qwentune.data.rendering.example import Example
+from qwentune.data.rendering.fill_in_the_middle import cut
+from qwentune.data.rendering.outcome import Outcome
+from qwentune.data.rendering.render import Renderer, RenderOptions
 from qwentune.data.sample import Code, Source
-from qwentune.data.schedule import Schedule
-from qwentune.data.tokenizer import Tokenizer, load_tokenizer
+from qwentune.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from qwentune.recipe import DataOptions, Fim
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.runs import train, write_recipe

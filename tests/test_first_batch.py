@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwentune.data.batch import TrainBatches
 from qwentune.data.dataset import Dataset, chat_template, prepare
-from qwentune.data.schedule import Schedule
-from qwentune.data.store import seal
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.layout.batch import TrainBatches
+from qwentune.data.layout.schedule import Schedule
+from qwentune.data.layout.store import seal
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import DataError
 from qwentune.recipe import load_recipe
 from tests.checkpoints import add_weights, token_ids, write_checkpoint

@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config
 from transformers import modeling_flash_attention_utils as flash
 
-from qwentune.data.batch import Batch, collate
-from qwentune.data.trie import lay_out
+from qwentune.data.layout.batch import Batch, collate
+from qwentune.data.layout.trie import lay_out
 from qwentune.model.attention import attention_arguments
 from qwentune.model.head import LossHead
-from qwentune.model.load import load_model, recompute_layers
+from qwentune.model.loading import load_model, recompute_layers
 from tests.test_hybrid_walk import write_hybrid
 from tests.test_pack import example
 

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwentune.data.formats import FORMATS, detect
-from qwentune.data.read import read_samples, refuse_untrained
+from qwentune.data.formats.samples import read_samples, refuse_untrained
+from qwentune.data.formats.suggestion import suggestion
 from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, Source, Text, ToolCall
-from qwentune.data.suggestion import suggestion
 from qwentune.errors import DataError, Problem
 
 TEMPLATES = Path(__file__).parents[1] / "data_templates"

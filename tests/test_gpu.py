@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwentune.data.batch import collate
+from qwentune.data.layout.batch import collate
 from qwentune.facts.gpus import gpu_spec
-from qwentune.memory.allocator import LARGE_PAGE_BYTES, CardIsFullError
-from qwentune.memory.meta_step import recorded_step
-from qwentune.memory.replay import replay
 from qwentune.memory.settings import device_overheads
+from qwentune.memory.trace.allocator import LARGE_PAGE_BYTES, CardIsFullError
+from qwentune.memory.trace.meta_step import recorded_step
+from qwentune.memory.trace.replay import replay
 from qwentune.model.adamw import AdamW, split
 from qwentune.model.attention import IMPLEMENTATIONS
 from qwentune.model.head import LossHead
-from qwentune.model.load import load_model
+from qwentune.model.loading import load_model
 from tests.bench.memory_grid import GPU, Case, measured, traced_bytes
 from tests.checkpoints import ModelType, add_weights, write_checkpoint
 from tests.dialogues import random_rows

@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional
 
 import qwentune.model.head as head
-from qwentune.memory import closed_form
+from qwentune.memory.closed_form import phases as closed_form
 from qwentune.model.adapters import add_adapters
 from qwentune.model.head import LossHead
-from qwentune.model.load import load_model
+from qwentune.model.loading import load_model
 from qwentune.recipe import Tuning
 from tests.checkpoints import add_weights, write_checkpoint
 

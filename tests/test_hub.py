@@ -13,9 +13,9 @@ import datasets
 import pytest
 
 from qwentune.data.dataset import chat_template, prepare, prepared
-from qwentune.data.files import read_rows
-from qwentune.data.hub import is_hub_dataset, kept_file
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.reading.files import read_rows
+from qwentune.data.reading.hub import is_hub_dataset, kept_file
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import DataError, Problem
 from qwentune.recipe import DataOptions
 from tests.checkpoints import write_checkpoint
@@ -128,7 +128,7 @@ def test_a_row_that_json_has_no_form_for_is_named_and_nothing_is_kept(monkeypatc
 
 READ = """
 import json, sys
-from qwentune.data.files import read_rows
+from qwentune.data.reading.files import read_rows
 for path in sys.argv[1:]:
     problems = []
     rows = [row.value for row in read_rows(path, problems)]

@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from qwentune.cli import app
-from qwentune.data.checkpoint import checkpoint_folder
 from qwentune.data.dataset import chat_template, prepare
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.init import KINDS, look_at
 from qwentune.memory import judge
 from qwentune.recipe import load_recipe

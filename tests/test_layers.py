@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,22 @@ LAYERS = (
 )
 COMMANDS = {"init", "train", "supervise", "preview", "plan", "export", "chat", "cli"}
 TORCH_FREE = ("errors", "bounded", "redaction", "durable", "streams", "shipped", "recipe", "facts", "memory")
-WITH_TORCH = {"trace", "meta_step", "delta_rule", "replay", "cross_check"}  # of memory: they run the real step
+WITH_TORCH = {"live_bytes", "meta_step", "delta_rule", "replay", "cross_check"}  # of memory: they run the real step
+# From the top down in data/: a stage imports only itself and those before it.
+STAGES = (
+    "sample",
+    "cache",
+    "reading",
+    "formats",
+    "tokenizing",
+    "templates",
+    "rendering",
+    "layout",
+    "report",
+    "dataset",
+)
+MOST_FILES = 16  # of a folder in data/ and memory/: more are no longer seen at once
+BOTH_A_VERB_AND_A_THING = {"chat"}  # a command and a row format, both named by the contract
 TORCH = {"torch", "peft", "accelerate", "bitsandbytes", "trl", "deepspeed"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -94,3 +110,20 @@ def test_torch_is_not_loaded_before_training(statement: str) -> None:
 
 def test_no_module_has_a_name_that_says_nothing() -> None:
     assert not {path.stem for path in MODULES} & {"utils", "common", "helpers", "base", "manager", "misc"}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "data").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_stage_of_the_data_imports_only_stages_before_it(path: Path) -> None:
+    own = path.relative_to(PACKAGE / "data").parts[0].removesuffix(".py")
+    named = {name.split(".")[2] for name in imports(path) if name.startswith("qwentune.data.")}
+    assert own == "__init__" or named <= set(STAGES[: STAGES.index(own) + 1])
+
+
+def test_no_folder_of_data_and_memory_is_too_full_to_be_seen_at_once() -> None:
+    folders = [folder for layer in ("data", "memory") for folder in ((PACKAGE / layer), *(PACKAGE / layer).rglob("*/"))]
+    assert {str(folder): count for folder in folders if (count := len(list(folder.glob("*.py")))) > MOST_FILES} == {}
+
+
+def test_a_file_name_means_one_thing() -> None:
+    names = Counter(path.stem for path in MODULES if path.stem != "__init__")
+    assert {name for name, count in names.items() if count > 1} <= BOTH_A_VERB_AND_A_THING

@@ -21,8 +21,8 @@ from qwentune.facts.gpus import GpuSpec, gpu_spec
 from qwentune.facts.models import model_spec
 from qwentune.facts.present import ORDER, count_cards_by_bus, present_gpus
 from qwentune.memory import HostMemory
+from qwentune.memory.device_remarks import attention_remark, dtype_remark, remarks
 from qwentune.memory.judge import device_of, judge
-from qwentune.memory.remarks import attention_remark, dtype_remark, remarks
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
 from qwentune.training.device import refuse_other_device, runs
 from qwentune.training.ranks import Ranks

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwentune.data.dataset import Dataset, chat_template, prepare
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import DataError
 from qwentune.recipe import DataOptions
 

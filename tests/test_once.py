@@ -14,7 +14,7 @@ import pytest
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.models import model_spec
 from qwentune.memory.judge import judge
-from qwentune.memory.plan import RunPlan
+from qwentune.memory.run_plan import RunPlan
 from qwentune.recipe import BatchOptions, MemoryOptions, OutputOptions, Precision, Tuning
 from qwentune.training.once import once
 from tests.runs import ENVIRONMENT, write_recipe
@@ -24,7 +24,8 @@ import os, sys, time
 from pathlib import Path
 from qwentune import console, train
 from qwentune.facts.gpus import gpu_spec
-from qwentune.memory import cross_check, judge
+from qwentune.memory.trace import cross_check
+from qwentune.memory import judge
 folder = Path(sys.argv.pop(1))
 judge.device_of = lambda hardware, here: (gpu_spec("rtx-3060"), 2, "auto")
 def counted(spec, device, request, plan, tell):

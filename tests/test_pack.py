@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
-from qwentune.data.batch import collate
-from qwentune.data.pack import pack
-from qwentune.data.trie import lay_out
+from qwentune.data.layout.batch import collate
+from qwentune.data.layout.pack import pack
+from qwentune.data.layout.trie import lay_out
 from qwentune.facts.packing import packing_problems
 from qwentune.model.attention import attention_arguments
 from qwentune.model.head import LossHead

@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from qwentune.data.dataset import Dataset, chat_template, prepare
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.recipe import DataOptions
 from tests.dialogues import Row, random_rows
 from tests.oracle import UntrainableError, expected_examples

@@ -8,14 +8,14 @@ from typing import Any
 import jinja2
 import pytest
 
-from qwentune.data.dialogue import Dialogue
 from qwentune.data.formats.chat import parse
-from qwentune.data.grammar import same
-from qwentune.data.particulars import Particulars, particulars
-from qwentune.data.render import Renderer, RenderOptions
+from qwentune.data.rendering.dialogue import Dialogue
+from qwentune.data.rendering.grammar import same
+from qwentune.data.rendering.render import Renderer, RenderOptions
 from qwentune.data.sample import Conversation, RowError, Source
-from qwentune.data.template import ChatTemplate
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.templates.chat_template import ChatTemplate
+from qwentune.data.templates.particulars import Particulars, particulars
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
 

@@ -21,9 +21,9 @@ from qwentune.facts.architecture import ModelSpec, MoeSpec
 from qwentune.facts.gpus import GPUS, GpuSpec, gpu_spec
 from qwentune.facts.models import MODELS, model_spec
 from qwentune.memory import HostMemory, PlanRequest, RunPlan, make_plan, pinned, plan_warnings, render_plan
-from qwentune.memory.activations import layer_activations
-from qwentune.memory.adapters import ATTENTION, FEED_FORWARD, adapter_parameters
-from qwentune.memory.closed_form import (
+from qwentune.memory.closed_form.activations import layer_activations
+from qwentune.memory.closed_form.adapter_sizes import ATTENTION, FEED_FORWARD, adapter_parameters
+from qwentune.memory.closed_form.phases import (
     PIECE_VALUES,
     base_weight_bytes,
     disk_bytes,
@@ -32,9 +32,9 @@ from qwentune.memory.closed_form import (
     state_bytes,
     trained_parameters,
 )
+from qwentune.memory.closed_form.roofline import step_seconds
 from qwentune.memory.judge import judge, settings_of
-from qwentune.memory.request import usable_bytes
-from qwentune.memory.roofline import step_seconds
+from qwentune.memory.plan_request import usable_bytes
 from qwentune.memory.search import MAX_FORWARD_TOKENS, fastest
 from qwentune.memory.settings import (
     GIB,
@@ -457,7 +457,7 @@ def drawn(count: int) -> list[tuple[ModelSpec, GpuSpec, PlanRequest]]:
 @pytest.mark.soak
 @pytest.mark.parametrize("number", range(30))
 def test_a_plan_fits_by_the_trace_too_and_no_neighbour_that_is_faster_does(number: int) -> None:
-    from qwentune.memory.meta_step import traced_peak
+    from qwentune.memory.trace.meta_step import traced_peak
 
     spec, gpu, request = drawn(number + 1)[number]
     overheads, usable = device_overheads(gpu), usable_bytes(gpu, request)

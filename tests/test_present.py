@@ -16,8 +16,8 @@ from qwentune.facts.gpus import GpuSpec, gpu_spec
 from qwentune.facts.models import model_spec
 from qwentune.facts.present import present_gpus
 from qwentune.memory import HostMemory
+from qwentune.memory.device_remarks import ecc_remark, spill_remark
 from qwentune.memory.judge import device_of, judge
-from qwentune.memory.remarks import ecc_remark, spill_remark
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
 
 RTX_4090 = "0, GPU-a, NVIDIA GeForce RTX 4090, 24564, 9000, 8.9, Disabled, [N/A]"

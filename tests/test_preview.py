@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qwentune.data.batch import TrainBatches
 from qwentune.data.dataset import chat_template, prepare
-from qwentune.data.schedule import Schedule
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.layout.batch import TrainBatches
+from qwentune.data.layout.schedule import Schedule
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import NUM_PLACES
 from qwentune.recipe import load_recipe
 from tests.checkpoints import add_weights, write_checkpoint

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.models import model_spec
 from qwentune.memory import HostMemory, PlanRequest, RunPlan, make_plan, render_plan
+from qwentune.memory.closed_form.roofline import step_seconds
 from qwentune.memory.judge import judge, settings_of
-from qwentune.memory.plan import calibrated
 from qwentune.memory.profile import Profile, find_profile, keep_profile, measured
-from qwentune.memory.roofline import step_seconds
+from qwentune.memory.run_plan import calibrated
 from qwentune.recipe import BatchOptions, MemoryOptions, OutputOptions, Precision, Tuning
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.runs import write_recipe

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qwentune.data.dataset import Dataset, chat_template, prepare
-from qwentune.data.tokenizer import Tokenizer, load_tokenizer
+from qwentune.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from qwentune.errors import DataError
 from qwentune.recipe import DataOptions
 from tests.checkpoints import template_text

@@ -19,14 +19,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qwentune.data.render import Renderer, RenderOptions
+from qwentune.data.rendering.render import Renderer, RenderOptions
 from qwentune.data.sample import Code, Source
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.facts.models import model_spec
-from qwentune.memory.meta_step import traced_peak
 from qwentune.memory.settings import MIB
+from qwentune.memory.trace.meta_step import traced_peak
 from qwentune.model.attention import IMPLEMENTATIONS
-from qwentune.model.load import load_model
+from qwentune.model.loading import load_model
 from tests.runs import ENVIRONMENT, KILLED, final_weights, loss_history, train, write_recipe
 from tests.test_render import rendered, renderer_of
 from tests.test_trace import SETTINGS, measured_bytes

@@ -153,7 +153,7 @@ def test_a_path_that_exists_is_no_secret(tmp_path: Path) -> None:
 
 
 def test_a_secret_is_hidden_before_a_message_is_cut() -> None:
-    from qwentune.data.faults import described
+    from qwentune.data.reading.faults import described
 
     with environment(OPENAI_KEY="x" * 100):
         assert "xxxxxxxx" not in described("x" * 100) + described(["x" * 100]) + described({"a": "x" * 100})
@@ -201,13 +201,13 @@ WRITERS = {
     "training/reports.py": "numbers for the supervisor",
     "training/once.py": "a plan in the user's cache",
     "memory/profile.py": "measured times in the user's cache",
-    "model/load.py": "random weights in the user's cache",
+    "model/loading.py": "random weights in the user's cache",
     "exporting/package.py": "the model's own files, which are data and must not be changed",
     "exporting/merge.py": "weights",
-    "data/store.py": "the user's data in the user's cache",
-    "data/hub.py": "the user's data in the user's cache",
-    "data/checkpoint.py": "a built-in model in the user's cache",
-    "data/vocabulary.py": "a built-in model in the user's cache",
+    "data/layout/store.py": "the user's data in the user's cache",
+    "data/reading/hub.py": "the user's data in the user's cache",
+    "data/tokenizing/checkpoint_folder.py": "a built-in model in the user's cache",
+    "data/tokenizing/vocabulary.py": "a built-in model in the user's cache",
 }
 
 

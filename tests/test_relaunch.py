@@ -13,8 +13,8 @@ from qwentune.errors import DoesNotFitError
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.launch import sharding_of
 from qwentune.facts.models import model_spec
-from qwentune.memory import cross_check
 from qwentune.memory import judge as judging
+from qwentune.memory.trace import cross_check
 from qwentune.recipe import load_recipe
 from qwentune.train import Request, run
 from qwentune.training import reports

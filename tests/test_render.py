@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from qwentune.data.example import Example
-from qwentune.data.read import read_samples
-from qwentune.data.render import Renderer, RenderOptions
-from qwentune.data.template import ChatTemplate
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.formats.samples import read_samples
+from qwentune.data.rendering.example import Example
+from qwentune.data.rendering.render import Renderer, RenderOptions
+from qwentune.data.templates.chat_template import ChatTemplate
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from tests.dialogues import random_rows
 from tests.oracle import expected_examples
 

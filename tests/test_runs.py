@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwentune.data.runs import Beginnings, Run, Tokens
+from qwentune.data.rendering.runs import Beginnings, Run, Tokens
 
 IDS = st.lists(st.integers(0, 2), max_size=12)
 

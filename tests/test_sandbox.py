@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from qwentune.data.dialogue import Dialogue
 from qwentune.data.formats.chat import parse
-from qwentune.data.render import Renderer, RenderOptions
+from qwentune.data.rendering.dialogue import Dialogue
+from qwentune.data.rendering.render import Renderer, RenderOptions
 from qwentune.data.sample import Conversation, RowError, Source
-from qwentune.data.sandbox import TEMPLATE_ERRORS, rendered
-from qwentune.data.template import ChatTemplate
-from qwentune.data.tokenizer import Tokenizer, load_tokenizer
+from qwentune.data.templates.chat_template import ChatTemplate
+from qwentune.data.templates.sandbox import TEMPLATE_ERRORS, rendered
+from qwentune.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from tests.dialogues import random_rows
 from tests.test_templates import TEMPLATES
 

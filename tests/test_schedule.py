@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwentune.data.schedule import Schedule
+from qwentune.data.layout.schedule import Schedule
 
 counts = st.integers(1, 40)
 

@@ -18,14 +18,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from transformers import PreTrainedTokenizerFast
 
-from qwentune.data.dialogue import Dialogue
 from qwentune.data.formats.chat import parse
-from qwentune.data.grammar import same
-from qwentune.data.render import Renderer, RenderOptions
+from qwentune.data.rendering.dialogue import Dialogue
+from qwentune.data.rendering.grammar import same
+from qwentune.data.rendering.render import Renderer, RenderOptions
+from qwentune.data.rendering.turn import Turn
 from qwentune.data.sample import Conversation, RowError, Source
-from qwentune.data.template import ChatTemplate
-from qwentune.data.tokenizer import load_tokenizer
-from qwentune.data.turn import Turn
+from qwentune.data.templates.chat_template import ChatTemplate
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import DataError
 from tests.dialogues import chat_rows, random_rows
 from tests.oracle import Row, UntrainableError, expected_examples, normalised, reasoning_form

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from qwentune.data.tokenizer import CONTROL_TOKEN, Tokenizer, load_tokenizer
+from qwentune.data.tokenizing.tokenizer import CONTROL_TOKEN, Tokenizer, load_tokenizer
 
 FAMILIES = pytest.mark.parametrize("fixture", ["real_qwen3_folder", "real_qwen3_5_folder"])
 shared = settings(suppress_health_check=list(HealthCheck))  # a session's tokenizer serves all examples

@@ -14,12 +14,16 @@ from qwentune.facts import present
 from qwentune.facts.architecture import MoeSpec
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.models import config_of, model_spec
-from qwentune.memory import HostMemory, PlanRequest, closed_form, make_plan
-from qwentune.memory.closed_form import moving_bytes, phases
-from qwentune.memory.cross_check import cross_checked
-from qwentune.memory.delta_rule import fold
+from qwentune.memory import HostMemory, PlanRequest, make_plan
+from qwentune.memory.closed_form import phases as closed_form
+from qwentune.memory.closed_form.phases import moving_bytes, phases
+from qwentune.memory.device_remarks import kernel_remark
 from qwentune.memory.judge import kernels_beside
-from qwentune.memory.meta_step import (
+from qwentune.memory.settings import Overheads, Settings
+from qwentune.memory.trace.cross_check import cross_checked
+from qwentune.memory.trace.delta_rule import fold
+from qwentune.memory.trace.live_bytes import live_bytes, peak
+from qwentune.memory.trace.meta_step import (
     evaluation_of,
     meta_batch,
     meta_network,
@@ -29,9 +33,6 @@ from qwentune.memory.meta_step import (
     traced_evaluation,
     traced_peak,
 )
-from qwentune.memory.remarks import kernel_remark
-from qwentune.memory.settings import Overheads, Settings
-from qwentune.memory.trace import live_bytes, peak
 from qwentune.model import adamw, attention
 from qwentune.model.attention import IMPLEMENTATIONS
 

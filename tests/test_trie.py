@@ -12,13 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwentune.data.batch import collate
 from qwentune.data.dataset import Dataset, chat_template, prepare
-from qwentune.data.tokenizer import load_tokenizer
-from qwentune.data.trie import Packed, lay_out
+from qwentune.data.layout.batch import collate
+from qwentune.data.layout.trie import Packed, lay_out
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.model.attention import IMPLEMENTATIONS, Visibility
 from qwentune.model.head import LossHead
-from qwentune.model.load import load_model, recompute_layers
+from qwentune.model.loading import load_model, recompute_layers
 from qwentune.recipe import DataOptions
 from tests.checkpoints import ModelType, add_weights, write_checkpoint
 from tests.dialogues import random_rows

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from qwentune.data.formats import FORMATS
-from qwentune.data.render import Outcome, Renderer, RenderOptions
+from qwentune.data.rendering.render import Outcome, Renderer, RenderOptions
 from qwentune.data.sample import Conversation, Source
-from qwentune.data.template import ChatTemplate
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.templates.chat_template import ChatTemplate
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 
 THOUGHT = "<think>\nbecause\n</think>\n\nb"
 

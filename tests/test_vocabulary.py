@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from qwentune.data.vocabulary import NUM_BYTES, byte_alphabet, rank_file, read_ranks, write_tokenizer
+from qwentune.data.tokenizing.vocabulary import NUM_BYTES, byte_alphabet, rank_file, read_ranks, write_tokenizer
 from qwentune.errors import UsageError
 
 # SHA-256 of tokenizer.json in Qwen/Qwen2.5-7B-Instruct and Qwen/Qwen3-8B
@@ -148,7 +148,7 @@ def test_another_rank_file_is_refused_with_its_hash(tmp_path: Path) -> None:
 
 def test_building_imports_neither_torch_nor_dashscope(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from qwentune.data.vocabulary import write_tokenizer; "
+        "import sys, pathlib; from qwentune.data.tokenizing.vocabulary import write_tokenizer; "
         "write_tokenizer(pathlib.Path(sys.argv[1]), 'qwen3', 300); "
         "print(sorted({'torch', 'transformers', 'dashscope'} & set(sys.modules)))"
     )

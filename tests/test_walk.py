@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from qwentune.data.tokenizer import split_pattern
+from qwentune.data.tokenizing.tokenizer import split_pattern
 from qwentune.errors import DoesNotFitError, UserError
 from qwentune.export import run_export
 from qwentune.exporting import merge as merging
@@ -239,6 +239,6 @@ def test_the_quickstart_says_its_rows_back(tmp_path: Path) -> None:
 
 def reply_tokens(run: Path, answer: str) -> int:
     """The number of tokens of an answer with the one that ends its turn."""
-    from qwentune.data.tokenizer import load_tokenizer
+    from qwentune.data.tokenizing.tokenizer import load_tokenizer
 
     return len(load_tokenizer(run / "model").encode([answer])[0]) + 1

@@ -19,7 +19,7 @@ TRAIN = "from qwentune import console, train; console.main(train.train)"
 SERVER = """
 import json, os, signal, sys, traceback
 import torch, transformers, peft, bitsandbytes, qwentune.train, qwentune.training.trainer
-import qwentune.data.dataset, qwentune.model.load, qwentune.model.adapters, qwentune.exporting.package
+import qwentune.data.dataset, qwentune.model.loading, qwentune.model.adapters, qwentune.exporting.package
 sys.stdout.write("ready\\n"); sys.stdout.flush()
 for line in sys.stdin:
     request = json.loads(line)

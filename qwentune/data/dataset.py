@@ -20,19 +20,19 @@ from numpy.typing import NDArray
 
 from qwentune.bounded import UnreadableError, read_text
 from qwentune.console import say
-from qwentune.data.checkpoint import alone, cache_folder
-from qwentune.data.faults import Unread
-from qwentune.data.files import Content, RowCount, content_of, is_at_hand
-from qwentune.data.outcome import Dropped
-from qwentune.data.read import read_samples
-from qwentune.data.render import Renderer, RenderOptions
+from qwentune.data.cache import alone, cache_folder
+from qwentune.data.formats.samples import read_samples
+from qwentune.data.layout.rows import Rows, Trie, packed_rows
+from qwentune.data.layout.split import copies, fates, split, untrained_sources
+from qwentune.data.layout.store import DamagedError, Examples, ExampleWriter, open_sealed, seal
+from qwentune.data.reading.faults import Unread
+from qwentune.data.reading.files import Content, RowCount, content_of, is_at_hand
+from qwentune.data.rendering.outcome import Dropped
+from qwentune.data.rendering.render import Renderer, RenderOptions
 from qwentune.data.report import Report, with_separate_examples
-from qwentune.data.rows import Rows, Trie, packed_rows
 from qwentune.data.sample import Source
-from qwentune.data.split import copies, fates, split, untrained_sources
-from qwentune.data.store import DamagedError, Examples, ExampleWriter, open_sealed, seal
-from qwentune.data.template import ChatTemplate, refuse_broken_template
-from qwentune.data.tokenizer import Tokenizer
+from qwentune.data.templates.chat_template import ChatTemplate, refuse_broken_template
+from qwentune.data.tokenizing.tokenizer import Tokenizer
 from qwentune.durable import mark, move_aside, remove, replace_folder
 from qwentune.errors import FULL, DataError, DoesNotFitError, Problem, RecipeError, UsageError
 from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from qwentune.data.files import RowCount
-from qwentune.data.outcome import Dropped, Outcome
-from qwentune.data.remarks import CHANGED_BY_NFC
-from qwentune.data.template import ChatTemplate
-from qwentune.data.tokenizer import Tokenizer
+from qwentune.data.reading.files import RowCount
+from qwentune.data.rendering.outcome import Dropped, Outcome
+from qwentune.data.rendering.remarks import CHANGED_BY_NFC
+from qwentune.data.templates.chat_template import ChatTemplate
+from qwentune.data.tokenizing.tokenizer import Tokenizer
 
 NUM_PLACES = 3
 FORGED = (

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qwentune.bounded import refuse_name
-from qwentune.data.template import ChatTemplate
-from qwentune.data.tokenizer import Tokenizer, load_tokenizer
+from qwentune.data.templates.chat_template import ChatTemplate
+from qwentune.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from qwentune.errors import Problem, UsageError
 from qwentune.facts.adapter_config import read_adapter_config
 from qwentune.facts.weight_files import read_adapter, read_weights

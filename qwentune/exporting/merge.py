@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qwentune.facts.documents import read_object
 from qwentune.facts.weight_files import read_weights
 from qwentune.model.hollow import refuse_other_weights
-from qwentune.model.load import decoder_config
+from qwentune.model.loading import decoder_config
 
 
 def load_tuned(base: Path, adapter: Path | None, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwentune.data.tokenizer import split_pattern
-from qwentune.data.vocabulary import SPLIT_PATTERN
+from qwentune.data.tokenizing.tokenizer import split_pattern
+from qwentune.data.tokenizing.vocabulary import SPLIT_PATTERN
 from qwentune.facts.documents import LARGEST_TOKENIZER_BYTES, read_object
 from qwentune.facts.generation_config import end_token_ids, read_generation_config
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwentune import console
-from qwentune.data.tokenizer import Tokenizer
+from qwentune.data.tokenizing.tokenizer import Tokenizer
 from qwentune.durable import mark, remove, replace_folder
 from qwentune.errors import Problem, ResumeError
 from qwentune.exporting.package import copy_weights, model_card, stop_token_ids, write_package

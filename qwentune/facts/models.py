@@ -9,10 +9,10 @@ from typing import cast
 
 from qwentune.errors import Problem, UsageError, nearest
 from qwentune.facts.architecture import Kind, LinearAttentionSpec, ModelSpec, MoeSpec
-from qwentune.facts.checkpoints import MODELS
 from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES, LARGEST_TOKENIZER_BYTES, read_object, read_text, shown
 from qwentune.facts.generation_config import read_generation_config
 from qwentune.facts.packing import packing_problems
+from qwentune.facts.published import MODELS
 from qwentune.facts.towers import DECODERS, training_problems
 
 __all__ = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 
 from qwentune.facts.launch import offloads, uses_deepspeed
-from qwentune.memory.plan import RunPlan, plan_warnings
 from qwentune.memory.profile import Profile
+from qwentune.memory.run_plan import RunPlan, plan_warnings
 from qwentune.memory.settings import GIB
 
 _COLUMNS = 80

@@ -15,10 +15,10 @@ from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.launch import Sharding, sharding_of
 from qwentune.facts.models import ModelSpec
 from qwentune.facts.present import free_disk_bytes, free_host_bytes, installed_kernels, present_gpus
-from qwentune.memory.adapters import ATTENTION, KNOWN
-from qwentune.memory.plan import RunPlan, calibrated, make_plan, pinned
+from qwentune.memory.closed_form.adapter_sizes import ATTENTION, KNOWN
+from qwentune.memory.plan_request import Auto, Device, PlanRequest
 from qwentune.memory.profile import find_profile
-from qwentune.memory.request import Auto, Device, PlanRequest
+from qwentune.memory.run_plan import RunPlan, calibrated, make_plan, pinned
 from qwentune.memory.settings import Attention, HostMemory, Settings
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Recipe, Tuning
 
@@ -79,7 +79,7 @@ def judge(
             request = replace(request, sharding=sharding)
     plan = make_plan(spec, device, request)
     if tell is not None:
-        from qwentune.memory.cross_check import cross_checked
+        from qwentune.memory.trace.cross_check import cross_checked
 
         plan = cross_checked(spec, device, request, plan, tell)
     _refuse_kernel_that_does_not_run(plan, device)

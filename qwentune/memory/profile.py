@@ -19,12 +19,12 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, TypeAdapter, ValidationError
 
 from qwentune import console
-from qwentune.data.checkpoint import cache_folder
+from qwentune.data.cache import cache_folder
 from qwentune.durable import write_text
 from qwentune.errors import UserError
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
-from qwentune.memory.roofline import step_seconds
+from qwentune.memory.closed_form.roofline import step_seconds
 from qwentune.memory.settings import HostMemory, Settings, Tuning
 
 ROOFLINE: Literal[1] = 1  # raise it with the type below whenever the roofline says other seconds than before

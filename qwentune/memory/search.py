@@ -10,9 +10,9 @@ from qwentune.errors import UsageError
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.facts.launch import Sharding
-from qwentune.memory.closed_form import Terms, disk_bytes, host_bytes, offloaded_bytes, phases
-from qwentune.memory.request import Device, PlanRequest, adapts_head, divisors, request_problems, usable_bytes
-from qwentune.memory.roofline import step_seconds
+from qwentune.memory.closed_form.phases import Terms, disk_bytes, host_bytes, offloaded_bytes, phases
+from qwentune.memory.closed_form.roofline import step_seconds
+from qwentune.memory.plan_request import Device, PlanRequest, adapts_head, divisors, request_problems, usable_bytes
 from qwentune.memory.settings import (
     Attention,
     Dtype,

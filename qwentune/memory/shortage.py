@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from qwentune.errors import Problem, UserError
 from qwentune.memory.mends import Mend
-from qwentune.memory.plan import RunPlan
+from qwentune.memory.run_plan import RunPlan
 
 FEWEST_SPARE = 0.03  # of the usable bytes
 

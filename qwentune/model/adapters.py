@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from qwentune.errors import Problem, RecipeError
 from qwentune.facts.architecture import FUSED_ADAPTED_EXPERTS
 from qwentune.model.hollow import refuse_other_adapter
-from qwentune.model.load import DTYPES
+from qwentune.model.loading import DTYPES
 from qwentune.model.sharded import Shards
 from qwentune.model.trained_rows import lay_over
 from qwentune.recipe import Tuning

@@ -1,6 +1,6 @@
 """What each token of a row may see, for the attention kernels: one rule over the trees of a batch.
 
-Token q sees token k iff `k <= q < visible_until[k]` (`qwentune/data/trie.py`). The kernels are registered with
+Token q sees token k iff `k <= q < visible_until[k]` (`qwentune/data/layout/trie.py`). The kernels are registered with
 transformers under names of our own, and the rule reaches them as a keyword of the model's forward.
 """
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from qwentune.errors import Problem, ResumeError
 from qwentune.facts.adapter_config import ADAPTER_CONFIG, largest_trained_token, read_adapter_config
 from qwentune.facts.weight_files import ADAPTER_WEIGHTS, read_adapter
-from qwentune.model.load import listed, load_model
+from qwentune.model.loading import listed, load_model
 
 
 def refuse_other_weights(base: Path, adapter: Path | None = None) -> None:

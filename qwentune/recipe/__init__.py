@@ -1,7 +1,7 @@
 """The typed recipe and its loader: file and overrides in, a frozen `Recipe` or every problem at once out."""
 
 from qwentune.recipe.keys import Key, describe_keys, render_keys
-from qwentune.recipe.load import LoadedRecipe, load_recipe, parse_recipe
+from qwentune.recipe.loader import LoadedRecipe, load_recipe, parse_recipe
 from qwentune.recipe.resolved import resolved_yaml
 from qwentune.recipe.schema import (
     BatchOptions,

@@ -12,7 +12,7 @@ from qwentune.errors import Problem, UsageError
 from qwentune.memory.settings import HostMemory
 
 if TYPE_CHECKING:
-    from qwentune.memory.request import Device
+    from qwentune.memory.plan_request import Device
     from qwentune.training.ranks import Ranks
 
 WHERE = "hardware.gpu"

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 from filelock import FileLock
 
-from qwentune.data.checkpoint import cache_folder
+from qwentune.data.cache import cache_folder
 from qwentune.durable import remove, write_text
 
 # What tells apart the starts of one launcher. The ranks of a machine are its children; where a script stands between,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qwentune.data.batch import Batch, collate
-from qwentune.data.rows import Rows
+from qwentune.data.layout.batch import Batch, collate
+from qwentune.data.layout.rows import Rows
 
 if TYPE_CHECKING:
     from qwentune.training.trainer import ExactResume

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from qwentune.facts.launch import Sharding, launch_file, sharding_of
 from qwentune.memory.mends import Mend
-from qwentune.memory.plan import RunPlan
-from qwentune.memory.request import Auto
+from qwentune.memory.plan_request import Auto
+from qwentune.memory.run_plan import RunPlan
 
 
 def relaunched(

@@ -34,18 +34,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qwentune.data.dataset import Dataset
-    from qwentune.data.schedule import Schedule
-    from qwentune.data.tokenizer import Tokenizer
+    from qwentune.data.layout.schedule import Schedule
+    from qwentune.data.tokenizing.tokenizer import Tokenizer
     from qwentune.facts.architecture import ModelSpec
-    from qwentune.memory.plan import RunPlan
-    from qwentune.memory.request import Device
+    from qwentune.memory.plan_request import Device
+    from qwentune.memory.run_plan import RunPlan
     from qwentune.memory.settings import Settings
     from qwentune.model.sharded import Shards
     from qwentune.recipe import LoadedRecipe
     from qwentune.training.checkpoints import Checkpoint, Checkpoints
+    from qwentune.training.command_line import Request
     from qwentune.training.progress import Recorder
     from qwentune.training.ranks import Ranks
-    from qwentune.training.request import Request
     from qwentune.training.run_folder import RunFolder, State
     from qwentune.training.start import Start
     from qwentune.training.stop import StopOnSignal
@@ -76,10 +76,10 @@ class Run:
 
     def run(self) -> int:
         """Joins the ranks, finds where to begin, trains, publishes."""
-        from qwentune.data.checkpoint import BUILTIN
+        from qwentune.data.tokenizing.checkpoint_folder import BUILTIN
         from qwentune.model.fingerprint import weights_fingerprint
         from qwentune.model.hollow import refuse_other_weights
-        from qwentune.model.load import silence_loading, weights_folder
+        from qwentune.model.loading import silence_loading, weights_folder
         from qwentune.training.checkpoints import Checkpoints
         from qwentune.training.start import run_facts
 
@@ -274,7 +274,7 @@ class Run:
         recorder: Recorder | None,
     ) -> tuple[SftTrainer, StopOnSignal]:
         """The trainer over the model, new or from the checkpoint."""
-        from qwentune.data.batch import EvalBatches, TrainBatches
+        from qwentune.data.layout.batch import EvalBatches, TrainBatches
         from qwentune.facts.launch import uses_deepspeed
         from qwentune.model.head import LossHead
         from qwentune.training.arguments import training_arguments
@@ -350,7 +350,7 @@ class Run:
 
         from qwentune.model.adapters import add_adapters, load_adapters
         from qwentune.model.attention import IMPLEMENTATIONS
-        from qwentune.model.load import load_model, recompute_layers
+        from qwentune.model.loading import load_model, recompute_layers
         from qwentune.model.sharded import Shards
 
         tuning, choices = self.loaded.recipe.tuning, self.plan.choices

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from qwentune.data.batch import Batch
+from qwentune.data.layout.batch import Batch
 from qwentune.model.adamw import AdamW
 from qwentune.model.head import LossHead
 from qwentune.model.sharded import Shards

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from qwentune.data.batch import Batch, EvalBatches, TrainBatches
+from qwentune.data.layout.batch import Batch, EvalBatches, TrainBatches
 from qwentune.durable import remove
 from qwentune.errors import NotFiniteError, Problem, UserError
 from qwentune.model.head import LossHead

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from qwentune.data.batch import collate
-from qwentune.data.trie import lay_out
+from qwentune.data.layout.batch import collate
+from qwentune.data.layout.trie import lay_out
 from qwentune.model.attention import KERNELS, Visibility
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128

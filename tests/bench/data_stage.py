@@ -84,7 +84,7 @@ def write_chats(path: Path, rows: Iterator[dict[str, Any]], *, count: int = 0, n
 def stage(folder: Path, data: Path) -> float:
     """CPU seconds of the data stage of a run on this checkpoint, with whatever its cache holds."""
     from qwentune.data.dataset import chat_template, prepare
-    from qwentune.data.tokenizer import load_tokenizer
+    from qwentune.data.tokenizing.tokenizer import load_tokenizer
     from qwentune.recipe import DataOptions
 
     options = DataOptions.model_validate({"train": [{"path": str(data)}], "max_tokens": 32768, "eval_fraction": 0})

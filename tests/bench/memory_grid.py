@@ -23,10 +23,10 @@ from typing import Any
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.models import config_of, model_spec
-from qwentune.memory.closed_form import phases
-from qwentune.memory.meta_step import recorded_step, traced_peak
-from qwentune.memory.replay import replay
+from qwentune.memory.closed_form.phases import phases
 from qwentune.memory.settings import GIB, Settings, device_overheads
+from qwentune.memory.trace.meta_step import recorded_step, traced_peak
+from qwentune.memory.trace.replay import replay
 
 GPU = "h100-80gb"
 FIELDS = (
@@ -169,7 +169,7 @@ def network(case: Case, device: str) -> Any:
 
     from qwentune.model.adapters import add_adapters
     from qwentune.model.attention import IMPLEMENTATIONS
-    from qwentune.model.load import recompute_layers
+    from qwentune.model.loading import recompute_layers
     from qwentune.recipe import Tuning
 
     config = AutoConfig.for_model(**config_of(case.spec))
@@ -228,8 +228,8 @@ def full_rows(case: Case, device: str) -> Any:
     """A micro-batch of full rows, each one chain whose tokens are all trained but the first."""
     import numpy as np
 
-    from qwentune.data.batch import collate
-    from qwentune.data.trie import lay_out
+    from qwentune.data.layout.batch import collate
+    from qwentune.data.layout.trie import lay_out
 
     rng = np.random.default_rng(0)
     weights = np.ones(case.tokens, dtype=np.float32)

@@ -15,8 +15,8 @@ from statistics import median
 
 import torch
 
-from qwentune.data.tokenizer import load_tokenizer
-from qwentune.model.load import load_model
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
+from qwentune.model.loading import load_model
 from tests.checkpoints import add_weights, write_checkpoint
 
 ROOT = Path(__file__).parents[2]

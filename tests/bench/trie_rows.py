@@ -17,13 +17,13 @@ from random import Random
 
 import torch
 
-from qwentune.data.batch import collate
 from qwentune.data.dataset import chat_template, prepare
-from qwentune.data.rows import Rows
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.layout.batch import collate
+from qwentune.data.layout.rows import Rows
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.model.attention import IMPLEMENTATIONS
 from qwentune.model.head import LossHead
-from qwentune.model.load import load_model
+from qwentune.model.loading import load_model
 from qwentune.recipe import DataOptions
 from tests.checkpoints import add_weights, write_checkpoint
 

@@ -21,12 +21,12 @@ import pytest
 import qwentune
 from qwentune import init, plan, preview
 from qwentune.bounded import LONGEST_NAME, LONGEST_PATH, UnreadableError, read_bytes
-from qwentune.data import faults, json_rows, tables
 from qwentune.data.dataset import chat_template, prepare
-from qwentune.data.files import read_rows
-from qwentune.data.guard import PRIVATE_USE, choose_guard
-from qwentune.data.normalise import SMALLEST_WEIGHT
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.formats.normalise import SMALLEST_WEIGHT
+from qwentune.data.reading import faults, json_rows, tables
+from qwentune.data.reading.files import read_rows
+from qwentune.data.templates.guard import PRIVATE_USE, choose_guard
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import LONGEST_WORDS, DataError, Problem, UserError
 from qwentune.facts.launch import sharding_of
 from qwentune.recipe import DataOptions, describe_keys, load_recipe
@@ -129,7 +129,7 @@ def test_a_plan_and_a_preview_answer_at_the_upper_end_of_every_number(name: str)
 
 @pytest.mark.fault("I71", "rows repeated beyond 100,000,000 are refused with the count")
 def test_a_repeat_of_many_rows_is_refused_with_its_product(qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwentune.data.split.MOST_REPEATED", 10_000)
+    monkeypatch.setattr("qwentune.data.layout.split.MOST_REPEATED", 10_000)
     with pytest.raises(DataError, match=r"repeat 1000 of 20 rows makes more than 10,000"):
         prepared(qwen3_folder, train=[{"path": "rows.jsonl", "repeat": 1000.0}])
 

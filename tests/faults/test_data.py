@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from qwentune.data import json_rows
 from qwentune.data.dataset import Dataset, chat_template, prepare
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.reading import json_rows
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import DataError
 from qwentune.recipe import DataOptions
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qwentune.data.dataset import chat_template
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import UsageError, UserError
 from qwentune.facts.documents import DEEPEST_NESTING, read_object
 from qwentune.facts.generation_config import read_generation_config

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from qwentune.data.dataset import Dataset, chat_template, prepare, prepared
-from qwentune.data.store import DTYPES, seal
-from qwentune.data.tokenizer import Tokenizer, load_tokenizer
+from qwentune.data.layout.store import DTYPES, seal
+from qwentune.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from qwentune.durable import remove
 from qwentune.errors import UserError
 from qwentune.recipe import DataOptions, load_recipe

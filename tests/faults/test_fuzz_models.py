@@ -22,7 +22,7 @@ import pytest
 from safetensors import safe_open
 
 from qwentune.data.dataset import chat_template, prepare
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import UserError
 from qwentune.exporting.package import write_package
 from qwentune.facts.models import model_spec, refuse_packing
@@ -30,7 +30,7 @@ from qwentune.memory.judge import judge_recipe
 from qwentune.memory.settings import HostMemory
 from qwentune.model.adapters import add_adapters
 from qwentune.model.hollow import refuse_other_weights
-from qwentune.model.load import load_model, silence_loading
+from qwentune.model.loading import load_model, silence_loading
 from qwentune.recipe import Recipe, Tuning, load_recipe
 from qwentune.training.trainer import save_weights
 from tests.checkpoints import add_weights, write_checkpoint

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from qwentune.data.dataset import Dataset, prepare
 from qwentune.data.formats import FORMATS
-from qwentune.data.template import ChatTemplate
-from qwentune.data.tokenizer import Tokenizer, load_tokenizer
+from qwentune.data.templates.chat_template import ChatTemplate
+from qwentune.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from qwentune.errors import DataError
 from qwentune.recipe import DataOptions
 from tests.checkpoints import template_text

@@ -21,10 +21,10 @@ import jinja2
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qwentune.data import bounds
-from qwentune.data.render import Renderer, RenderOptions
-from qwentune.data.template import ChatTemplate, TemplateRefusalError
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.rendering.render import Renderer, RenderOptions
+from qwentune.data.templates import bounds
+from qwentune.data.templates.chat_template import ChatTemplate, TemplateRefusalError
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from tests.dialogues import random_rows
 from tests.oracle import expected_examples
 from tests.test_render import as_previewed

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from qwentune.data.dataset import chat_template, prepare
-from qwentune.data.template import ChatTemplate, TemplateRefusalError
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.templates.chat_template import ChatTemplate, TemplateRefusalError
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import DataError, RecipeError
 from qwentune.recipe import DataOptions, load_recipe
 from qwentune.redaction import HIDDEN
@@ -56,7 +56,7 @@ def test_a_template_reaches_nothing_outside_its_sandbox(
 
 @pytest.mark.fault("J72", "a template that writes without end is stopped")
 def test_what_a_template_writes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwentune.data.bounds.LONGEST_TEXT", 10_000)
+    monkeypatch.setattr("qwentune.data.templates.bounds.LONGEST_TEXT", 10_000)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}xx{% endfor %}{% endfor %}"
     with pytest.raises(TemplateRefusalError, match="writes more than 10000 characters"):
         ChatTemplate(loops, {}, {}).render([[{"role": "user", "content": "hi"}]])

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from qwentune.data.dialogue import Dialogue
-from qwentune.data.outcome import Outcome
-from qwentune.data.pieces import ids_of
-from qwentune.data.render import NUM_CHECKED_TURNS, Renderer, RenderOptions
-from qwentune.data.template import ChatTemplate
-from qwentune.data.tokenizer import Tokenizer, load_tokenizer
+from qwentune.data.rendering.dialogue import Dialogue
+from qwentune.data.rendering.outcome import Outcome
+from qwentune.data.rendering.pieces import ids_of
+from qwentune.data.rendering.render import NUM_CHECKED_TURNS, Renderer, RenderOptions
+from qwentune.data.templates.chat_template import ChatTemplate
+from qwentune.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from tests.checkpoints import template_text
 from tests.dialogues import random_rows
 from tests.test_templates import PUBLISHED, dialogue_of, parsed

@@ -20,7 +20,7 @@ from qwentune import preview, supervise, train
 from qwentune.durable import MARK, mark, move_aside, read_mark, remove, replace_folder
 from qwentune.errors import UsageError
 from qwentune.training.checkpoints import verify
-from qwentune.training.request import Request
+from qwentune.training.command_line import Request
 from qwentune.training.run_folder import RunFolder
 from qwentune.training.start import move_aside as fresh
 from tests.faults.test_folder import publish, start, trained_run

@@ -269,7 +269,7 @@ if os.environ.get("RANK") == "{rank}":
         return whole(*args, **kwargs)
     {place}.{method} = stuck
 """
-IN_A_BATCH = {"module": "qwentune.data.batch", "place": "TrainBatches", "method": "__getitem__", "calls": 5}
+IN_A_BATCH = {"module": "qwentune.data.layout.batch", "place": "TrainBatches", "method": "__getitem__", "calls": 5}
 IN_A_SAVE = {"module": "qwentune.training.trainer", "place": "ExactResume", "method": "_save_rng_state", "calls": 0}
 
 
@@ -317,7 +317,7 @@ console.main(train.train)
     [
         ("qwentune.data.dataset", "prepare"),
         ("qwentune.model.fingerprint", "weights_fingerprint"),
-        ("qwentune.data.batch", "TrainBatches.__getitem__"),
+        ("qwentune.data.layout.batch", "TrainBatches.__getitem__"),
     ],
 )
 def test_a_bug_on_another_rank_than_the_first_is_said(tmp_path: Path, module: str, place: str) -> None:

@@ -17,11 +17,11 @@ import pytest
 import zstandard
 
 from qwentune.data import dataset as datasets
-from qwentune.data import files
 from qwentune.data.dataset import Dataset, chat_template, prepare
-from qwentune.data.files import content_of, read_rows
-from qwentune.data.render import Renderer
-from qwentune.data.tokenizer import Tokenizer, load_tokenizer
+from qwentune.data.reading import files
+from qwentune.data.reading.files import content_of, read_rows
+from qwentune.data.rendering.render import Renderer
+from qwentune.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from qwentune.errors import DataError, Problem, UsageError
 from qwentune.recipe import DataOptions
 

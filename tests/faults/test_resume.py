@@ -28,8 +28,8 @@ NUM_STEPS = 12
 # Counts the batches that the run loads and the files that it renders.
 COUNT = """
 import atexit, os
-from qwentune.data.batch import TrainBatches
-from qwentune.data.render import Renderer
+from qwentune.data.layout.batch import TrainBatches
+from qwentune.data.rendering.render import Renderer
 done = {"loaded": 0, "rendered": 0}
 def counted(function, name):
     def count(*arguments):

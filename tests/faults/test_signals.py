@@ -39,7 +39,7 @@ console.main(train.train)
 MOMENTS = {
     "a save": ("qwentune.training.checkpoints:Checkpoints", "publish"),
     "an evaluation": ("qwentune.training.trainer:ExactResume", "evaluate"),
-    "the loading of a batch": ("qwentune.data.batch:TrainBatches", "__getitem__"),
+    "the loading of a batch": ("qwentune.data.layout.batch:TrainBatches", "__getitem__"),
     "the backward pass": ("qwentune.training.trainer:ExactResume", "training_step"),
 }
 

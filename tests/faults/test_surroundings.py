@@ -19,9 +19,10 @@ import pytest
 from filelock import FileLock, Timeout
 
 from qwentune import console
-from qwentune.data import checkpoint
+from qwentune.data import cache
 from qwentune.data.dataset import chat_template, prepare
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.tokenizing import checkpoint_folder as checkpoint
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.durable import MARK, replace_folder, write_text
 from qwentune.errors import UsageError
 from qwentune.recipe import load_recipe
@@ -292,9 +293,9 @@ def test_who_waits_for_a_cache_says_so(tmp_path: Path, monkeypatch: pytest.Monke
         said.append(words)
         other.release()
 
-    monkeypatch.setattr(checkpoint, "PATIENCE_SECONDS", 0.1)
-    monkeypatch.setattr(checkpoint, "say", hear)
-    with checkpoint.alone(tmp_path / "data"), pytest.raises(Timeout):
+    monkeypatch.setattr(cache, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(cache, "say", hear)
+    with cache.alone(tmp_path / "data"), pytest.raises(Timeout):
         other.acquire(timeout=0)
     assert said == [f"waiting for another process, which is writing {tmp_path / 'data'}; it may be stopped or slow"]
 
@@ -551,10 +552,10 @@ def test_reports_of_another_user_are_refused(tmp_path: Path, monkeypatch: pytest
 COUNT_ROWS = """
 import json, resource, sys, time
 from pathlib import Path
-from qwentune.data.batch import TrainBatches
+from qwentune.data.layout.batch import TrainBatches
 from qwentune.data.dataset import chat_template, prepare
-from qwentune.data.schedule import Schedule
-from qwentune.data.tokenizer import load_tokenizer
+from qwentune.data.layout.schedule import Schedule
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.recipe import load_recipe
 recipe = load_recipe(sys.argv[1]).recipe
 tokenizer = load_tokenizer(Path(recipe.model))

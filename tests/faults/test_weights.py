@@ -19,7 +19,7 @@ from qwentune.facts.models import model_spec
 from qwentune.facts.weight_files import read_header, read_weights
 from qwentune.model.adapters import add_adapters, load_adapters
 from qwentune.model.hollow import refuse_other_weights
-from qwentune.model.load import load_model, weights_folder
+from qwentune.model.loading import load_model, weights_folder
 from qwentune.recipe import Tuning
 from qwentune.training.trainer import save_weights
 from tests.checkpoints import ModelType, add_weights, write_checkpoint

@@ -6,10 +6,10 @@ answer.
 
 from __future__ import annotations
 
-from qwentune.data.faults import Faults, described
-from qwentune.data.normalise import check_dialogue, read_message, read_messages, read_tools
+from qwentune.data.formats.normalise import check_dialogue, read_message, read_messages, read_tools
+from qwentune.data.reading.faults import Faults, described
+from qwentune.data.reading.strict_json import JsonFaultError, parse_json
 from qwentune.data.sample import Conversation, Json, Message, Source
-from qwentune.data.strict_json import JsonFaultError, parse_json
 from qwentune.errors import Problem
 
 KEYS = ("messages", "tools")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qwentune.data.faults import Faults, described
+from qwentune.data.reading.faults import Faults, described
 from qwentune.data.sample import Code, File, Json, Source
 from qwentune.errors import Problem
 

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from qwentune.data.faults import Faults, described
-from qwentune.data.normalise import read_tools
+from qwentune.data.formats.normalise import read_tools
+from qwentune.data.reading.faults import Faults, described
 from qwentune.data.sample import Conversation, Json, Message, Source
 from qwentune.errors import Problem
 

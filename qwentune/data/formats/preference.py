@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qwentune.data.faults import Faults
+from qwentune.data.formats.normalise import read_messages, read_tools
 from qwentune.data.formats.sharegpt import read_turn
-from qwentune.data.normalise import read_messages, read_tools
+from qwentune.data.reading.faults import Faults
 from qwentune.data.sample import Conversation, Json, Message, Pair, Source
 from qwentune.errors import Problem
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwentune.data.faults import Faults, described
+from qwentune.data.reading.faults import Faults, described
 from qwentune.data.sample import Json, Retrieval, Source
 from qwentune.errors import Problem
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qwentune.data.faults import Faults, described
-from qwentune.data.normalise import CALLERS, check_dialogue, read_message, read_messages, read_tools
+from qwentune.data.formats.normalise import CALLERS, check_dialogue, read_message, read_messages, read_tools
+from qwentune.data.reading.faults import Faults, described
 from qwentune.data.sample import Conversation, Json, Message, Source
 from qwentune.errors import Problem, nearest
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwentune.data.faults import Faults
+from qwentune.data.reading.faults import Faults
 from qwentune.data.sample import Json, Source, Text
 from qwentune.errors import Problem
 

@@ -1,0 +1,1 @@
+"""From examples to rows and batches: stored, split, packed, put in order."""

@@ -1,0 +1,300 @@
+"""The rendered examples of a run on disk: written one after the other, read as memory-mapped arrays.
+
+What an example shares with an earlier one of the same dialogue is stored once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from array import array
+from collections.abc import Collection, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwentune.data.rendering.example import Example, Span
+from qwentune.data.sample import Source
+
+DTYPES: dict[str, type[np.generic]] = {
+    "input_ids": np.int32,
+    "offsets": np.int64,
+    "shared": np.int32,
+    "back": np.int32,
+    "span_offsets": np.int64,
+    "starts": np.int32,
+    "stops": np.int32,
+    "weights": np.float32,
+    "turns": np.int32,
+    "files": np.int32,
+    "lines": np.int64,
+    "versions": np.int16,
+    "train": np.int64,
+    "evaluation": np.int64,
+}
+BUFFER_TOKENS = 2**20
+BLOCK_BYTES = 2**24  # summed by one thread
+MOST_THREADS = 4
+DESCRIPTION, MANIFEST = "description.json", "manifest.json"
+LARGEST_MANIFEST_BYTES = 2**24  # which lists the sums of more than 10 TB
+
+
+class DamagedError(Exception):
+    """A folder of the cache that is not what was written: which file, and what is wrong with it."""
+
+
+TRAINED = ("input_ids", "offsets", "shared", "back", "span_offsets", "starts", "stops", "weights", "versions", "train")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """All rendered examples of a run, memory-mapped.
+
+    Example i begins with `shared[i]` tokens of example `i - back[i]`, the most that it shares with an earlier one of
+    its sample, and goes on with `input_ids[offsets[i]:offsets[i + 1]]`. It trains its tokens `starts[k]` to `stops[k]`,
+    each with `weights[k]`, for k from `span_offsets[i]` to `span_offsets[i + 1]`; `turns[k]` is the message they belong
+    to, -1 in a text. Every epoch trains the examples of version -1 and those of one other version. `train` and
+    `evaluation` are indices of examples in training order, an index standing as often as its source is repeated.
+    """
+
+    input_ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    shared: NDArray[np.int32]
+    back: NDArray[np.int32]
+    span_offsets: NDArray[np.int64]
+    starts: NDArray[np.int32]
+    stops: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    turns: NDArray[np.int32]
+    files: NDArray[np.int32]
+    lines: NDArray[np.int64]
+    versions: NDArray[np.int16]
+    train: NDArray[np.int64]
+    evaluation: NDArray[np.int64]
+    file_names: tuple[str, ...]
+
+    @classmethod
+    def open(cls, folder: Path, sums: Mapping[str, Any], file_names: Sequence[str]) -> Examples:
+        """The examples that an `ExampleWriter` wrote into `folder`; DamagedError where a file has not its sums.
+
+        What was proved is what is mapped, and stays so where the folder is moved or removed meanwhile.
+        """
+        return cls(**{name: _mapped(folder, name, sums) for name in DTYPES}, file_names=tuple(file_names))
+
+    def __len__(self) -> int:
+        return len(self.shared)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """The number of tokens of each example."""
+        return self.shared.astype(np.int64) + np.diff(self.offsets)
+
+    @cached_property
+    def num_trained(self) -> NDArray[np.int64]:
+        """The number of supervised tokens of each example."""
+        return self._summed(self.stops - self.starts.astype(np.int64))
+
+    @cached_property
+    def trained_weights(self) -> NDArray[np.float64]:
+        """The sum of the loss weights of each example."""
+        return self._summed((self.stops - self.starts) * self.weights.astype(np.float64))
+
+    def length(self, i: int) -> int:
+        """Number of tokens of example i."""
+        return int(self.lengths[i])
+
+    def ids(self, i: int) -> NDArray[np.int32]:
+        """The tokens of example i."""
+        parts = [self.input_ids[self.offsets[i] : self.offsets[i + 1]]]
+        missing = int(self.shared[i])
+        while missing:
+            i -= int(self.back[i])
+            known = int(self.shared[i])
+            if known < missing:
+                start = int(self.offsets[i])
+                parts.append(self.input_ids[start : start + missing - known])
+                missing = known
+        return np.concatenate(parts[::-1]) if len(parts) > 1 else parts[0]
+
+    def tokens(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Ids and weights of example i."""
+        weights = np.zeros(self.length(i), dtype=np.float32)
+        for k in range(self.span_offsets[i], self.span_offsets[i + 1]):
+            weights[self.starts[k] : self.stops[k]] = self.weights[k]
+        return self.ids(i), weights
+
+    def source(self, i: int) -> Source:
+        """Where the sample of example i stands."""
+        return Source(self.file_names[int(self.files[i])], int(self.lines[i]))
+
+    def example(self, i: int) -> Example:
+        """Example i with its source."""
+        spans = tuple(
+            Span(int(self.starts[k]), int(self.stops[k]), float(self.weights[k]), int(self.turns[k]))
+            for k in range(self.span_offsets[i], self.span_offsets[i + 1])
+        )
+        return Example(self.source(i), self.ids(i).tolist(), spans, version=int(self.versions[i]))
+
+    def _summed(self, values: NDArray[Any]) -> NDArray[Any]:
+        sums = np.concatenate([[0], np.cumsum(values)])
+        return sums[self.span_offsets[1:]] - sums[self.span_offsets[:-1]]
+
+
+class ExampleWriter:
+    """Writes the arrays of `Examples` into a folder, example by example, and notes which control tokens they hold."""
+
+    def __init__(self, folder: Path, control_ids: Collection[int]) -> None:
+        self.folder = folder
+        self.control_ids = np.asarray(sorted(control_ids), dtype=np.int32)
+        self.control_ids_used: set[int] = set()
+        self.file_names: dict[str, int] = {}
+        self.num_examples = 0
+        self._num_tokens = self._num_spans = 0
+        self._values: dict[str, array[Any]] = {name: array(np.dtype(dtype).char) for name, dtype in DTYPES.items()}
+        self._values["offsets"].append(0)
+        self._values["span_offsets"].append(0)
+
+    def __enter__(self) -> ExampleWriter:
+        with ExitStack() as stack:
+            self._files = {name: stack.enter_context(_path(self.folder, name).open("wb")) for name in DTYPES}
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def add(self, examples: Sequence[Example]) -> None:
+        """Adds the examples of one sample."""
+        values = self._values
+        for example in examples:
+            values["input_ids"].extend(example.tail)
+            self._num_tokens += len(example.tail)
+            self._num_spans += len(example.spans)
+            values["offsets"].append(self._num_tokens)
+            values["shared"].append(example.shared)
+            values["back"].append(example.back)
+            values["span_offsets"].append(self._num_spans)
+            for span in example.spans:
+                values["starts"].append(span.start)
+                values["stops"].append(span.stop)
+                values["weights"].append(span.weight)
+                values["turns"].append(span.turn)
+            values["files"].append(self.file_names.setdefault(example.source.file, len(self.file_names)))
+            values["lines"].append(example.source.line)
+            values["versions"].append(example.version)
+        self.num_examples += len(examples)
+        if len(values["input_ids"]) > BUFFER_TOKENS:
+            self._flush()
+
+    def finish(self, train: NDArray[np.int64], evaluation: NDArray[np.int64]) -> str:
+        """Writes the order of examples; a hash of what is trained, wherever it was read."""
+        self._values["train"].frombytes(train.astype(np.int64).tobytes())
+        self._values["evaluation"].frombytes(evaluation.astype(np.int64).tobytes())
+        self._flush()
+        content = hashlib.sha256()
+        for name in TRAINED:
+            with _path(self.folder, name).open("rb") as file:
+                content.update(hashlib.file_digest(file, "sha256").digest())
+        return content.hexdigest()[:32]
+
+    def _flush(self) -> None:
+        ids = np.frombuffer(self._values["input_ids"], dtype=np.int32)
+        self.control_ids_used.update(np.intersect1d(ids[ids >= self.control_ids[0]], self.control_ids).tolist())
+        del ids  # an array with a view of it cannot shrink
+        for name, values in self._values.items():
+            values.tofile(self._files[name])
+            self._files[name].flush()
+            del values[:]
+
+
+def seal(folder: Path, description: Mapping[str, Any]) -> None:
+    """Writes the description of a finished folder, and last the sums by which all of it is proved when it is opened."""
+    (folder / DESCRIPTION).write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
+    sums: dict[str, list[int]] = {}
+    for name in (DESCRIPTION, *(_path(folder, name).name for name in DTYPES)):
+        with _opened(folder / name) as file:
+            sums[name] = sums_of(file)
+    (folder / MANIFEST).write_text(json.dumps(sums), encoding="utf-8")
+
+
+def open_sealed(folder: Path, fingerprint: str) -> tuple[dict[str, Any], Examples]:
+    """The description and the examples of a sealed folder; DamagedError where any of it is not what was written."""
+    with _opened(folder / MANIFEST) as file:
+        try:
+            parsed = json.loads(file.read(LARGEST_MANIFEST_BYTES))
+        except (ValueError, RecursionError):
+            parsed = None
+    if not isinstance(parsed, dict):
+        raise DamagedError(f"{MANIFEST} is not the list of sums that was written")
+    sums = cast(dict[str, Any], parsed)
+    with _opened(folder / DESCRIPTION) as file:
+        _prove(file, DESCRIPTION, sums)
+        file.seek(0)
+        description = json.loads(file.read())
+    if description["fingerprint"] != fingerprint:
+        raise DamagedError(f"{DESCRIPTION} is that of other data")
+    return description, Examples.open(folder, sums, description["file_names"])
+
+
+def sums_of(file: BinaryIO) -> list[int]:
+    """The length of a file in bytes, and the CRC-32 of each of its blocks: against rot and cuts, not against forgers.
+
+    About 0.3 s per GB and thread.
+    """
+    descriptor = file.fileno()
+    size = os.fstat(descriptor).st_size
+
+    def crc(offset: int) -> int:
+        return zlib.crc32(os.pread(descriptor, BLOCK_BYTES, offset))
+
+    with ThreadPoolExecutor(MOST_THREADS) as threads:
+        return [size, *threads.map(crc, range(0, size, BLOCK_BYTES))]
+
+
+def _prove(file: BinaryIO, name: str, sums: Mapping[str, Any]) -> None:
+    found, expected = sums_of(file), sums.get(name)
+    if found != expected:
+        written = repr(expected).strip("[").split(",")[0]
+        was = (
+            f"has {found[0]} bytes, and {written} were written"
+            if str(found[0]) != written
+            else "is not what was written"
+        )
+        raise DamagedError(f"{name} {was}")
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[BinaryIO]:
+    """The file, open; DamagedError where it is none or cannot be read."""
+    try:
+        if path.exists() and not path.is_file():
+            raise DamagedError(f"{path.name} is no file")
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise DamagedError(f"{path.name} {'is missing' if missing else f'cannot be read: {error.strerror}'}") from None
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.bin"
+
+
+def _mapped(folder: Path, name: str, sums: Mapping[str, Any]) -> NDArray[Any]:
+    path = _path(folder, name)
+    with _opened(path) as file:
+        _prove(file, path.name, sums)
+        if not os.fstat(file.fileno()).st_size:  # there is nothing to map
+            return np.empty(0, dtype=DTYPES[name])
+        return np.memmap(file, dtype=DTYPES[name], mode="r")

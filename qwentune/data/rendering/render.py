@@ -1,0 +1,298 @@
+"""From samples to token ids with loss weights: the turns of dialogues by the checkpoint's template, documents as text.
+
+Context and target of a turn are encoded separately, as a server does. Loss is on the target and nowhere else. Turns
+whose context begins with all that came before share an example.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from qwentune.data.rendering.dialogue import Dialogue, RenderOptions
+from qwentune.data.rendering.example import DialogueExamples, Example, Span, TurnIds
+from qwentune.data.rendering.fill_in_the_middle import FillInTheMiddle, Form
+from qwentune.data.rendering.grammar import Grammar, prove
+from qwentune.data.rendering.outcome import Dropped, Outcome
+from qwentune.data.rendering.pieces import Encoder, Piece, ids_of
+from qwentune.data.rendering.probes import learn
+from qwentune.data.rendering.remarks import CHANGED_BY_NFC, FILE_LEFT_OUT, UNREACHABLE, remarks
+from qwentune.data.rendering.shorten import Shortening
+from qwentune.data.rendering.turn import Turn, renderings
+from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, RowError, Sample, Source, Text
+from qwentune.data.templates.chat_template import ChatTemplate, Mode
+from qwentune.data.templates.guard import message_texts
+from qwentune.data.tokenizing.tokenizer import Tokenizer
+from qwentune.errors import Problem
+
+__all__ = ["RenderOptions", "Renderer"]
+
+CHUNK_SAMPLES = 256  # encoded together
+CHUNK_CHARACTERS = 2**22
+CHECKED_SHARE = 256  # one dialogue of so many is rendered by the rule as well
+NUM_CHECKED_FIRST = 8  # and so many at the beginning
+NUM_CHECKED_TURNS = (
+    16  # of a longer dialogue so many, evenly spaced, for by the rule each is rendered from the beginning
+)
+
+
+@dataclass(slots=True)
+class _Planned:
+    """A sample between the template and the tokenizer."""
+
+    sample: Sample
+    outcome: Outcome
+    dialogue: Dialogue | None = None
+    is_checked: bool = False  # by the rule
+    turns: list[Turn] = field(default_factory=list[Turn])
+    forms: list[Form] = field(default_factory=list[Form])
+
+    def pieces(self) -> Iterator[Sequence[Piece]]:
+        """All pieces whose ids are needed."""
+        if isinstance(self.sample, Text):
+            yield (self.sample.text,)
+        yield from renderings(self.turns).values()
+        for turn in self.turns:
+            yield turn.context
+            yield turn.target
+        for form in self.forms:
+            yield form.context
+            yield form.target
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """Renders samples of one run: one tokenizer, one template, one set of options."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    options: RenderOptions
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Encodes the pieces of renderings."""
+        return Encoder(self.tokenizer)
+
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        """What lets a dialogue's turns be read off one rendering; None: each is rendered on its own."""
+        return None if self.template is None else learn(self.template, self.options, self.encoder)
+
+    @cached_property
+    def fill_in_the_middle(self) -> FillInTheMiddle:
+        """Cuts code."""
+        return FillInTheMiddle(self.tokenizer, self.options.fim, self.options.max_tokens, self.options.seed)
+
+    def render(self, sample: Sample) -> Outcome:
+        """The examples of a sample and what is to be reported of it; never raises for a fault of the row."""
+        (outcome,) = self.render_all([sample])
+        return outcome
+
+    def render_all(self, samples: Iterable[Sample], source_number: int = 0) -> Iterator[Outcome]:
+        """The outcome of each sample of a source in its order; texts are encoded many at a time."""
+        planned: list[_Planned] = []
+        size = 0
+        for number, sample in enumerate(samples):
+            planned.append(self._plan(sample, number, source_number))
+            size += sum(len(piece) for some in planned[-1].pieces() for piece in some if isinstance(piece, str))
+            if len(planned) == CHUNK_SAMPLES or size > CHUNK_CHARACTERS:
+                yield from self._finished(planned)
+                planned, size = [], 0
+        yield from self._finished(planned)
+
+    def prompt(self, messages: Sequence[Message], mode: Mode) -> list[int]:
+        """The ids after which the model answers `messages` in `mode`; raises RowError where the template refuses."""
+        assert self.template is not None
+        conversation = Conversation(Source("chat", 1), tuple(messages))
+        pieces = Dialogue.of(conversation, self.template, self.options, self.encoder).prompt(mode)
+        return ids_of(pieces, self.encoder.encode([pieces]))
+
+    def _plan(self, sample: Sample, number: int, source_number: int) -> _Planned:
+        planned = _Planned(sample, Outcome(sample.source), is_checked=_is_checked(sample.source, number))
+        if isinstance(sample, Text | Pair | Retrieval):
+            return planned
+        try:
+            if isinstance(sample, Code):
+                planned.forms = list(self.fill_in_the_middle.forms(sample, source_number))
+                return planned
+            if self.template is None:
+                fix = "Give one with data.chat_template, or train on rows of the format text."
+                raise RowError("the checkpoint has no chat template to render messages with", fix)
+            dialogue = Dialogue.of(sample, self.template, self.options, self.encoder)
+            dialogue.prove_guard(by_rendering=planned.is_checked)
+            planned.outcome.forged_control_tokens = dialogue.count_forged()
+            planned.outcome.unreachable_turns = len(dialogue.candidates) - len(dialogue.trained)
+            unreachable = [UNREACHABLE] * planned.outcome.unreachable_turns
+            planned.outcome.remarks = [*remarks(sample), *dialogue.remarks, *unreachable]
+            planned.dialogue = dialogue
+            planned.turns = self._turns(dialogue, planned)
+        except RowError as error:
+            planned.outcome.problems.append(Problem(str(sample.source), error.what, error.fix))
+        return planned
+
+    def _turns(self, dialogue: Dialogue, planned: _Planned) -> list[Turn]:
+        read = self.grammar.turns(dialogue) if self.grammar and dialogue.trained else None
+        planned.is_checked &= read is not None
+        if read is None:
+            return dialogue.literal_turns()
+        if planned.is_checked:
+            checked = _evenly(read, NUM_CHECKED_TURNS)
+            prove(dialogue, [dialogue.literal_turn(turn.index) for turn in checked], checked)
+            planned.outcome.checked_turns = len(checked)
+        return read
+
+    def _finished(self, planned: Sequence[_Planned]) -> Iterator[Outcome]:
+        encoded = self.encoder.encode(pieces for one in planned for pieces in one.pieces())
+        for one in planned:
+            if one.is_checked:
+                for text in {piece for some in one.pieces() for piece in some if isinstance(piece, str)}:
+                    self.tokenizer.prove(text, encoded[text], str(one.sample.source))
+            try:
+                if isinstance(one.sample, Text):
+                    ids = [*encoded[one.sample.text], self.tokenizer.end_of_text_id]
+                    self._add_text(one.sample.source, ids, one.outcome)
+                elif isinstance(one.sample, Code):
+                    self._add_code(one.sample, one.forms, encoded, one.outcome)
+                elif isinstance(one.sample, Pair):
+                    self._add_pair(one.sample, one.outcome)
+                elif isinstance(one.sample, Retrieval):
+                    self._add_retrieval(one.sample, one.outcome, one.is_checked)
+                elif one.dialogue is not None:
+                    self._add_turns(one, one.dialogue, encoded)
+            except RowError as error:
+                one.outcome.examples.clear()
+                one.outcome.problems.append(Problem(str(one.sample.source), error.what, error.fix))
+            if not (one.outcome.examples or one.outcome.problems or one.outcome.dropped):
+                one.outcome.dropped.append(_untrained(one))
+            if any(map(self.tokenizer.changes, _texts(one))):
+                one.outcome.remarks.append(CHANGED_BY_NFC)
+            one.outcome.identity = _identity(one.sample, one.outcome.examples)
+            yield one.outcome
+
+    def _add_text(self, source: Source, ids: list[int], outcome: Outcome, version: int = -1) -> None:
+        # A document longer than a row continues in the next: nothing is lost but the first token's context.
+        outcome.rendering_tokens += len(ids) if version <= 0 else 0
+        size = self.options.max_tokens
+        for start in range(0, len(ids), size):
+            piece = ids[start : start + size]
+            if len(piece) > 1:
+                span = Span(1, len(piece), 1.0, -1)
+                outcome.examples.append(Example(source, piece, (span,), version=version))
+
+    def _add_code(self, sample: Code, forms: list[Form], encoded: dict[str, list[int]], outcome: Outcome) -> None:
+        forged = self.tokenizer.control_pattern
+        for form in forms:
+            context, target = ids_of(form.context, encoded), ids_of(form.target, encoded)
+            num_tokens = len(context) + len(target)
+            if form.version <= 0:
+                outcome.orders.append(form.order)
+                outcome.remarks += [FILE_LEFT_OUT] * form.left_out
+                texts = (piece for piece in (*form.context, *form.target) if isinstance(piece, str))
+                outcome.forged_control_tokens += sum(len(forged.findall(text)) for text in texts)
+            if form.order == "plain":
+                self._add_text(sample.source, target, outcome, form.version)
+            elif num_tokens <= self.options.max_tokens:
+                outcome.rendering_tokens += num_tokens if form.version <= 0 else 0
+                start = len(context) if self.options.fim.loss == "middle" else 1
+                span = Span(start, num_tokens, 1.0, -1)
+                outcome.examples.append(Example(sample.source, context + target, (span,), version=form.version))
+            elif self.options.too_long == "error":
+                what = f"the row needs {num_tokens} tokens, more than data.max_tokens={self.options.max_tokens}"
+                raise RowError(what, "Raise data.max_tokens, or set data.too_long to drop.")
+            else:
+                reason = f"{num_tokens} tokens, more than data.max_tokens={self.options.max_tokens}"
+                outcome.dropped.append(Dropped(sample.source, None, reason, num_tokens, "too long"))
+
+    def _add_pair(self, pair: Pair, outcome: Outcome) -> None:
+        for name, conversation in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            end = self.render(conversation)
+            outcome.problems += [Problem(p.where, f"{name}: {p.what}", p.fix) for p in end.problems]
+            outcome.dropped += end.dropped
+            outcome.examples += end.examples
+            outcome.modes += end.modes
+            outcome.turns_with_reasoning += end.turns_with_reasoning
+            outcome.forged_control_tokens += end.forged_control_tokens
+            outcome.rendering_tokens += end.rendering_tokens
+        if outcome.problems or outcome.dropped:  # one end alone says nothing
+            outcome.examples.clear()
+            outcome.modes.clear()
+
+    def _add_retrieval(self, sample: Retrieval, outcome: Outcome, is_checked: bool) -> None:
+        # The layout of Qwen3-Embedding's model card; nothing carries a token loss.
+        query = f"Instruct: {sample.instruction}\nQuery:{sample.query}" if sample.instruction else sample.query
+        texts = (query, sample.positive, *sample.negatives)
+        encoded = self.tokenizer.encode(texts)
+        if is_checked:
+            for text, ids in zip(texts, encoded, strict=True):
+                self.tokenizer.prove(text, ids, str(sample.source))
+        for ids in encoded:
+            tokens = [*ids, self.tokenizer.end_of_text_id][-self.options.max_tokens :]
+            outcome.rendering_tokens += len(tokens)
+            outcome.examples.append(Example(sample.source, tokens, ()))
+
+    def _add_turns(self, planned: _Planned, dialogue: Dialogue, encoded: dict[str, list[int]]) -> None:
+        ids, outcome = TurnIds(planned.turns, self.encoder, encoded), planned.outcome
+        examples, shortening = DialogueExamples(dialogue, ids), Shortening(dialogue, ids, planned.is_checked)
+        for turn in planned.turns:
+            num_tokens = ids.num_tokens(turn)
+            outcome.rendering_tokens = max(outcome.rendering_tokens, num_tokens)
+            fitting = turn if num_tokens <= self.options.max_tokens else self._shortened(shortening, turn)
+            if fitting is None:
+                reason = f"{num_tokens} tokens, more than data.max_tokens={self.options.max_tokens}"
+                index = dialogue.message_index(turn.index)
+                outcome.dropped.append(Dropped(dialogue.conversation.source, index, reason, num_tokens, "too long"))
+                continue
+            examples.add(fitting)
+            outcome.modes.append(dialogue.mode(turn.index))
+            outcome.turns_with_reasoning += dialogue.reasons(turn.index)
+        outcome.examples = examples.finished()
+
+    def _shortened(self, shortening: Shortening, turn: Turn) -> Turn | None:
+        if self.options.too_long == "error":
+            index = shortening.dialogue.row_index(turn.index)
+            what = f"messages[{index}] needs more than data.max_tokens={self.options.max_tokens} tokens"
+            raise RowError(what, "Raise data.max_tokens, or set data.too_long to drop or drop_old_turns.")
+        return shortening.of(turn) if self.options.too_long == "drop_old_turns" else None
+
+
+def _is_checked(source: Source, number: int) -> bool:
+    """Whether the dialogue is among those rendered by the rule as well."""
+    return number < NUM_CHECKED_FIRST or zlib.crc32(str(source).encode()) % CHECKED_SHARE == 0
+
+
+def _untrained(planned: _Planned) -> Dropped:
+    """The row of which nothing is trained, and why."""
+    source = planned.sample.source
+    if planned.outcome.unreachable_turns:
+        return Dropped(source, None, "no user turn stands before what the assistant says", kind="nothing to train")
+    if planned.dialogue is not None:
+        return Dropped(source, None, "no turn is to be trained: train is false", kind="not asked for")
+    return Dropped(source, None, "there is no token to predict", kind="nothing to train")
+
+
+def _texts(planned: _Planned) -> Iterable[str]:
+    """The texts of a sample as its row gives them."""
+    match planned.sample:
+        case Text(text=text):
+            return (text,)
+        case Code(files=files, cut=cut):
+            return (*(file.text for file in files), *(cut or ()))
+        case Pair(chosen=chosen, rejected=rejected):
+            return (text for end in (chosen, rejected) for message in end.messages for text in message_texts(message))
+        case Retrieval() as row:
+            return (row.instruction, row.query, row.positive, *row.negatives)
+        case _:
+            return () if planned.dialogue is None else (planned.dialogue.lines,)
+
+
+def _identity(sample: Sample, examples: Sequence[Example]) -> int:
+    if isinstance(sample, Code):  # each row is cut at other places
+        return hash((sample.repo, sample.files, sample.cut))
+    return hash(tuple((one.shared, one.back, *one.tail) for one in examples))
+
+
+def _evenly(turns: Sequence[Turn], count: int) -> Sequence[Turn]:
+    """So many of the turns, with the first and the last; all where they are fewer."""
+    return turns if len(turns) <= count else [turns[k * (len(turns) - 1) // (count - 1)] for k in range(count)]

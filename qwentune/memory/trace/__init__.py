@@ -1,0 +1,1 @@
+"""The real training step on meta tensors, and what torch's allocator makes of it."""
