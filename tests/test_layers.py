@@ -21,6 +21,7 @@ LAYERS = (
     "streams",
     "console",
     "shipped",
+    "row_formats",
     "recipe",
     "facts",
     "data",
@@ -31,7 +32,18 @@ LAYERS = (
     "html_report",
 )
 COMMANDS = {"init", "train", "supervise", "preview", "plan", "export", "chat", "cli"}
-TORCH_FREE = ("errors", "bounded", "redaction", "durable", "streams", "shipped", "recipe", "facts", "memory")
+TORCH_FREE = (
+    "errors",
+    "bounded",
+    "redaction",
+    "durable",
+    "streams",
+    "shipped",
+    "row_formats",
+    "recipe",
+    "facts",
+    "memory",
+)
 WITH_TORCH = {"live_bytes", "meta_step", "delta_rule", "replay", "cross_check"}  # of memory: they run the real step
 # From the top down in data/: a stage imports only itself and those before it.
 STAGES = (
