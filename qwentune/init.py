@@ -208,7 +208,8 @@ def draft(
     from qwentune.memory.run_plan import plan_warnings
     from qwentune.memory.shortage import refusal
     from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
-    from qwentune.recipe.schema import EPOCHS, WITHOUT_TURNS
+    from qwentune.recipe.schema import EPOCHS
+    from qwentune.row_formats import ROW_FORMATS
 
     can_pack = not packing_problems(spec.checkpoint_type)
     num_rows, has_more = sum(len(file.tokens) for file in files), any(file.has_more for file in files)
@@ -229,7 +230,7 @@ def draft(
                 spec, tuning=Tuning(kind=kind), max_tokens=max_tokens, batch=BatchOptions(sequences_per_step=batch),
                 precision=Precision(), memory=MemoryOptions(), output=OutputOptions(dir=folder),
                 device=device, num_ranks=ranks, sharding=sharding, optimizer_steps=None if has_more else steps,
-                learns_chat=any(file.format not in WITHOUT_TURNS for file in files),
+                learns_chat=any(file.format == "auto" or ROW_FORMATS[file.format].has_turns for file in files),
             )  # fmt: skip
             needs.append(f"{kind} ({plan.peak_bytes / 2**30:.1f} GiB)")
             if plan.fits and not offloads(plan.choices.sharding):
