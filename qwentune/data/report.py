@@ -5,14 +5,16 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from qwentune.data.reading.files import RowCount
+from qwentune.data.rendering.credentials import Credential
 from qwentune.data.rendering.outcome import Dropped, Outcome
 from qwentune.data.rendering.remarks import CHANGED_BY_NFC
+from qwentune.data.sample import Source
 from qwentune.data.templates.chat_template import ChatTemplate
 from qwentune.data.tokenizing.tokenizer import Tokenizer
 
@@ -37,7 +39,10 @@ class Report:
     orders: Counter[str] = field(default_factory=Counter[str])  # in which code was written
     lengths: array[int] = field(default_factory=lambda: array("q"))  # of the examples, in tokens
     remarks: Counter[str] = field(default_factory=Counter[str])
-    places: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # of remarks, the first few
+    places: dict[str, list[Source]] = field(
+        default_factory=dict[str, list[Source]]
+    )  # of remarks and secrets, the first few
+    credentials: Counter[Credential] = field(default_factory=Counter[Credential])
     last_tokens: Counter[int] = field(default_factory=Counter[int])  # of trained spans
     rows: Counter[str] = field(default_factory=Counter[str])  # by what becomes of them
     num_rows: int = 0  # of the sources that were read to their end
@@ -46,10 +51,12 @@ class Report:
         """Counts one sample in."""
         self.rows[outcome.fate] += 1
         self.remarks.update(outcome.remarks)
-        for remark in {*outcome.remarks, *([FORGED] if outcome.forged_control_tokens else [])}:
+        self.credentials.update(outcome.credentials)
+        kinds = (credential.kind for credential in outcome.credentials)
+        for remark in {*outcome.remarks, *([FORGED] if outcome.forged_control_tokens else []), *kinds}:
             places = self.places.setdefault(remark, [])
             if len(places) < NUM_PLACES:
-                places.append(str(outcome.source))
+                places.append(outcome.source)
         self.modes.update(outcome.modes)
         self.counts["samples"] += 1
         self.counts["rows_with_problems"] += bool(outcome.problems)
@@ -116,6 +123,7 @@ class Report:
             "turns_with_reasoning": self.counts["turns_with_reasoning"],
             "unreachable_turns": self.counts["unreachable_turns"],
             "forged_control_tokens": self.counts["forged_control_tokens"],
+            "secrets": self._secrets(),
             **copies,
             "checked_turns": self.counts["checked_turns"],
             "stop_tokens": self._stop_tokens(),
@@ -143,6 +151,17 @@ class Report:
         """The control tokens that end a trained span, with how often each does."""
         names = {token_id: name for name, token_id in self.tokenizer.control_ids.items()}
         return {names[token]: count for token, count in self.last_tokens.most_common() if token in names}
+
+    def _secrets(self) -> dict[str, Any]:
+        """By kind: how many stand in the texts, how they begin, and where the first are."""
+        return {
+            kind: {
+                "count": sum(count for one, count in self.credentials.items() if one.kind == kind),
+                "shown": sorted(one.masked for one in self.credentials if one.kind == kind),
+                "first": [asdict(place) for place in self.places[kind]],
+            }
+            for kind in sorted({one.kind for one in self.credentials})
+        }
 
     def _template(self) -> dict[str, Any] | None:
         if self.template is None:
@@ -178,8 +197,14 @@ class Report:
                 f"{report['eval_overlap']} evaluation rows are trained as well: the evaluation loss says too little "
                 "about unseen data. Remove them from one side"
             )
+        for kind, found in report["secrets"].items():
+            places = ", ".join(map(str, self.places[kind]))
+            warnings.append(
+                f"{found['count']} × what looks like a secret, {kind} ({', '.join(found['shown'])}): a model may say "
+                f"what it was trained on. Put a placeholder there and revoke it. First: {places}"
+            )
         for remark, count in (self.remarks + Counter({FORGED: report["forged_control_tokens"]})).items():
-            places = ", ".join(self.places[remark])
+            places = ", ".join(map(str, self.places[remark]))
             warnings.append(f"{count} {remark}" + (f" First: {places}" if places else ""))
         return warnings
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qwentune.data.rendering.credentials import Credential
 from qwentune.data.rendering.example import Example
 from qwentune.data.rendering.fill_in_the_middle import Order
 from qwentune.data.sample import Source
@@ -38,6 +39,7 @@ class Outcome:
     rendering_tokens: int = 0  # of one rendering of the dialogue: what a naive trainer would process
     orders: list[Order] = field(default_factory=list[Order])  # of code, one per example of the first epoch
     remarks: list[str] = field(default_factory=list[str])  # what deserves a second look
+    credentials: list[Credential] = field(default_factory=list[Credential])  # secrets that stand in its texts
     identity: int = 0  # a hash, the same for samples that train the same
     checked_turns: int = 0  # turns read off one rendering that the rule confirmed
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from qwentune.data.rendering.credentials import credentials
 from qwentune.data.rendering.dialogue import Dialogue, RenderOptions
 from qwentune.data.rendering.example import DialogueExamples, Example, Span, TurnIds
 from qwentune.data.rendering.fill_in_the_middle import FillInTheMiddle, Form
@@ -150,6 +151,7 @@ class Renderer:
                 for text in {piece for some in one.pieces() for piece in some if isinstance(piece, str)}:
                     self.tokenizer.prove(text, encoded[text], str(one.sample.source))
             try:
+                self._note_credentials(one)
                 if isinstance(one.sample, Text):
                     ids = [*encoded[one.sample.text], self.tokenizer.end_of_text_id]
                     self._add_text(one.sample.source, ids, one.outcome)
@@ -170,6 +172,14 @@ class Renderer:
                 one.outcome.remarks.append(CHANGED_BY_NFC)
             one.outcome.identity = _identity(one.sample, one.outcome.examples)
             yield one.outcome
+
+    def _note_credentials(self, planned: _Planned) -> None:
+        """Notes the secrets in the texts of a sample; RowError where there are any and data.secrets is refuse."""
+        found = planned.outcome.credentials = list(credentials("\n".join(_texts(planned))))
+        if found and self.options.secrets == "refuse":
+            what = ", ".join(dict.fromkeys(f"{one.kind} ({one.masked})" for one in found))
+            fix = "Put a placeholder there and revoke it; data.secrets=warn trains the row as it is."
+            raise RowError(f"the row holds what looks like a secret: {what}", fix)
 
     def _add_text(self, source: Source, ids: list[int], outcome: Outcome, version: int = -1) -> None:
         # A document longer than a row continues in the next: nothing is lost but the first token's context.
