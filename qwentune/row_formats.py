@@ -19,13 +19,21 @@ class RowFormat:
     is_trained: bool = True
 
 
+# Under which names logs keep the two halves of a call.
+CALLS = (
+    *(("request", "response"), ("request_body", "response_body"), ("req", "resp"), ("reqPayload", "respPayload")),
+    *(("input", "output"), ("inputs", "outputs"), ("body", "response"), ("params", "result"), ("messages", "response")),
+)
+
 # By the name of its file in data/formats/. The first whose signature fits a row counts, so a format stands before the
 # others whose keys its own rows may have as well: rows with a text and more keys are no plain texts.
 ROW_FORMATS: dict[str, RowFormat] = {
     "preference": RowFormat(({"chosen", "rejected"}, {"messages", "rejected_response"}), is_trained=False),
+    "request": RowFormat(tuple({*names} for names in CALLS)),
     "chat": RowFormat(({"messages"},)),
     "sharegpt": RowFormat(({"conversations"}, {"conversation"})),
     "instruction": RowFormat(({"instruction", "output"}, {"query", "response"})),
+    "completion": RowFormat(({"prompt", "completion"},)),
     "retrieval": RowFormat(({"query", "positive"},), is_trained=False),
     "fim": RowFormat(({"prefix", "suffix", "middle"}, {"repo", "files"}), has_turns=False),
     "text": RowFormat(({"text"},), has_turns=False),

@@ -353,18 +353,14 @@ def test_two_answers_that_are_the_same_are_no_preference() -> None:
             {"question": "q", "answer": "a"},
             "rename 'question' to 'instruction', 'answer' to 'output'",
         ),
-        ({"prompt": "q", "completion": "a"}, "format instruction: rename 'prompt' to 'instruction'"),
+        ({"prompt": "q", "answer": "a"}, "format instruction: rename 'prompt' to 'instruction'"),
         ({"dialogue": []}, "format chat: rename 'dialogue' to 'messages'"),
         ({"content": "t"}, "format text: rename 'content' to 'text'"),
         (
-            {"request": chat(USER), "response": {"choices": []}},
-            "As rows of the format chat: join them (jq -c '.request + {choices: .response.choices}'",
+            {"asked": chat(USER), "answered": {"choices": []}},
+            "As rows of the format request: rename 'asked' to 'request', 'answered' to 'response' (jq",
         ),
         ({"input": "q", "output": "a"}, "format instruction: rename 'input' to 'instruction' (jq"),
-        (
-            {"prompt": [USER], "completion": [ANSWER]},
-            "format chat: join them (jq -c 'del(.prompt, .completion) + {messages: (.prompt + .completion)}'",
-        ),
         (
             {"data": [chat(USER, ANSWER)]},
             "The rows of 'data' are rows of the format chat: take them out (jq -c '.data[]'",
@@ -404,7 +400,6 @@ def test_the_command_that_renames_loses_no_other_column(tmp_path: Path) -> None:
     system = {"system": "be brief"}
     for row, ours in (
         ({**system, "prompt": "q", "response": "a"}, {**system, "instruction": "q", "output": "a"}),
-        ({"prompt": [USER], "completion": [ANSWER], "tools": tools}, chat(USER, ANSWER, tools=tools)),
         ({"dialogue": [USER, ANSWER], "tools": tools}, chat(USER, ANSWER, tools=tools)),
     ):
         file.write_text(json.dumps(row) + "\n")

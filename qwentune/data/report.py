@@ -99,7 +99,7 @@ class Report:
     ) -> dict[str, Any]:
         """The report as JSON: numbers of the whole dataset as the first epoch sees it, no text of any row.
 
-        `copies` counts samples that train what another does: `duplicates` and `eval_overlap`.
+        `copies` counts samples that train what another does, `duplicates` and `eval_overlap`, and logged calls.
         """
         lengths = np.asarray(self.lengths, dtype=np.int64)
         tokens = int(lengths.sum())

@@ -55,13 +55,15 @@ class Conversation:
     """A dialogue with the tools it may use (each as the row gives it, an object).
 
     `turns` are the places of the messages among the turns of the row, which people are told: a system text beside the
-    turns has none and is −1. Empty where they are 0, 1, 2, ….
+    turns has none and is −1. Empty where they are 0, 1, 2, …. Of a logged call `answers` are fingerprints of the
+    dialogue up to each answer, the last one its own.
     """
 
     source: Source
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Json], ...] = ()
     turns: tuple[int, ...] = field(default=(), compare=False)
+    answers: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,15 @@ class Text:
 
     source: Source
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A text and how it goes on: only the completion is trained."""
+
+    source: Source
+    prompt: str
+    completion: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +124,7 @@ class Retrieval:
     instruction: str = ""
 
 
-Sample: TypeAlias = Conversation | Text | Code | Pair | Retrieval
+Sample: TypeAlias = Conversation | Text | Completion | Code | Pair | Retrieval
 
 
 class RowError(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from qwentune.data.formats.anthropic import read_tool, unfolded
 from qwentune.data.reading.faults import Faults, described
 from qwentune.data.sample import Json, Message, ToolCall
 from qwentune.errors import nearest
@@ -21,7 +22,7 @@ ROLES = {
 }
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 MESSAGE_KEYS = ("role", "content", *REASONING_KEYS, "tool_calls", "train", "weight")
-EXTRA_KEYS = ("name", "tool_call_id", "function_call")  # close to known keys, but no mistakes
+EXTRA_KEYS = ("name", "tool_call_id", "function_call", "refusal")  # close to known keys, but no mistakes
 # Of other toolkits: swallowed, they would train the wrong turns.
 MASK_KEYS = {"loss_weight": "weight", "loss_scale": "weight"}
 OTHER_ROLES = {"human": "user", "gpt": "assistant", "ai": "assistant", "model": "assistant", "bot": "assistant"}
@@ -37,6 +38,7 @@ def read_message(value: Json, path: str, faults: Faults) -> Message | None:
         faults.add(f"{path} is {described(value)}", "A message is an object with role and content.")
         return None
     num_problems = len(faults.problems)
+    value = _with_refusal_as_content(value, path, faults)
     fields = _without_nulls(value)
     if fields.get("role") == "tool_call" and fields.get("content") not in (None, "", []):
         value = {**value, "role": "assistant", "content": "", "tool_calls": fields["content"]}
@@ -77,7 +79,8 @@ def read_messages(
     """
     messages: list[Message | None] = []
     places: list[int] = []
-    for i, value in enumerate(values):
+    unfolded_values = [(i, one) for i, value in enumerate(values) for one in unfolded(value, f"{key}[{i}]", faults)]
+    for i, value in unfolded_values:
         message = read(value, f"{key}[{i}]", faults)
         before = messages[-1] if messages else None
         if message and before and _is_call_alone(value) and _goes_on(before, message):
@@ -87,6 +90,11 @@ def read_messages(
             messages.append(message)
             places.append(i)
     return messages, places
+
+
+def as_context(message: Message) -> Message:
+    """The message without loss."""
+    return replace(message, weight=0.0) if message.role == "assistant" else message
 
 
 def _is_call_alone(value: Json) -> bool:
@@ -119,7 +127,7 @@ def read_tools(row: Mapping[str, Json], faults: Faults) -> list[dict[str, Json]]
     tools: list[dict[str, Json]] = []
     for i, tool in enumerate(faults.listed(row, "tools", "tools")):
         if isinstance(tool, dict):
-            tools.append(tool)
+            tools.append(read_tool(tool, f"tools[{i}]", faults))
         else:
             faults.add(f"tools[{i}] is {described(tool)}", "A tool is an object with type and function.")
     return tools
@@ -181,6 +189,20 @@ def _contents(value: Mapping[str, Json], path: str, faults: Faults, *, may_be_nu
         fix = "Give its text; only an assistant message with tool_calls goes without."
         faults.add(f"{path}.content is null" if "content" in value else f"{path} has no content", fix)
     return [""]
+
+
+def _with_refusal_as_content(value: dict[str, Json], path: str, faults: Faults) -> dict[str, Json]:
+    """The message of which OpenAI's `refusal`, beside the content or as a part of it, is what was said."""
+    content, refusal = value.get("content"), value.get("refusal")
+    if isinstance(content, list):
+        refusals = [part.get("refusal") for part in content if isinstance(part, dict) and part.get("type") == "refusal"]
+        if refusals and len(refusals) == len(content) == 1:
+            content, refusal = None, refusals[0]
+    if not refusal or not isinstance(refusal, str):
+        return value
+    if content:
+        faults.add(f"{path} has both content and refusal", "Keep what was said.")
+    return {**value, "content": refusal, "refusal": refusal}
 
 
 def _parts(content: list[Json], path: str, faults: Faults) -> list[str]:

@@ -30,8 +30,7 @@ def suggestion(rows: Sequence[Json], path: str) -> str:
     row: Mapping[str, Json] = next((row for row in rows if isinstance(row, dict)), dict[str, Json]())
     holders = {part: key for part in ("messages", "choices") for key, value in row.items() if _holds(value, part)}
     if len(holders) == 2:
-        joined = _command(row, path, f".{holders['messages']} + {{choices: .{holders['choices']}.choices}}")
-        return f"As rows of the format chat: join them{joined}."
+        return _renamed("request", {"request": holders["messages"], "response": holders["choices"]}, row, path)
     for key, value in row.items():
         inner = value[0] if isinstance(value, list) and value else value
         format = format_of(inner) if isinstance(inner, dict) else None
@@ -44,9 +43,6 @@ def suggestion(rows: Sequence[Json], path: str) -> str:
         if format:
             command = _command(row, path, f".{key}")
             return f"The {key!r} of each row is one of the format {format}: take it out{command}."
-    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-        joined = _command(row, path, "del(.prompt, .completion) + {messages: (.prompt + .completion)}")
-        return f"As rows of the format chat: join them{joined}."
     return _renaming(row, path)
 
 
@@ -59,13 +55,18 @@ def _renaming(row: Mapping[str, Json], path: str) -> str:
         lowered = {key.lower(): key for key, value in row.items() if isinstance(value, kind | str)}
         found = {ours: [lowered[name] for name in (ours, *names) if name in lowered] for ours, names in columns.items()}
         if all(found.values()):
-            others = {ours: names[0] for ours, names in found.items() if names[0] != ours}
-            renamed = ", ".join(f"{name!r} to {ours!r}" for ours, name in others.items())
-            pairs = ", ".join(f"{ours}: .{name}" for ours, name in others.items())
-            old = ", ".join(f".{name}" for name in others.values())
-            command = _command(row, path, f"del({old}) + {{{pairs}}}")
-            return f"As rows of the format {format}: rename {renamed}{command}."
+            return _renamed(format, {ours: names[0] for ours, names in found.items()}, row, path)
     return ""
+
+
+def _renamed(format: str, columns: Mapping[str, str], row: Mapping[str, Json], path: str) -> str:
+    """How the columns, by the names that the format has for them, become those of it."""
+    others = {ours: name for ours, name in columns.items() if name != ours}
+    renamed = ", ".join(f"{name!r} to {ours!r}" for ours, name in others.items())
+    pairs = ", ".join(f"{ours}: .{name}" for ours, name in others.items())
+    old = ", ".join(f".{name}" for name in others.values())
+    command = _command(row, path, f"del({old}) + {{{pairs}}}")
+    return f"As rows of the format {format}: rename {renamed}{command}."
 
 
 def _command(row: Mapping[str, Json], path: str, filter: str, endings: tuple[str, ...] = (".jsonl",)) -> str:

@@ -41,6 +41,7 @@ class Outcome:
     remarks: list[str] = field(default_factory=list[str])  # what deserves a second look
     credentials: list[Credential] = field(default_factory=list[Credential])  # secrets that stand in its texts
     identity: int = 0  # a hash, the same for samples that train the same
+    answers: tuple[int, ...] = ()  # of a logged call, as its sample has them
     checked_turns: int = 0  # turns read off one rendering that the rule confirmed
 
     @property

@@ -23,6 +23,11 @@ CHANGED_BY_NFC = (
     "rows hold characters that the tokenizer composes, as it does when the model is served (Unicode's NFC): what is "
     "trained decodes to the composed ones."
 )
+WITHOUT_TEMPLATE = (
+    "rows of texts named prompt and completion are trained as they are, without the chat template. For a model that is "
+    "asked in chats, read them as instruction and output: format: instruction."
+)
+REFUSAL = "answers are refusals, trained as they are worded. Leave them out where the model is to answer."
 UNREACHABLE = "turns have no user turn before them: not trained. Give the question, or leave them out."
 
 
@@ -34,6 +39,8 @@ def remarks(conversation: Conversation) -> Iterator[str]:
         is_answer = message.role == "assistant"
         if is_answer and not message.content.strip() and not message.tool_calls and not message.reasoning:
             yield SAYS_NOTHING
+        if message.extra.get("refusal") and message.weight:
+            yield REFUSAL
         if tools:
             yield from (UNKNOWN_TOOL for call in message.tool_calls if call.name not in tools)
         if message.role == "tool" and before not in ("call", "tool"):
