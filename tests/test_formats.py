@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from qwentune.data.formats import FORMATS, detect
 from qwentune.data.formats.samples import read_samples, refuse_untrained
 from qwentune.data.formats.suggestion import suggestion
-from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, Source, Text, ToolCall
+from qwentune.data.sample import Code, Completion, Conversation, Message, Pair, Retrieval, Source, Text, ToolCall
 from qwentune.errors import DataError, Problem
 from qwentune.recipe.keys import describe_keys
 from qwentune.row_formats import ROW_FORMATS
@@ -241,8 +241,11 @@ near_rows = st.recursive(
 )
 
 
-PLACES = ("messages", "conversations", "tools", "text", "history", "prompt", "chosen", "rejected")
-SAMPLES = Conversation | Text | Code | Pair | Retrieval
+PLACES = (
+    *("messages", "conversations", "tools", "text", "history", "prompt", "chosen", "rejected"),
+    *("completion", "request", "response", "input", "output", "choices", "system"),
+)
+SAMPLES = Conversation | Text | Completion | Code | Pair | Retrieval
 
 
 @given(row=st.dictionaries(st.sampled_from(PLACES), near_rows))

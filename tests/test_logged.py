@@ -321,6 +321,27 @@ def test_what_is_no_whole_answer_is_named_and_not_trained(row: Json, fault: str)
     assert fault in faults(row)[0]
 
 
+def test_keys_of_a_log_that_nothing_reads_are_named_by_their_place() -> None:
+    row = {
+        "id": 1,
+        "latency": 0.5,
+        "request": {
+            "messages": [{**USER, "note": 1}],
+            "temperature": 0.5,
+            "documents": [{}],
+            "chat_template_kwargs": {"enable_thinking": False},
+        },
+        "response": OPENAI,
+    }
+    sample = parsed(row)
+    assert sorted(sample.unread) == ["id", "latency", "request.documents"]
+    assert [one.path for one in sample.offered if one.key == "note"] == ["request.messages[].note"]
+    assert sample.template_args == {"enable_thinking": False}
+    body = {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}, "messages": [USER]}
+    assert parsed({"request": body, "response": OPENAI}).template_args == {"enable_thinking": False}
+    assert parsed(blocks(THINKING, {**TEXT, "mood": "glad"})).unread == ("messages[].content[].mood",)
+
+
 # --- Anthropic's blocks
 
 
