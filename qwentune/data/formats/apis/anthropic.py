@@ -36,9 +36,10 @@ def unfolded(value: Json, path: str, reader: RowReader) -> Sequence[Json]:
     blocks = [block for block in content if isinstance(block, dict)]
     if BLOCKS.keys().isdisjoint(kind for block in blocks if isinstance(kind := block.get("type"), str)):
         return (value,)
-    if len(blocks) < len(content):
-        strange: Json = next(block for block in content if not isinstance(block, dict))
-        reader.refuse(f"{path}.content holds {described(strange)}", "A block is an object with a type.")
+    for i, block in enumerate(content):
+        if not isinstance(block, dict):
+            reader.refuse(f"{path}.content[{i}] is {described(block)}", "A block is an object with a type.")
+            return ()
     num_problems, role = len(reader.problems), value.get("role")
     for i, block in enumerate(blocks):
         _check(block, role, f"{path}.content[{i}]", reader)
