@@ -10,6 +10,7 @@ SWITCHES = ("train", "training", "trainable", "loss", "loss_mask")  # whether th
 LOSS = (*SWITCHES, "weight")
 TOOLS = ("tools", "functions", "tool_defs")
 BESIDE = ("system", *TOOLS, "enable_thinking", "chat_template_kwargs", *LOSS)  # the messages of a dialogue
+MESSAGES = ("messages", "conversations", "conversation", "prompt", "chosen", "rejected")  # lists of them
 INSTRUCTION = ("instruction", "input", "output", "query", "response", "history")
 PREFERENCE = ("prompt", "chosen", "rejected", "rejected_response", "instruction", "input", "messages", "conversations")
 
@@ -63,3 +64,20 @@ ROW_FORMATS: dict[str, RowFormat] = {
 COLUMNS = tuple(sorted({key for format in ROW_FORMATS.values() for key in format.keys}))
 MESSAGE_TAGS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", *LOSS)
 ROLE_TAGS = ("system", "user", "assistant", "tool", "function_call")
+SPEAKERS = {  # whom the names in `from` stand for
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}

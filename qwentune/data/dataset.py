@@ -25,6 +25,7 @@ from qwentune.data.formats.samples import read_samples
 from qwentune.data.layout.rows import Rows, Trie, packed_rows
 from qwentune.data.layout.split import copies, dialogues, fates, split, untrained_sources
 from qwentune.data.layout.store import DamagedError, Examples, ExampleWriter, open_sealed, seal
+from qwentune.data.reading.columns import Columns
 from qwentune.data.reading.faults import Unread
 from qwentune.data.reading.files import Content, RowCount, content_of, is_at_hand
 from qwentune.data.rendering.outcome import Dropped
@@ -276,7 +277,8 @@ def _build(
         begins = array("q", [writer.num_examples])
         faults: list[Problem] = []
         rows = RowCount()
-        samples = read_samples(source.path, source.format, faults, content=contents[source.path], count=rows)
+        content, columns = contents[source.path], Columns.of(source)
+        samples = read_samples(source.path, source.format, faults, content=content, count=rows, columns=columns)
         for outcome in renderer.render_all(samples, number):
             report.add(outcome)
             faults.extend(outcome.problems)

@@ -13,24 +13,7 @@ from qwentune.data.reading.faults import described
 from qwentune.data.reading.row_reader import RowReader
 from qwentune.data.sample import Conversation, Json, Message, Source
 from qwentune.errors import Problem, nearest
-
-SPEAKERS = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "tool_response": "tool",
-    "function_response": "tool",
-    "observation": "tool",
-}
+from qwentune.row_formats import SPEAKERS
 
 
 def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:

@@ -29,7 +29,7 @@ CHANGED_BY_NFC = (
 )
 WITHOUT_TEMPLATE = (
     "rows of texts named prompt and completion are trained as they are, without the chat template. For a model that is "
-    "asked in chats, read them as instruction and output: format: instruction."
+    "asked in chats, give their source columns: {instruction: prompt, output: completion}."
 )
 REFUSAL = "answers are refusals, trained as they are worded. Leave them out where the model is to answer."
 AFTER_THE_LAST = (
