@@ -8,7 +8,7 @@ from itertools import islice
 from qwentune.data.formats import FORMATS, NOT_TRAINED, SIGNATURES, detect, format_of
 from qwentune.data.formats.suggestion import suggestion
 from qwentune.data.reading.faults import described, too_many
-from qwentune.data.reading.files import Content, RowCount, read_rows
+from qwentune.data.reading.files import Content, Row, RowCount, read_rows
 from qwentune.data.sample import Sample
 from qwentune.errors import DataError, Problem, nearest
 
@@ -35,22 +35,23 @@ def read_samples(
     for row in read_rows(path, problems, content=content, count=count):
         if too_many(path, problems):
             return
-        if not isinstance(row.value, dict):
+        sample = sample_of(row, format)
+        if isinstance(sample, list):
             count.refused += 1
-            problems.append(Problem(str(row.source), f"the row is {described(row.value)}", "A row is an object."))
-            continue
-        parsed = FORMATS[format](row.value, row.source)
-        if isinstance(parsed, list):
-            own = format_of(row.value)
-            if own not in (None, format):
-                what = f"the row has the keys of the format {own}, in a file of the format {format}"
-                parsed = [
-                    Problem(str(row.source), what, "Give rows of another format a file and a source of their own.")
-                ]
-            count.refused += 1
-            problems.extend(parsed)
+            problems.extend(sample)
         else:
-            yield parsed
+            yield sample
+
+
+def sample_of(row: Row, format: str) -> Sample | list[Problem]:
+    """The sample that a row of the format is, or everything that is wrong with the row."""
+    if not isinstance(row.value, dict):
+        return [Problem(str(row.source), f"the row is {described(row.value)}", "A row is an object.")]
+    parsed = FORMATS[format](row.value, row.source)
+    if isinstance(parsed, list) and (own := format_of(row.value)) not in (None, format):
+        what = f"the row has the keys of the format {own}, in a file of the format {format}"
+        return [Problem(str(row.source), what, "Give rows of another format a file and a source of their own.")]
+    return parsed
 
 
 def refuse_untrained(sources: Iterable[tuple[str, str]]) -> None:

@@ -20,7 +20,6 @@ from qwentune.data.rendering.turn import Part, Turn
 from qwentune.data.sample import Json, RowError
 from qwentune.data.templates.chat_template import Mode, TemplateRefusalError
 from qwentune.data.templates.particulars import Particulars
-from qwentune.errors import DataError, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,12 +245,14 @@ def same(turns: Sequence[Turn], others: Sequence[Turn]) -> bool:
     return [_texts(turn) for turn in turns] == [_texts(turn) for turn in others]
 
 
+class ReadOtherwiseError(Exception):
+    """The turns of a row, its argument, that were read off one rendering are not those of the rule."""
+
+
 def prove(dialogue: Dialogue, literal: Sequence[Turn], read: Sequence[Turn]) -> None:
-    """DataError where turns that were read off one rendering are not those of the rule."""
+    """ReadOtherwiseError where turns that were read off one rendering are not those of the rule."""
     if not same(literal, read):
-        what = "the turns read off one rendering are not what the chat template gives turn by turn"
-        fix = "This is a bug of qwentune: please report it with the row."
-        raise DataError(Problem(str(dialogue.conversation.source), what, fix))
+        raise ReadOtherwiseError(dialogue.conversation.source)
 
 
 def _texts(turn: Turn) -> tuple[int, list[Piece], list[Piece]]:
