@@ -216,6 +216,7 @@ def test_what_is_raised_for_an_item_is_raised_at_its_turn_and_work_can_go_on() -
         assert list(several.results(iter(range(10)))) == list(range(10))
 
 
+@pytest.mark.fault("A07", "of a process that rendered rows: those rows are named; exit 4, and no other lives on")
 @pytest.mark.parametrize(
     ("end", "error", "words"),
     [
@@ -250,6 +251,7 @@ def test_ctrl_c_ends_all_at_once_and_is_left_to_the_first_process(started: list[
     assert not [pid for pid in started if psutil.pid_exists(pid)]
 
 
+@pytest.mark.fault("A07", "the processes that rendered rows for it end too")
 def test_workers_do_not_outlive_the_process_that_began_the_work() -> None:
     script = """if True:
         import os, signal
@@ -275,6 +277,21 @@ def lives(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_where_processes_may_not_be_begun_fewer_share_the_work(allowed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork, begun = os.fork, list[int]()
+
+    def refusing() -> int:
+        if len(begun) == allowed:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        begun.append(1)
+        return fork()
+
+    monkeypatch.setattr(os, "fork", refusing)
+    assert list(results(lambda item: -item, count=3)) == [-item for item in range(20)]
+    assert len(begun) == allowed
 
 
 @pytest.mark.parametrize("given", ["0", "two", "-1"])

@@ -8,17 +8,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from qwentune.data.formats.samples import sample_of
-from qwentune.data.layout.store import ExampleColumns
+from qwentune.data.formats.samples import detected, sample_of
+from qwentune.data.layout.store import ExampleColumns, ExampleWriter
+from qwentune.data.reading.faults import Unread, too_many
 from qwentune.data.reading.files import Content, Row, RowCount, read_rows
 from qwentune.data.rendering.outcome import Dropped, Outcome
 from qwentune.data.rendering.render import Renderer
 from qwentune.data.report import Tally
 from qwentune.data.sample import Sample, Source
+from qwentune.data.workers import Workers
 from qwentune.errors import Problem
+from qwentune.recipe import DataSource
 
 MOST_ROWS = 256
 MOST_BYTES = 2**22
+READ_OTHERWISE = (
+    "the rows of {} are rendered turn by turn, which takes longer: the turns read off one rendering are not what the "
+    "chat template gives at {}. This is a bug of qwentune: please report it with the row."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,3 +133,35 @@ def _samples(block: Block, rendered: Rendered) -> Iterator[Sample]:
             rendered.problems += sample
         else:
             yield sample
+
+
+def render_source(
+    source: DataSource,
+    number: int,
+    content: Content,
+    workers: Workers[Block, tuple[ExampleColumns, Rendered]],
+    writer: ExampleWriter,
+    *,
+    by_rule: bool = False,
+) -> tuple[Rendered, RowCount]:
+    """What became of the rows of a source, whose examples are written, and how many rows it has.
+
+    Raises ReadOtherwiseError where it is to be rendered by the rule, DataError where it does not hold `content`.
+    """
+    format = detected(source.path, content) if source.format == "auto" else source.format
+    whole, count = Rendered(), RowCount()
+    blocks = read_blocks(source.path, format, content, count, source_number=number, by_rule=by_rule)
+    for examples, rendered in workers.results(blocks):
+        writer.add(examples, source.path)
+        whole.merge(rendered)
+        if any(isinstance(one, Unread) for one in rendered.problems) or too_many(source.path, whole.problems):
+            break
+    count.refused += whole.num_refused
+    whole.problems.sort(key=lambda problem: source_of(problem, source.path).line)  # the reader's come block by block
+    return whole, count
+
+
+def source_of(problem: Problem, file: str) -> Source:
+    """The row of a file in which a problem is; of line 0 where it is the file's."""
+    digits = problem.where.removeprefix(f"{file}:").split(":")[0]
+    return Source(file, int(digits) if digits.isdigit() else 0)

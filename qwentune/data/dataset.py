@@ -20,32 +20,26 @@ from numpy.typing import NDArray
 
 from qwentune.bounded import UnreadableError, read_text
 from qwentune.console import say
-from qwentune.data.blocks import Block, BlockRenderer, Rendered, read_blocks
+from qwentune.data.blocks import READ_OTHERWISE, BlockRenderer, render_source, source_of
 from qwentune.data.cache import alone, cache_folder
-from qwentune.data.formats.samples import detected
 from qwentune.data.layout.rows import Rows, Trie, packed_rows
 from qwentune.data.layout.split import copies, fates, split, untrained_sources
-from qwentune.data.layout.store import DamagedError, ExampleColumns, Examples, ExampleWriter, open_sealed, seal
-from qwentune.data.reading.faults import Unread, too_many
-from qwentune.data.reading.files import Content, RowCount, content_of, is_at_hand
+from qwentune.data.layout.store import DamagedError, Examples, ExampleWriter, open_sealed, seal
+from qwentune.data.reading.faults import Unread
+from qwentune.data.reading.files import Content, content_of, is_at_hand
 from qwentune.data.rendering.grammar import ReadOtherwiseError
 from qwentune.data.rendering.outcome import Dropped
 from qwentune.data.rendering.render import Renderer, RenderOptions
 from qwentune.data.report import Report, with_separate_examples
-from qwentune.data.sample import Source
 from qwentune.data.templates.chat_template import ChatTemplate, refuse_broken_template
 from qwentune.data.tokenizing.tokenizer import Tokenizer
 from qwentune.data.workers import Workers
 from qwentune.durable import mark, move_aside, remove, replace_folder
 from qwentune.errors import FULL, DataError, DoesNotFitError, Problem, RecipeError, UsageError
 from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES
-from qwentune.recipe import DataOptions, DataSource
+from qwentune.recipe import DataOptions
 
 CACHE_FORMAT = 11  # raise it whenever rendering or storing changes what stands in the cache
-READ_OTHERWISE = (
-    "the rows of {} are rendered turn by turn, which takes longer: the turns read off one rendering are not what the "
-    "chat template gives at {}. This is a bug of qwentune: please report it with the row."
-)
 ANOTHER_CACHE = "Name another cache folder with the variable QWENTUNE_CACHE."
 
 
@@ -281,10 +275,10 @@ def _build(
         for number, source in enumerate([*data.train, *(data.evaluation or ())]):
             mark, content = writer.mark(), contents[source.path]
             try:
-                rendered, count = _render_source(source, number, content, workers, writer)
+                rendered, count = render_source(source, number, content, workers, writer)
             except ReadOtherwiseError as difference:
                 writer.take_back(mark)
-                rendered, count = _render_source(source, number, content, workers, writer, by_rule=True)
+                rendered, count = render_source(source, number, content, workers, writer, by_rule=True)
                 warnings.append(READ_OTHERWISE.format(source.path, difference))
             groups.append(mark.num_examples + np.asarray([*rendered.begins, len(rendered.versions)], dtype=np.int64))
             versions.extend(rendered.versions)
@@ -292,7 +286,7 @@ def _build(
             report.merge(rendered.tally)
             problems += rendered.problems
             dropped += rendered.dropped
-            refused += [Dropped(_source_of(one, source.path), None, one.what) for one in rendered.problems]
+            refused += [Dropped(source_of(one, source.path), None, one.what) for one in rendered.problems]
             if not any(isinstance(problem, Unread) for problem in problems):  # else there is no telling, and no run
                 report.end_source(source.path, count)
     if problems and (data.bad_rows == "error" or any(isinstance(problem, Unread) for problem in problems)):
@@ -316,34 +310,6 @@ def _build(
         "report": finished,
         "dropped": [{**asdict(drop), "source": asdict(drop.source)} for drop in dropped],
     }
-
-
-def _render_source(
-    source: DataSource,
-    number: int,
-    content: Content,
-    workers: Workers[Block, tuple[ExampleColumns, Rendered]],
-    writer: ExampleWriter,
-    *,
-    by_rule: bool = False,
-) -> tuple[Rendered, RowCount]:
-    """What became of the rows of a source, whose examples are written, and how many rows it has."""
-    format = detected(source.path, content) if source.format == "auto" else source.format
-    whole, count = Rendered(), RowCount()
-    blocks = read_blocks(source.path, format, content, count, source_number=number, by_rule=by_rule)
-    for examples, rendered in workers.results(blocks):
-        writer.add(examples, source.path)
-        whole.merge(rendered)
-        if any(isinstance(one, Unread) for one in rendered.problems) or too_many(source.path, whole.problems):
-            break
-    count.refused += whole.num_refused
-    whole.problems.sort(key=lambda problem: _source_of(problem, source.path).line)  # the reader's come block by block
-    return whole, count
-
-
-def _source_of(problem: Problem, file: str) -> Source:
-    digits = problem.where.removeprefix(f"{file}:").split(":")[0]
-    return Source(file, int(digits) if digits.isdigit() else 0)
 
 
 def _refuse_losses(data: DataOptions, report: Report, dropped: Sequence[Dropped], problems: Sequence[Problem]) -> None:

@@ -84,8 +84,8 @@ class _Worker:
 class Workers(Generic[Item, Result]):
     """Applies a function to items, in this process where they are few.
 
-    Workers are forks, so that they have the function and whatever it has learnt from the first item, and share its
-    memory. Items and results are pickled.
+    Workers are forks: they have the function, with whatever it has learnt from the first item, and share its memory.
+    Items and results are pickled.
     """
 
     def __init__(self, function: Callable[[Item], Result]) -> None:
@@ -127,7 +127,7 @@ class Workers(Generic[Item, Result]):
 
     def _start(self) -> None:
         context: Any = multiprocessing.get_context("fork")
-        with _ready_to_fork():
+        with _ready_to_fork(), suppress(OSError):  # where no more processes may be begun, fewer share the work
             for _ in range(self._count):
                 ours, theirs = context.Pipe()
                 inherited = [ours, *(worker.connection for worker in self._workers)]
@@ -144,7 +144,7 @@ class Workers(Generic[Item, Result]):
         ready = next(items, None)  # read while the workers work
         while ready is not None or num_given < num_begun:
             for worker in self._workers:
-                if not worker.is_busy and ready is not None and num_begun < num_given + AHEAD * self._count:
+                if not worker.is_busy and ready is not None and num_begun < num_given + AHEAD * len(self._workers):
                     worker.begin(num_begun, ready)
                     num_begun += 1
                     ready = next(items, None)

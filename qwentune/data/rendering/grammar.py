@@ -7,7 +7,6 @@ rule of `dialogue.py` has the word; and on a sample of every run both are compar
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -237,7 +236,12 @@ def _through(pieces: Sequence[Piece], ends: Sequence[int], position: int) -> Par
 
 def _places(word: str, text: str, start: int, stop: int) -> list[int]:
     """Where in a stretch of a text a word begins."""
-    return [match.start() for match in re.compile(re.escape(word)).finditer(text, start, stop)]
+    places: list[int] = []
+    place = text.find(word, start, stop)
+    while place >= 0:
+        places.append(place)
+        place = text.find(word, place + len(word), stop)
+    return places
 
 
 def same(turns: Sequence[Turn], others: Sequence[Turn]) -> bool:
