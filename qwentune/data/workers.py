@@ -115,15 +115,15 @@ class Workers(Generic[Item, Result]):
         Raises what the function raises for an item when it is that item's turn, DoesNotFitError where a worker was
         killed.
         """
-        items = iter(items)
+        items, first = iter(items), list[Item]()
         if self._count > 1 and not self._workers:
             first = list(islice(items, FEW - self._num_seen))
             self._num_seen += len(first)
-            items = chain(first, items)
             if first and self._num_seen == FEW:
-                yield self.function(next(items))
+                yield self.function(first.pop(0))
                 self._start()
-        yield from self._spread(items) if self._workers else map(self.function, items)
+        rest = chain(first, items)
+        yield from self._spread(rest) if self._workers else (self.function(item) for item in rest)
 
     def _start(self) -> None:
         context: Any = multiprocessing.get_context("fork")
