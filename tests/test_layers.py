@@ -49,6 +49,7 @@ WITH_TORCH = {"live_bytes", "meta_step", "delta_rule", "replay", "cross_check"} 
 STAGES = (
     "sample",
     "cache",
+    "workers",
     "reading",
     "formats",
     "tokenizing",
@@ -56,6 +57,7 @@ STAGES = (
     "rendering",
     "layout",
     "report",
+    "blocks",
     "dataset",
 )
 MOST_FILES = 16  # of a folder in data/ and memory/: more are no longer seen at once

@@ -152,7 +152,7 @@ def test_what_trains_nothing_is_remarked(qwen3_folder: Path) -> None:
 def test_keys_that_nothing_reads_are_in_the_report_with_their_places(qwen3_folder: Path) -> None:
     renderer = renderer_of(qwen3_folder)
     assert renderer.template is not None
-    report = Report(renderer.tokenizer, renderer.template, "auto")
+    report = Report(tokenizer=renderer.tokenizer, template=renderer.template, thinking="auto")
     row = chat({**USER, "note": 1}, {**ANSWER, "note": None}, id="7", my_tools=[1], nothing=None)
     report.add(renderer.render(parsed("chat", row)))
     place = [{"file": "rows.jsonl", "line": 7}]

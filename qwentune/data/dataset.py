@@ -20,20 +20,20 @@ from numpy.typing import NDArray
 
 from qwentune.bounded import UnreadableError, read_text
 from qwentune.console import say
+from qwentune.data.blocks import READ_OTHERWISE, BlockRenderer, render_source, source_of
 from qwentune.data.cache import alone, cache_folder
-from qwentune.data.formats.samples import read_samples
 from qwentune.data.layout.rows import Rows, Trie, packed_rows
 from qwentune.data.layout.split import copies, dialogues, fates, split, untrained_sources
 from qwentune.data.layout.store import DamagedError, Examples, ExampleWriter, open_sealed, seal
-from qwentune.data.reading.columns import Columns
 from qwentune.data.reading.faults import Unread
-from qwentune.data.reading.files import Content, RowCount, content_of, is_at_hand
+from qwentune.data.reading.files import Content, content_of, is_at_hand
+from qwentune.data.rendering.grammar import ReadOtherwiseError
 from qwentune.data.rendering.outcome import Dropped
 from qwentune.data.rendering.render import Renderer, RenderOptions
 from qwentune.data.report import Report, with_separate_examples
-from qwentune.data.sample import Source
 from qwentune.data.templates.chat_template import ChatTemplate, refuse_broken_template
 from qwentune.data.tokenizing.tokenizer import Tokenizer
+from qwentune.data.workers import Workers
 from qwentune.durable import mark, move_aside, remove, replace_folder
 from qwentune.errors import FULL, DataError, DoesNotFitError, Problem, RecipeError, UsageError
 from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES
@@ -264,47 +264,35 @@ def _build(
         fim=data.fim,
         seed=seed,
     )
-    renderer = Renderer(tokenizer, template, options)
-    report = Report(tokenizer, template, data.thinking)
+    report = Report(tokenizer=tokenizer, template=template, thinking=data.thinking)
     problems: list[Problem] = []
     groups: list[NDArray[np.int64]] = []  # per source: where the examples of each sample begin, and where the last end
     dropped: list[Dropped] = []
     refused: list[Dropped] = []  # rows that are wrong
     versions = array("h")  # of the examples
     identities = array("q")  # of the samples that have examples
+    warnings: list[str] = []
     answers, before = array("Q"), array("Q")  # of logged calls: fingerprints with their answer, and with that before it
-    for number, source in enumerate([*data.train, *(data.evaluation or ())]):
-        begins = array("q", [writer.num_examples])
-        faults: list[Problem] = []
-        rows = RowCount()
-        content, columns = contents[source.path], Columns.of(source)
-        samples = read_samples(
-            source.path,
-            source.format,
-            faults,
-            content=content,
-            count=rows,
-            columns=columns,
-            max_rows=source.max_rows,
-        )
-        for outcome in renderer.render_all(samples, number):
-            report.add(outcome)
-            faults.extend(outcome.problems)
-            dropped.extend(outcome.dropped)
-            if outcome.examples:
-                writer.add(outcome.examples)
-                versions.extend(example.version for example in outcome.examples)
-                begins.append(writer.num_examples)
-                identities.append(outcome.identity)
-                answers.append(outcome.answers[-1] if outcome.answers else 0)
-                before.append(outcome.answers[-2] if outcome.answers[1:] else 0)
-        groups.append(np.asarray(begins, dtype=np.int64))
-        # Rows are read ahead of what is rendered.
-        faults.sort(key=lambda problem: _source_of(problem, source.path).line)
-        problems += faults
-        refused += [Dropped(_source_of(problem, source.path), None, problem.what) for problem in faults]
-        if not any(isinstance(problem, Unread) for problem in problems):  # else there is no telling, and no run
-            report.end_source(source.path, rows)
+    with Workers(BlockRenderer(Renderer(tokenizer, template, options))) as workers:
+        for number, source in enumerate([*data.train, *(data.evaluation or ())]):
+            mark, content = writer.mark(), contents[source.path]
+            try:
+                rendered, count = render_source(source, number, content, workers, writer)
+            except ReadOtherwiseError as difference:
+                writer.take_back(mark)
+                rendered, count = render_source(source, number, content, workers, writer, by_rule=True)
+                warnings.append(READ_OTHERWISE.format(source.path, difference))
+            groups.append(mark.num_examples + np.asarray([*rendered.begins, len(rendered.versions)], dtype=np.int64))
+            versions.extend(rendered.versions)
+            identities.extend(rendered.identities)
+            answers.extend(rendered.answers)
+            before.extend(rendered.before)
+            report.merge(rendered.tally)
+            problems += rendered.problems
+            dropped += rendered.dropped
+            refused += [Dropped(source_of(one, source.path), None, one.what) for one in rendered.problems]
+            if not any(isinstance(problem, Unread) for problem in problems):  # else there is no telling, and no run
+                report.end_source(source.path, count)
     if problems and (data.bad_rows == "error" or any(isinstance(problem, Unread) for problem in problems)):
         raise DataError(problems)
     dropped += refused
@@ -321,7 +309,7 @@ def _build(
     going_on = int((first_calls != np.arange(len(first_calls))).sum())
     calls = {"logged_calls": int(np.count_nonzero(answers)), "calls_going_on": going_on}
     finished = report.finish(int(once[train].sum()), len(evaluation), dropped, {**counts, **calls})
-    finished["warnings"] += untrained_sources(data, groups, train, evaluation)
+    finished["warnings"] += [*untrained_sources(data, groups, train, evaluation), *warnings]
     return {
         "content": writer.finish(train, evaluation),
         "file_names": list(writer.file_names),
@@ -329,11 +317,6 @@ def _build(
         "report": finished,
         "dropped": [{**asdict(drop), "source": asdict(drop.source)} for drop in dropped],
     }
-
-
-def _source_of(problem: Problem, file: str) -> Source:
-    digits = problem.where.removeprefix(f"{file}:").split(":")[0]
-    return Source(file, int(digits) if digits.isdigit() else 0)
 
 
 def _refuse_losses(data: DataOptions, report: Report, dropped: Sequence[Dropped], problems: Sequence[Problem]) -> None:

@@ -29,12 +29,9 @@ LENGTH_EDGES = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
 @dataclass
-class Report:
-    """Gathers the outcomes of all samples, then says what the whole of them is like."""
+class Tally:
+    """Counts of outcomes."""
 
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    thinking: str
     modes: Counter[str] = field(default_factory=Counter[str])
     counts: Counter[str] = field(default_factory=Counter[str])
     orders: Counter[str] = field(default_factory=Counter[str])  # in which code was written
@@ -47,7 +44,6 @@ class Report:
     )  # of remarks and secrets: the first
     last_tokens: Counter[int] = field(default_factory=Counter[int])  # of trained spans
     rows: Counter[str] = field(default_factory=Counter[str])  # by what becomes of them
-    num_rows: int = 0  # of the sources that were read to their end
 
     def add(self, outcome: Outcome) -> None:
         """Counts one sample in."""
@@ -77,6 +73,25 @@ class Report:
         if outcome.examples:
             self.counts["rendering_tokens"] += outcome.rendering_tokens
             self.counts["texts"] += sum(not example.turns for example in first)
+
+    def merge(self, later: Tally) -> None:
+        """Counts in the outcomes of samples that come after these."""
+        for counter in ("modes", "counts", "orders", "remarks", "credentials", "last_tokens", "rows"):
+            getattr(self, counter).update(getattr(later, counter))
+        self.unread.merge(later.unread)
+        self.lengths.extend(later.lengths)
+        for remark, places in later.places.items():
+            self.places[remark] = [*self.places.get(remark, ()), *places][:NUM_PLACES]
+
+
+@dataclass
+class Report(Tally):
+    """What the whole of the samples is like."""
+
+    tokenizer: Tokenizer = field(kw_only=True)
+    template: ChatTemplate | None = field(kw_only=True)
+    thinking: str = field(kw_only=True)
+    num_rows: int = 0  # of the sources that were read to their end
 
     def end_source(self, path: str, rows: RowCount) -> None:
         """Counts a source in that was read to its end; AssertionError where a row of it is lost uncounted."""

@@ -2,10 +2,11 @@
 
     python tests/bench/data_stage.py [--chats 20000] [--messages N] [--large GB]
 
-CPU seconds of the whole stage (read, render, encode, mask, write, pack) divided by those of a bare loop that parses
-each row, renders it once with the compiled template and encodes it once; and those of a second start divided by the
-first one's. Each is a process of its own, net of its start. With `--large`, instead: the peak memory of the stage on a
-file of that size.
+CPU seconds of the whole stage (read, render, encode, mask, write, pack), its processes included, divided by those of a
+bare loop that parses each row, renders it once with the compiled template and encodes it once, in batches; those of a
+second start divided by the first one's; and the wall time of two processes on two cores divided by that of one on one.
+Each is a process of its own, net of its start. With `--large`, instead: the peak memory of the stage with two workers
+on a file of that size, as the sum of proportional set sizes.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
+
 from tests.checkpoints import write_checkpoint
 
+BATCH_SIZE = 256
 TEMPLATES = {"qwen2_5": "keeps what it wrote", "qwen3": "rewrites history"}
 TOOL = {
     "type": "function",
@@ -81,7 +88,12 @@ def write_chats(path: Path, rows: Iterator[dict[str, Any]], *, count: int = 0, n
 # --- what runs in a process of its own, and prints a number
 
 
-def stage(folder: Path, data: Path) -> float:
+def cpu_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def stage(folder: Path, data: Path, clock: Callable[[], float] = cpu_seconds) -> float:
     """CPU seconds of the data stage of a run on this checkpoint, with whatever its cache holds."""
     from qwentune.data.dataset import chat_template, prepare
     from qwentune.data.tokenizing.tokenizer import load_tokenizer
@@ -91,14 +103,19 @@ def stage(folder: Path, data: Path) -> float:
     tokenizer = load_tokenizer(folder)
     template = chat_template(options, tokenizer)
     assert tokenizer.backend  # read before either is timed
-    start = time.process_time()
+    start = clock()
     dataset = prepare(options, tokenizer, template, 0)
     assert len(dataset.train)
-    return time.process_time() - start
+    return clock() - start
+
+
+def wall(folder: Path, data: Path) -> float:
+    """Wall seconds of the same."""
+    return stage(folder, data, time.perf_counter)
 
 
 def bare_loop(folder: Path, data: Path) -> float:
-    """CPU seconds of parsing, rendering and encoding each dialogue once."""
+    """CPU seconds of parsing and rendering each dialogue once, and of encoding them many at a time."""
     from tokenizers import Tokenizer
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -106,27 +123,51 @@ def bare_loop(folder: Path, data: Path) -> float:
     template = _compile_jinja_template((folder / "chat_template.jinja").read_text("utf-8"))
     start = time.process_time()
     with data.open(encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            text = template.render(messages=row["messages"], tools=row.get("tools"), add_generation_prompt=False)
-            tokenizer.encode(text, add_special_tokens=False)
+        rows = (json.loads(line) for line in file)
+        texts = (template.render(messages=row["messages"], tools=row.get("tools")) for row in rows)
+        while batch := list(islice(texts, BATCH_SIZE)):
+            for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+                assert encoding.ids
     return time.process_time() - start
 
 
 def large(folder: Path, data: Path) -> float:
-    """Peak memory of the data stage in GB."""
+    """Peak memory of the data stage and its workers in GB."""
+    peak, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.1):
+            with suppress(psutil.Error):
+                this = psutil.Process()
+                processes = [this, *this.children(recursive=True)]
+                peak = max(peak, sum(one.memory_full_info().pss for one in processes))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
     stage(folder, data)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    done.set()
+    watching.join()
+    return peak / 1e9
 
 
-MEASURES = {"stage": stage, "bare": bare_loop, "large": large}
+MEASURES = {"stage": stage, "wall": wall, "bare": bare_loop, "large": large}
 
 
-def measured(name: str, folder: Path, data: Path) -> float:
-    """What the measure says in a process of its own, whose cache stands beside the data."""
+def measured(name: str, folder: Path, data: Path, workers: int = 2) -> float:
+    """What the measure says in a process of its own with so many cores, whose cache stands beside the data."""
     command = [sys.executable, __file__, "--measure", name, str(folder), str(data)]
-    environment = {**os.environ, "QWENTUNE_CACHE": str(data.parent / "cache"), "RAYON_NUM_THREADS": "1"}
-    return float(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:workers]))
+    environment = {
+        **os.environ,
+        "QWENTUNE_CACHE": str(data.parent / f"cache-{name}-{workers}"),
+        "QWENTUNE_WORKERS": str(workers),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    run = subprocess.run(
+        ["taskset", "-c", cores, *command], env=environment, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return float(run.stdout)
 
 
 def main() -> None:
@@ -153,9 +194,11 @@ def main() -> None:
                 continue
             write_chats(data, rows, count=arguments.chats)
             bare, first, second = (measured(measure, folder, data) for measure in ("bare", "stage", "stage"))
+            one, two = (measured("wall", folder, data, workers) for workers in (1, 2))
             size = data.stat().st_size / 1e6
             print(f"{template:8} ({kind}): {arguments.chats} chats, {size:.0f} MB; bare loop {bare:.2f} s")
             print(f"{'':8} stage {first:.2f} s, {first / bare:.2f}; second start {second:.3f} s, {second / first:.3f}")
+            print(f"{'':8} wall time: one core {one:.2f} s, two {two:.2f} s, {two / one:.2f}")
 
 
 if __name__ == "__main__":

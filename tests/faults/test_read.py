@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from qwentune.data import blocks
 from qwentune.data import dataset as datasets
 from qwentune.data.dataset import Dataset, chat_template, prepare
 from qwentune.data.reading import files
@@ -109,15 +110,14 @@ def test_a_file_that_changes_while_its_rows_are_read_is_not_trained(
     data = WRITERS["rows.jsonl"](TEXTS)
     Path("rows.jsonl").write_bytes(data)
     monkeypatch.setattr(files, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(blocks, "MOST_ROWS", 1)
+    monkeypatch.setenv("QWENTUNE_WORKERS", "1")
     render_all = Renderer.render_all
 
     def change_after_the_first(self: Renderer, samples: Any, number: int) -> Any:
-        samples = iter(samples)
-        first = next(samples)
+        yield from render_all(self, samples, number)
         after = {"grown": data + json_lines({"text": "more"}), "cut": data[:-300], "written": data[:-300] + b" " * 300}
         Path("rows.jsonl").write_bytes(after[change])
-        yield from render_all(self, [first], number)
-        yield from render_all(self, samples, number)
 
     monkeypatch.setattr(Renderer, "render_all", change_after_the_first)
     with pytest.raises(DataError, match="the file was changed while it was read"):

@@ -10,7 +10,7 @@ from qwentune.data.formats import FORMATS, detect, format_of
 from qwentune.data.formats.suggestion import suggestion
 from qwentune.data.reading.columns import Columns
 from qwentune.data.reading.faults import Unread, described, too_many
-from qwentune.data.reading.files import Content, RowCount, read_rows
+from qwentune.data.reading.files import Content, Row, RowCount, read_rows
 from qwentune.data.sample import Json, Pair, Sample
 from qwentune.errors import DataError, Problem, nearest
 from qwentune.recipe import DataSource
@@ -39,32 +39,54 @@ def read_samples(
     if format == "auto":
         format = detected(path, content, columns)
     count = RowCount() if count is None else count
+    for row in source_rows(path, problems, content=content, count=count, columns=columns, max_rows=max_rows):
+        if too_many(path, problems):
+            return
+        sample = sample_of(row, format, columns)
+        if isinstance(sample, list):
+            count.refused += 1
+            problems.extend(sample)
+        else:
+            yield sample
+
+
+def source_rows(
+    path: str,
+    problems: list[Problem],
+    *,
+    content: Content | None = None,
+    count: RowCount | None = None,
+    columns: Columns | None = None,
+    max_rows: int | None = None,
+) -> Iterator[Row]:
+    """The rows of a source: the first `max_rows` of its file that can be read, of which one has each of its columns.
+
+    Each row is counted into `count`. Raises DataError where the file does not hold `content`.
+    """
+    count = RowCount() if count is None else count
     missing = dict(columns.columns) if columns else dict[str, str]()
     row = None
     for row in islice(read_rows(path, problems, content=content, count=count), max_rows):
-        if too_many(path, problems):
-            return
-        if not isinstance(row.value, dict):
-            count.refused += 1
-            problems.append(Problem(str(row.source), f"the row is {described(row.value)}", "A row is an object."))
-            continue
-        value, displaced = columns.renamed(row.value) if columns else (row.value, ())
-        missing = {ours: theirs for ours, theirs in missing.items() if theirs not in row.value} if missing else missing
-        parsed = FORMATS[format](value, row.source)
-        if isinstance(parsed, list):
-            own = format_of(value)
-            if own not in (None, format):
-                what = f"the row has the keys of the format {own}, in a file of the format {format}"
-                parsed = [
-                    Problem(str(row.source), what, "Give rows of another format a file and a source of their own.")
-                ]
-            count.refused += 1
-            problems.extend(parsed)
-        else:
-            yield _with_unread(parsed, displaced) if displaced else parsed
+        if missing and isinstance(row.value, dict):
+            missing = {ours: theirs for ours, theirs in missing.items() if theirs not in row.value}
+        yield row
     count.is_complete |= max_rows is not None  # as far as was asked for
     if missing and count.read:
         problems += _no_such_columns(path, missing, row.value if row else None)
+
+
+def sample_of(row: Row, format: str, columns: Columns | None = None) -> Sample | list[Problem]:
+    """The sample that a row of the format is, or everything that is wrong with the row."""
+    if not isinstance(row.value, dict):
+        return [Problem(str(row.source), f"the row is {described(row.value)}", "A row is an object.")]
+    value, displaced = columns.renamed(row.value) if columns else (row.value, ())
+    parsed = FORMATS[format](value, row.source)
+    if not isinstance(parsed, list):
+        return _with_unread(parsed, displaced) if displaced else parsed
+    if (own := format_of(value)) not in (None, format):
+        what = f"the row has the keys of the format {own}, in a file of the format {format}"
+        return [Problem(str(row.source), what, "Give rows of another format a file and a source of their own.")]
+    return parsed
 
 
 def _with_unread(sample: Sample, keys: Sequence[str]) -> Sample:

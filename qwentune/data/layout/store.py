@@ -52,6 +52,7 @@ class DamagedError(Exception):
     """A folder of the cache that is not what was written: which file, and what is wrong with it."""
 
 
+OF_EXAMPLES = tuple(name for name in DTYPES if name not in ("files", "train", "evaluation"))
 TRAINED = ("input_ids", "offsets", "shared", "back", "span_offsets", "starts", "stops", "weights", "versions", "train")
 
 
@@ -149,8 +150,46 @@ class Examples:
         return sums[self.span_offsets[1:]] - sums[self.span_offsets[:-1]]
 
 
+class ExampleColumns:
+    """Examples of one file as the arrays of `Examples`, places counted from the first of them."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, array[Any]] = {name: array(np.dtype(DTYPES[name]).char) for name in OF_EXAMPLES}
+
+    def __len__(self) -> int:
+        return len(self.values["shared"])
+
+    def add(self, examples: Sequence[Example]) -> None:
+        """Adds the examples of one sample."""
+        values = self.values
+        for example in examples:
+            values["input_ids"].extend(example.tail)
+            values["offsets"].append(len(values["input_ids"]))
+            values["shared"].append(example.shared)
+            values["back"].append(example.back)
+            for span in example.spans:
+                values["starts"].append(span.start)
+                values["stops"].append(span.stop)
+                values["weights"].append(span.weight)
+                values["turns"].append(span.turn)
+            values["span_offsets"].append(len(values["starts"]))
+            values["lines"].append(example.source.line)
+            values["versions"].append(example.version)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How far an `ExampleWriter` has come."""
+
+    num_examples: int
+    num_tokens: int
+    num_spans: int
+    control_ids_used: frozenset[int]
+    num_bytes: Mapping[str, int]
+
+
 class ExampleWriter:
-    """Writes the arrays of `Examples` into a folder, example by example, and notes which control tokens they hold."""
+    """Writes the arrays of `Examples` into a folder, and notes which control tokens they hold."""
 
     def __init__(self, folder: Path, control_ids: Collection[int]) -> None:
         self.folder = folder
@@ -174,28 +213,39 @@ class ExampleWriter:
     ) -> None:
         self._stack.close()
 
-    def add(self, examples: Sequence[Example]) -> None:
-        """Adds the examples of one sample."""
-        values = self._values
-        for example in examples:
-            values["input_ids"].extend(example.tail)
-            self._num_tokens += len(example.tail)
-            self._num_spans += len(example.spans)
-            values["offsets"].append(self._num_tokens)
-            values["shared"].append(example.shared)
-            values["back"].append(example.back)
-            values["span_offsets"].append(self._num_spans)
-            for span in example.spans:
-                values["starts"].append(span.start)
-                values["stops"].append(span.stop)
-                values["weights"].append(span.weight)
-                values["turns"].append(span.turn)
-            values["files"].append(self.file_names.setdefault(example.source.file, len(self.file_names)))
-            values["lines"].append(example.source.line)
-            values["versions"].append(example.version)
+    def add(self, examples: ExampleColumns, file: str) -> None:
+        """Adds examples of a file."""
+        if not len(examples):
+            return
+        before = {"offsets": self._num_tokens, "span_offsets": self._num_spans}
+        for name, values in examples.values.items():
+            if name in before:
+                ends = np.frombuffer(values, dtype=np.int64) + before[name]
+                self._values[name].frombytes(ends.tobytes())
+            else:
+                self._values[name].extend(values)
+        self._values["files"].extend([self.file_names.setdefault(file, len(self.file_names))] * len(examples))
         self.num_examples += len(examples)
-        if len(values["input_ids"]) > BUFFER_TOKENS:
+        self._num_tokens += len(examples.values["input_ids"])
+        self._num_spans += len(examples.values["starts"])
+        if len(self._values["input_ids"]) > BUFFER_TOKENS:
             self._flush()
+
+    def mark(self) -> Mark:
+        """How far it has come, to be taken back to."""
+        self._flush()
+        sizes = {name: file.tell() for name, file in self._files.items()}
+        used = frozenset(self.control_ids_used)
+        return Mark(self.num_examples, self._num_tokens, self._num_spans, used, sizes)
+
+    def take_back(self, mark: Mark) -> None:
+        """Takes back what was added since."""
+        for name, file in self._files.items():
+            del self._values[name][:]
+            file.seek(mark.num_bytes[name])
+            file.truncate()
+        self.num_examples, self._num_tokens, self._num_spans = mark.num_examples, mark.num_tokens, mark.num_spans
+        self.control_ids_used = set(mark.control_ids_used)
 
     def finish(self, train: NDArray[np.int64], evaluation: NDArray[np.int64]) -> str:
         """Writes the order of examples; a hash of what is trained, wherever it was read."""

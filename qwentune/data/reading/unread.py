@@ -30,12 +30,19 @@ class UnreadKeys:
     def add(self, paths: Iterable[str], source: Source) -> None:
         """Counts the keys of one row in."""
         for path in paths:
-            if path not in self.found:
-                path = _shown(path) if len(self.found) < MOST_PATHS else OTHERS
-            one = self.found.setdefault(path, _Found())
-            one.count += 1
-            if len(one.first) < NUM_PLACES and source not in one.first:
-                one.first.append(source)
+            self._count(path if path in self.found else _shown(path), 1, [source])
+
+    def merge(self, later: UnreadKeys) -> None:
+        """Counts in the keys of rows that come after these."""
+        for path, one in later.found.items():
+            self._count(path, one.count, one.first)
+
+    def _count(self, path: str, count: int, places: Iterable[Source]) -> None:
+        if path not in self.found and len(self.found) >= MOST_PATHS:
+            path = OTHERS
+        one = self.found.setdefault(path, _Found())
+        one.count += count
+        one.first = list(dict.fromkeys((*one.first, *places)))[:NUM_PLACES]
 
     def report(self) -> dict[str, Any]:
         """Per path its count and first places."""

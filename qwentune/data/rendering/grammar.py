@@ -7,7 +7,6 @@ rule of `dialogue.py` has the word; and on a sample of every run both are compar
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from qwentune.data.rendering.turn import Part, Turn
 from qwentune.data.sample import Json, RowError
 from qwentune.data.templates.chat_template import Mode, TemplateRefusalError
 from qwentune.data.templates.particulars import Particulars
-from qwentune.errors import DataError, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +236,12 @@ def _through(pieces: Sequence[Piece], ends: Sequence[int], position: int) -> Par
 
 def _places(word: str, text: str, start: int, stop: int) -> list[int]:
     """Where in a stretch of a text a word begins."""
-    return [match.start() for match in re.compile(re.escape(word)).finditer(text, start, stop)]
+    places: list[int] = []
+    place = text.find(word, start, stop)
+    while place >= 0:
+        places.append(place)
+        place = text.find(word, place + len(word), stop)
+    return places
 
 
 def same(turns: Sequence[Turn], others: Sequence[Turn]) -> bool:
@@ -246,12 +249,14 @@ def same(turns: Sequence[Turn], others: Sequence[Turn]) -> bool:
     return [_texts(turn) for turn in turns] == [_texts(turn) for turn in others]
 
 
+class ReadOtherwiseError(Exception):
+    """The turns of a row, its argument, that were read off one rendering are not those of the rule."""
+
+
 def prove(dialogue: Dialogue, literal: Sequence[Turn], read: Sequence[Turn]) -> None:
-    """DataError where turns that were read off one rendering are not those of the rule."""
+    """ReadOtherwiseError where turns that were read off one rendering are not those of the rule."""
     if not same(literal, read):
-        what = "the turns read off one rendering are not what the chat template gives turn by turn"
-        fix = "This is a bug of qwentune: please report it with the row."
-        raise DataError(Problem(str(dialogue.conversation.source), what, fix))
+        raise ReadOtherwiseError(dialogue.conversation.source)
 
 
 def _texts(turn: Turn) -> tuple[int, list[Piece], list[Piece]]:

@@ -55,7 +55,7 @@ CHUNK_SAMPLES = 256  # encoded together
 CHUNK_CHARACTERS = 2**22
 MOST_RENDERERS = 16  # by the arguments that rows give to the template: each learns what it writes
 CHECKED_SHARE = 256  # one dialogue of so many is rendered by the rule as well
-NUM_CHECKED_FIRST = 8  # and so many at the beginning
+NUM_CHECKED_FIRST = 8  # and those of so many lines at the beginning of each file
 NUM_CHECKED_TURNS = (
     16  # of a longer dialogue so many, evenly spaced, for by the rule each is rendered from the beginning
 )
@@ -89,11 +89,15 @@ class _Planned:
 
 @dataclass(frozen=True)
 class Renderer:
-    """Renders samples of one run: one tokenizer, one template, one set of options."""
+    """Renders samples of one run: one tokenizer, one template, one set of options.
+
+    `by_rule`: each turn on its own, which takes longer and leaves nothing to be checked.
+    """
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
     options: RenderOptions
+    by_rule: bool = False
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -103,7 +107,7 @@ class Renderer:
     @cached_property
     def grammar(self) -> Grammar | None:
         """What lets a dialogue's turns be read off one rendering; None: each is rendered on its own."""
-        return None if self.template is None else learn(self.template, self.options, self.encoder)
+        return None if self.template is None or self.by_rule else learn(self.template, self.options, self.encoder)
 
     @cached_property
     def fill_in_the_middle(self) -> FillInTheMiddle:
@@ -111,7 +115,10 @@ class Renderer:
         return FillInTheMiddle(self.tokenizer, self.options.fim, self.options.max_tokens, self.options.seed)
 
     def render(self, sample: Sample) -> Outcome:
-        """The examples of a sample and what is to be reported of it; never raises for a fault of the row."""
+        """The examples of a sample and what is to be reported of it; never raises for a fault of the row.
+
+        Raises ReadOtherwiseError where the sample is checked and is not read off as the rule has it.
+        """
         (outcome,) = self.render_all([sample])
         return outcome
 
@@ -119,8 +126,8 @@ class Renderer:
         """The outcome of each sample of a source in its order; texts are encoded many at a time."""
         planned: list[_Planned] = []
         size = 0
-        for number, sample in enumerate(samples):
-            planned.append(self._plan(sample, number, source_number))
+        for sample in samples:
+            planned.append(self._plan(sample, source_number))
             size += sum(len(piece) for some in planned[-1].pieces() for piece in some if isinstance(piece, str))
             if len(planned) == CHUNK_SAMPLES or size > CHUNK_CHARACTERS:
                 yield from self._finished(planned)
@@ -134,8 +141,8 @@ class Renderer:
         pieces = Dialogue.of(conversation, self.template, self.options, self.encoder).prompt(mode)
         return ids_of(pieces, self.encoder.encode([pieces]))
 
-    def _plan(self, sample: Sample, number: int, source_number: int) -> _Planned:
-        planned = _Planned(sample, Outcome(sample.source), is_checked=_is_checked(sample.source, number))
+    def _plan(self, sample: Sample, source_number: int) -> _Planned:
+        planned = _Planned(sample, Outcome(sample.source), is_checked=_is_checked(sample.source))
         if isinstance(sample, Pair):
             return planned
         planned.outcome.unread = sample.unread
@@ -337,9 +344,9 @@ class Renderer:
         return shortening.of(turn) if self.options.too_long == "drop_old_turns" else None
 
 
-def _is_checked(source: Source, number: int) -> bool:
+def _is_checked(source: Source) -> bool:
     """Whether the dialogue is among those rendered by the rule as well."""
-    return number < NUM_CHECKED_FIRST or zlib.crc32(str(source).encode()) % CHECKED_SHARE == 0
+    return source.line <= NUM_CHECKED_FIRST or zlib.crc32(str(source).encode()) % CHECKED_SHARE == 0
 
 
 def _untrained(planned: _Planned) -> Dropped:
