@@ -463,7 +463,9 @@ def test_without_colour_the_masks_stand_in_brackets(
     assert "⟦四" not in finished.stdout
     assert "⟦一年有四个季节。<|im_end|>⟧" in finished.stdout
     assert "\x1b" not in finished.stdout + finished.stderr
-    assert finished.stderr == ""
+    counts, *warnings = finished.stderr.splitlines()
+    assert counts.startswith(f"{len(rows)} rows → ")
+    assert all(line.startswith("warning: ") for line in warnings)
 
 
 def test_limit_says_how_many_examples_are_shown(tmp_path: Path, qwen3_folder: Path) -> None:

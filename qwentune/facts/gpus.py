@@ -132,4 +132,4 @@ def gpu_spec(name: str) -> GpuSpec:
         return GPUS[key]
     family = [known for known in GPUS if known.startswith(key)]
     suggestion = f" Did you mean '{family[0]}'?" if family else nearest(key, GPUS)
-    raise UsageError(Problem("", f"'{name}' is not a known GPU.{suggestion}", "`qwentune gpus` lists all."))
+    raise UsageError(Problem("hardware.gpu", f"'{name}' is not a known GPU.{suggestion}", "`qwentune gpus` lists all."))
