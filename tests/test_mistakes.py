@@ -152,7 +152,7 @@ def test_what_this_machine_does_not_have_is_named_all_at_once(tmp_path: Path, qw
     refused = run(tmp_path, "qwentune.train", "recipe.yaml", *asked)
     assert_is_refused(refused, 2)
     assert "tuning.start_from: 'nowhere' holds no adapter" in refused.stderr
-    assert "output.report_to  trackio is not installed" in refused.stderr
+    assert "output.report_to: trackio is not installed" in refused.stderr
 
 
 @pytest.mark.parametrize("command", ["plan", "train in this process"])

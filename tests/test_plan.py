@@ -16,7 +16,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from qwentune.errors import ResumeError, UsageError
+from qwentune.errors import RecipeError, ResumeError, UsageError
 from qwentune.facts.architecture import ModelSpec, MoeSpec
 from qwentune.facts.gpus import GPUS, GpuSpec, gpu_spec
 from qwentune.facts.models import MODELS, model_spec
@@ -47,8 +47,9 @@ from qwentune.memory.settings import (
     Sharding,
     device_overheads,
 )
-from qwentune.memory.shortage import ran_out
+from qwentune.memory.shortage import ran_out, refusal
 from qwentune.plan import run as run_plan
+from qwentune.preview import run as run_preview
 from qwentune.recipe import BatchOptions, MemoryOptions, OutputOptions, Precision, Tuning
 
 QWEN3_8B = model_spec("Qwen/Qwen3-8B")
@@ -855,6 +856,95 @@ def test_totals_are_the_sums_of_their_terms_and_the_peak_is_the_worst_of_them(
     assert list(plan.phases) == ["load", "train_step", "evaluate", "save", "resume", "merge"]
     worst = plan.phases[plan.limiting_phase].terms
     assert plan.allocated_peak_bytes == plan.peak_bytes - worst["allocator"] - worst["context"]
+
+
+def test_a_tight_fit_is_said() -> None:
+    request = PlanRequest("qlora", 2048, 16)
+    need = make_plan(QWEN3_8B, RTX_4090, pinned(request, make_plan(QWEN3_8B, RTX_4090, request).choices)).peak_bytes
+    for spare, is_tight in ((0.02, True), (0.05, False)):
+        card = replace(RTX_4090, total_bytes=int(need / (1 - spare) / (1 - request.headroom)))
+        plan = make_plan(QWEN3_8B, card, pinned(request, make_plan(QWEN3_8B, RTX_4090, request).choices))
+        assert (plan.fits, plan.is_tight, plan.to_json()["tight"]) == (True, is_tight, is_tight)
+        assert ("FITS TIGHTLY, " in render_plan(plan, 36)) == is_tight
+        assert any("are spare" in warning for warning in plan_warnings(plan)) == is_tight
+    assert not make_plan(QWEN3_8B, gpu_spec("t4"), PlanRequest("full", 2048, 16)).is_tight, "it does not fit"
+
+
+@pytest.mark.parametrize(
+    ("spec", "request_", "words"),
+    [
+        (MOE, PlanRequest("qlora", 1024, 4, targets=ATTENTION), "Experts stay in 16 bits, 54.0 GiB of the 55.6 GiB"),
+        (model_spec("Qwen/Qwen3-0.6B"), PlanRequest("qlora", 1024, 4), "Embedding and head stay in 16 bits"),
+        (MOE, PlanRequest("lora", 1024, 4), "Adapters on experts hold a copy of a layer's experts, 1.1 GiB"),
+        (QWEN3_8B, PlanRequest("qlora", 1024, 4, num_gpus=2), "4-bit weights are not shared"),
+        (QWEN3_8B, PlanRequest("lora", 8192, 4, targets=("q_proj", "lm_head")), "an adapter on lm_head makes them"),
+        (QWEN3_8B, PlanRequest("lora", 8192, 4, loss="full"), "memory.loss is full"),
+        (QWEN3_8B, PlanRequest("lora", 1024, 4), None),
+        (MOE, PlanRequest("lora", 1024, 4, targets=ATTENTION), None),
+    ],
+)
+def test_a_cost_that_surprises_has_a_reason(spec: ModelSpec, request_: PlanRequest, words: str | None) -> None:
+    plan = make_plan(spec, RTX_4090, request_)
+    if words is None:
+        assert plan.reasons == ()
+        return
+    (reason,) = (reason for reason in plan.reasons if words in reason)
+    assert reason.split(":")[0] in " ".join(render_plan(plan, spec.num_layers).split())
+    assert plan.fits or reason in refusal(plan)[0].fix
+
+
+@pytest.mark.parametrize(("num_gpus", "offered"), [(1, 4), (4, 4), (2, 4)])
+def test_a_mixture_that_4_bits_do_not_shrink_is_mended_by_sharing_it(num_gpus: int, offered: int) -> None:
+    request = PlanRequest("qlora", 1024, 16, targets=ATTENTION, num_gpus=num_gpus)
+    plan = make_plan(MOE, RTX_4090, request)
+    assert not plan.fits
+    mend = plan.mends[0]
+    assert mend.overrides == ("tuning.kind=lora", f"hardware.count={offered}", "hardware.launch=fsdp2")
+    assert make_plan(MOE, RTX_4090, apply_overrides(request, mend.overrides)).fits
+
+
+def test_rows_that_are_not_packed_are_judged_by_the_longest_example(
+    tmp_path: Path, qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QWENTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "word " * 300}]
+    Path("rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    recipe: dict[str, Any] = {
+        "model": str(qwen3_folder),
+        "tuning": {"kind": "full"},
+        "hardware": {"gpu": "h200", "count": 1},
+    }
+    recipe["data"] = {"train": "rows.jsonl", "max_tokens": 32768, "packing": False}
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+
+    def planned(*overrides: str) -> tuple[dict[str, Any], str]:
+        assert run_plan("recipe.yaml", [*overrides], None, None, as_json=True, trace=False) == 0
+        said = capsys.readouterr()
+        return json.loads(said.out), said.err
+
+    before, said = planned()
+    assert before["row_tokens"] == 32768
+    assert "`qwentune preview` renders the data; then its longest example counts" in said
+    run_preview("recipe.yaml", [], None, None, None, as_json=True, strict=False)
+    longest = json.loads(capsys.readouterr().out)["lengths"]["max"]
+    after, said = planned()
+    assert after["row_tokens"] == longest
+    assert f"Memory is judged by the longest example, {longest} tokens (data.max_tokens=32768)." in said
+    assert after["peak_bytes"] < before["peak_bytes"]
+    packed, _ = planned("data.packing=true", "data.max_tokens=4096")
+    assert packed["row_tokens"] == 4096
+
+
+def test_an_objective_that_cannot_be_trained_is_not_planned(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "model: Qwen/Qwen3-0.6B\ntuning: {kind: lora}\nobjective: {kind: dpo}\ndata: {train: rows.jsonl}\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        run_plan(str(tmp_path / "r.yaml"), [], "h200", None, as_json=True, trace=False)
+    (problem,) = caught.value.problems
+    assert (problem.where, caught.value.exit_code) == (f"{tmp_path / 'r.yaml'}:3:13", 2)
+    assert "objective.kind: dpo cannot be trained yet" in problem.what
 
 
 def test_a_plan_survives_json() -> None:

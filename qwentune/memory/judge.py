@@ -77,6 +77,8 @@ def judge(
         request = pinned(request, RunPlan.from_json(stored).choices)
         if sharding != "auto":
             request = replace(request, sharding=sharding)
+        elif request.sharding in ("none", "ddp"):  # which differ in the number of processes alone
+            request = replace(request, sharding="none" if num_ranks == 1 else "ddp")
     plan = make_plan(spec, device, request)
     if tell is not None:
         from qwentune.memory.trace.cross_check import cross_checked
