@@ -110,7 +110,8 @@ def draft(model: str, spec: ModelSpec, files: Sequence[Seen], gpu: str | None, p
     from qwentune.memory.judge import device_of, judge
     from qwentune.memory.shortage import refusal
     from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
-    from qwentune.recipe.schema import EPOCHS, FULL_LEARNING_RATE, LEARNING_RATE, WITHOUT_TURNS
+    from qwentune.recipe.schema import EPOCHS, FULL_LEARNING_RATE, LEARNING_RATE
+    from qwentune.row_formats import ROW_FORMATS
 
     can_pack = not packing_problems(spec.checkpoint_type)
     tokens = sorted(number for file in files for number in file.tokens)
@@ -127,7 +128,7 @@ def draft(model: str, spec: ModelSpec, files: Sequence[Seen], gpu: str | None, p
                 spec, tuning=Tuning(kind=kind), max_tokens=max_tokens, batch=BatchOptions(sequences_per_step=batch),
                 precision=Precision(), memory=MemoryOptions(), output=OutputOptions(dir=folder),
                 device=device, num_ranks=ranks, sharding=sharding,
-                learns_chat=any(file.format not in WITHOUT_TURNS for file in files),
+                learns_chat=any(file.format == "auto" or ROW_FORMATS[file.format].has_turns for file in files),
             )  # fmt: skip
             needs.append(f"{kind} ({plan.peak_bytes / 2**30:.1f} GiB)")
             if plan.fits and not offloads(plan.choices.sharding):

@@ -18,6 +18,8 @@ from qwentune.data.formats.samples import read_samples, refuse_untrained
 from qwentune.data.formats.suggestion import suggestion
 from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, Source, Text, ToolCall
 from qwentune.errors import DataError, Problem
+from qwentune.recipe.keys import describe_keys
+from qwentune.row_formats import ROW_FORMATS
 
 TEMPLATES = Path(__file__).parents[1] / "data_templates"
 SOURCE = Source("rows.jsonl", 7)
@@ -55,10 +57,7 @@ def message(**fields: Any) -> Message:
     return parsed("chat", chat(USER, {"role": "assistant", "content": "", **fields})).messages[1]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["chat", "dialogue", "thinking", "tool_call", "sharegpt", "instruction", "fim", "text", "preference", "retrieval"],
-)
+@pytest.mark.parametrize("name", sorted(path.stem for path in TEMPLATES.glob("*.jsonl")))
 def test_every_row_template_parses(name: str) -> None:
     problems: list[Problem] = []
     path = TEMPLATES / f"{name}.jsonl"
@@ -67,7 +66,14 @@ def test_every_row_template_parses(name: str) -> None:
     assert len(samples) == len(path.read_text().splitlines())
 
 
-@pytest.mark.parametrize("name", ["preference", "retrieval"])
+def test_a_format_is_one_file_and_one_line_of_the_table() -> None:
+    assert all((TEMPLATES / f"{name}.jsonl").exists() for name in ROW_FORMATS)
+    assert [key.type for key in describe_keys() if key.name == "data.train[].format"] == [
+        f"auto, {', '.join([*ROW_FORMATS][:-1])} or {[*ROW_FORMATS][-1]}"
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name, format in ROW_FORMATS.items() if not format.is_trained])
 def test_a_format_that_is_not_trained_yet_is_refused_by_name(name: str) -> None:
     with pytest.raises(DataError, match=f"format {name} can be previewed, but not trained on yet"):
         refuse_untrained([("data_templates/chat.jsonl", "auto"), (f"data_templates/{name}.jsonl", "auto")])

@@ -1,6 +1,7 @@
 """A layer imports only layers above it, and what is torch-free stays so: both read from the source."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ LAYERS = (
     "streams",
     "console",
     "shipped",
+    "row_formats",
     "recipe",
     "facts",
     "data",
@@ -30,7 +32,18 @@ LAYERS = (
     "html_report",
 )
 COMMANDS = {"init", "train", "supervise", "preview", "plan", "export", "chat", "cli"}
-TORCH_FREE = ("errors", "bounded", "redaction", "durable", "streams", "shipped", "recipe", "facts", "memory")
+TORCH_FREE = (
+    "errors",
+    "bounded",
+    "redaction",
+    "durable",
+    "streams",
+    "shipped",
+    "row_formats",
+    "recipe",
+    "facts",
+    "memory",
+)
 WITH_TORCH = {"live_bytes", "meta_step", "delta_rule", "replay", "cross_check"}  # of memory: they run the real step
 # From the top down in data/: a stage imports only itself and those before it.
 STAGES = (
@@ -129,3 +142,13 @@ def test_no_folder_of_data_and_memory_is_too_full_to_be_seen_at_once() -> None:
 def test_a_file_name_means_one_thing() -> None:
     names = Counter(path.stem for path in MODULES if path.stem != "__init__")
     assert {name for name, count in names.items() if count > 1} <= BOTH_A_VERB_AND_A_THING
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md"])
+def test_every_path_that_a_page_names_is_there(page: str) -> None:
+    """`data/layout/` and the like are inside the package, the others at the top of the repository."""
+    top = PACKAGE.parent
+    named = set(re.findall(r"`((?:\.?[a-z_0-9]+/)+(?:[a-z_0-9]+\.[a-z]+)?)`", (top / page).read_text(encoding="utf-8")))
+    assert len(named) > 5
+    folders = (top, PACKAGE)
+    assert {path for path in named if not any((folder / path).exists() for folder in folders)} == set()

@@ -7,12 +7,13 @@ recipe has to know the rule.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 
 from qwentune.bounded import name_fault
+from qwentune.row_formats import ROW_FORMATS
 
 # Every number has both ends: beyond any real run, and such that nothing the program does with it takes forever.
 MOST_TOKENS = 2**22  # of an example; the longest window of a Qwen model is 2**20
@@ -32,12 +33,14 @@ Rate = Annotated[float, Gt(0), Le(10)]
 Share = Annotated[float, Ge(0), Le(1)]
 ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
 Dtype = Literal["auto", "bf16", "fp32"]
-Format = Literal["auto", "chat", "sharegpt", "instruction", "fim", "text", "preference", "retrieval"]
 Tracker = Literal["clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 TemplateArgument = bool | int | float | str
+if TYPE_CHECKING:
+    Format = str
+else:
+    Format = Literal["auto", *ROW_FORMATS]
 
 FULL_LEARNING_RATE = 1.0e-5
-WITHOUT_TURNS = ("text", "fim")  # formats whose rows end no turn
 LEARNING_RATE = 2.0e-4
 EPOCHS = 3.0
 
@@ -131,7 +134,7 @@ class DataOptions(Section):
     @property
     def has_turns(self) -> bool:
         """Whether a source may hold dialogues, as far as its format says."""
-        return any(source.format not in WITHOUT_TURNS for source in self.train)
+        return any(source.format == "auto" or ROW_FORMATS[source.format].has_turns for source in self.train)
 
 
 class BatchOptions(Section):

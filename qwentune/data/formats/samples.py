@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from qwentune.data.formats import FORMATS, NOT_TRAINED, SIGNATURES, detect, format_of
+from qwentune.data.formats import FORMATS, detect, format_of
 from qwentune.data.formats.suggestion import suggestion
 from qwentune.data.reading.faults import described, too_many
 from qwentune.data.reading.files import Content, RowCount, read_rows
 from qwentune.data.sample import Sample
 from qwentune.errors import DataError, Problem, nearest
+from qwentune.row_formats import ROW_FORMATS
 
 NUM_ROWS_LOOKED_AT = 20  # to recognise a format
-_TRAINED = f"What is trained: {', '.join(name for name in FORMATS if name not in NOT_TRAINED)}."
+_TRAINED = f"What is trained: {', '.join(name for name, format in ROW_FORMATS.items() if format.is_trained)}."
 
 
 def read_samples(
@@ -59,7 +60,7 @@ def refuse_untrained(sources: Iterable[tuple[str, str]]) -> None:
     problems = [
         Problem(path, f"rows of the format {format} can be previewed, but not trained on yet", _TRAINED)
         for path, format in formats.items()
-        if format in NOT_TRAINED
+        if not ROW_FORMATS[format].is_trained
     ]
     if problems:
         raise DataError(problems)
@@ -75,9 +76,10 @@ def detected(path: str, content: Content | None = None) -> str:
     if not values and problems:
         raise DataError(problems)
     keys = list(dict.fromkeys(key for value in values if isinstance(value, dict) for key in value))
-    known = sorted({key for _, signature in SIGNATURES for key in signature})
+    signatures = [(name, keys) for name, format in ROW_FORMATS.items() for keys in format.signatures]
+    known = sorted({key for _, keys in signatures for key in keys})
     hint = next(filter(None, (nearest(key, known).strip() for key in keys if key not in known)), "")
-    signatures = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, keys in SIGNATURES if name in FORMATS)
     hint = suggestion(values, path) or hint
+    listed = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, keys in signatures)
     what = f"no row format is recognised by the keys {', '.join(map(repr, keys[:10])) or 'of the first rows'}"
-    raise DataError(Problem(path, what, f"{hint} The keys of {signatures}.".strip()))
+    raise DataError(Problem(path, what, f"{hint} The keys of {listed}.".strip()))
