@@ -12,10 +12,11 @@ from qwentune import supervise
 from qwentune.errors import UsageError
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.launch import sharding_of
+from qwentune.facts.models import model_spec
 from qwentune.facts.present import PresentGpus
-from qwentune.memory import judge
+from qwentune.memory import HostMemory, judge
 from qwentune.memory.judge import device_of
-from qwentune.recipe import Hardware
+from qwentune.recipe import Hardware, load_recipe
 from qwentune.shipped import shipped_files
 from qwentune.training.ranks import ALLOCATOR, Ranks, expand_segments, launch_remarks
 from tests.runs import write_recipe
@@ -156,3 +157,12 @@ def test_what_the_user_tells_the_allocator_stays(monkeypatch: pytest.MonkeyPatch
     expand_segments()
     assert [os.environ.get(variable) for variable in ALLOCATOR if variable != name] == [None]
     assert os.environ[name] == "garbage_collection_threshold:0.8"
+
+
+def test_a_stored_plan_of_two_processes_is_judged_for_the_one_that_is_started(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, "builtin:tiny-qwen3")).recipe
+    spec, host = model_spec(recipe.model), HostMemory(2**36)
+    two = judge.judge_recipe(spec, recipe, device=host, num_ranks=2, sharding="auto")
+    one = judge.judge_recipe(spec, recipe, device=host, num_ranks=1, sharding="auto", stored=two.to_json())
+    again = judge.judge_recipe(spec, recipe, device=host, num_ranks=2, sharding="auto", stored=one.to_json())
+    assert [plan.choices.sharding for plan in (two, one, again)] == ["ddp", "none", "ddp"]

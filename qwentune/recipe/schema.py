@@ -76,7 +76,10 @@ class Tuning(Section):
         "all-linear", "which linear modules get adapters, by name (q_proj, up_proj, ...)"
     )
     variant: Literal["plain", "rslora", "dora"] = _key("plain", "how the adapters are parametrised")
-    start_from: Name | None = _key(None, "an adapter folder to continue from (a new run, not a resume)")
+    start_from: Name | None = _key(
+        None,
+        "an adapter folder to continue from (a new run, no resume); keys that are left out are its",
+    )
 
 
 ADAPTER_KEYS = tuple(name for name in Tuning.model_fields if name != "kind")
@@ -183,7 +186,9 @@ REASONS_AGAINST = {  # values that were taken once, or that look as if they were
 
 class Hardware(Section):
     gpu: Name = _key("auto", "a name that `qwentune gpus` lists, cpu, or auto: what is present")
-    count: Auto | Annotated[int, Ge(1), Le(4096)] = _key("auto", "number of GPUs; auto: all that are present")
+    count: Auto | Annotated[int, Ge(1), Le(4096)] = _key(
+        "auto", "number of GPUs; auto: what the launch file says, else all that are present"
+    )
     launch: Name = _key("auto", "a file of launch/ without its ending, such as zero2-offload; auto: the plan's")
 
 
