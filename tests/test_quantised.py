@@ -96,3 +96,9 @@ def test_null_says_that_nothing_is_quantised(tmp_path: Path) -> None:
         json.dumps(config_of(MODELS["Qwen/Qwen3-8B"]) | {"quantization_config": None})
     )
     assert model_spec(str(tmp_path)).num_layers == 36
+
+
+def test_a_folder_of_gguf_files_alone_is_told_by_their_names(tmp_path: Path) -> None:
+    (tmp_path / "Qwen3-8B-Q4_K_M.gguf").touch()
+    with pytest.raises(UsageError, match=r"quantised weights \(Q4_K_M\)[^\n]*\n.*model: Qwen/Qwen3-8B\."):
+        model_spec(str(tmp_path))

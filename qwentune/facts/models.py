@@ -229,6 +229,9 @@ class _Config:
 
 
 def _from_folder(folder: Path, packing: bool) -> ModelSpec:
+    file = None if (folder / "config.json").exists() else next(folder.glob("*.gguf"), None)
+    if file is not None and (problem := quantised_name(str(file), MODELS)):
+        raise UsageError(problem)
     config = _Config(folder / "config.json")
     model_type = config.model_type
     if packing:

@@ -22,7 +22,7 @@ _SHAPE = tuple(
 
 def quantised_name(model: str, models: Mapping[str, ModelSpec]) -> Problem | None:
     """Why a hub id or a file of such a name is no model to train, with its 16-bit checkpoint where that is known."""
-    found = _SUFFIX.search(model)
+    found = _SUFFIX.search(_last_part(model))
     if found is None:
         return None
     name = _of_name(model, models)
@@ -57,8 +57,12 @@ def _way_out(name: str | None) -> str:
 
 def _of_name(model: str, models: Mapping[str, ModelSpec]) -> str | None:
     """The listed checkpoint whose quantised copy has that name, whoever made the copy."""
-    plain = _SUFFIX.sub("", model).replace("\\", "/").rpartition("/")[2].lower()
+    plain = _SUFFIX.sub("", _last_part(model)).lower()
     return next((name for name in models if name.rpartition("/")[2].lower() == plain), None)
+
+
+def _last_part(model: str) -> str:
+    return model.replace("\\", "/").rpartition("/")[2]
 
 
 def _of_shape(spec: ModelSpec | None, models: Mapping[str, ModelSpec]) -> str | None:
