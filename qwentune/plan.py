@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as often as needed.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="A name that `qwentune gpus` lists, or cpu.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="A name that `qwentune gpus` lists, 24GiB, or cpu.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many of them.")] = None,
     trace: Annotated[bool, typer.Option(help="Trace the real step on meta tensors too; it has the last word.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
@@ -82,11 +82,14 @@ def _judge(loaded: LoadedRecipe, *, as_json: bool, trace: bool) -> int:
 
 def _num_steps(recipe: Recipe, dataset: Dataset | None) -> int | None:
     """The optimizer steps of the run; None where only the data, which is not rendered, would tell."""
-    if recipe.optimizer.max_steps is not None or dataset is None:
+    if dataset is None:
         return recipe.optimizer.max_steps
     from qwentune.data.layout.schedule import Schedule
 
-    return Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed).num_steps
+    schedule = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed)
+    for remark in schedule.remarks(recipe.optimizer, recipe.output):
+        console.say(remark)
+    return schedule.num_steps
 
 
 if __name__ == "__main__":

@@ -181,11 +181,13 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     template = chat_template(recipe.data, tokenizer)
     shares = recipe.memory.shares_prefixes
     sources = [*recipe.data.train, *(recipe.data.evaluation or ())]
-    refuse_untrained((source.path, source.format) for source in sources)
+    refuse_untrained(sources)
     dataset = prepare(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=shares)
     for line in summary(dataset):
         console.say(line)
     schedule = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed)
+    for remark in schedule.remarks(recipe.optimizer, recipe.output):
+        console.say(remark)
     text = None if template is None else template.text
     refuse_other_device(device, ranks)
     ranks.join(plan.choices.weights)  # only now: no rank may wait for another that still renders

@@ -232,8 +232,10 @@ def device_of(hardware: Hardware, *, here: bool) -> tuple[Device, int, Sharding 
     present = None if hardware.gpu == "cpu" else present_gpus()
     count = _num_processes(hardware, launch, 0 if present is None else present.count)
     found = None if present is None else present.of_ranks(count)
-    if hardware.gpu not in ("auto", "cpu") and not here and (found is None or found.name != hardware.gpu):
-        return gpu_spec(hardware.gpu), _num_processes(hardware, launch, 1), sharding
+    if hardware.gpu not in ("auto", "cpu") and not here:
+        named = gpu_spec(hardware.gpu)
+        if found is None or found.name != named.name:
+            return named, _num_processes(hardware, launch, 1), sharding
     return HostMemory(free_host_bytes()) if found is None else found, count, sharding
 
 
