@@ -33,6 +33,7 @@ from qwentune.training.hangs import HangWatch
 from qwentune.training.signals import ORPHAN_GRACE_SECONDS, stoppable, take_over
 
 if TYPE_CHECKING:
+    from qwentune.recipe import LoadedRecipe
     from qwentune.training.run_folder import RunFolder
 
 POLL_SECONDS = 0.5
@@ -71,26 +72,40 @@ def run(
 
     The plan of an earlier start is judged again, not made anew, unless `replan` says so.
     """
-    from qwentune.facts.launch import launch_file, uses_deepspeed
-    from qwentune.facts.models import model_spec, refuse_untrainable
     from qwentune.facts.present import count_cards_by_bus
-    from qwentune.memory import render_plan
-    from qwentune.memory.device_remarks import recipe_remarks
-    from qwentune.memory.judge import device_of, judge_recipe
-    from qwentune.memory.shortage import refusal
     from qwentune.recipe import load_recipe
     from qwentune.training.run_folder import RunFolder
 
     count_cards_by_bus()
     loaded = load_recipe(recipe_path, overrides)
-    recipe = loaded.recipe
-    folder = RunFolder(Path(recipe.output.dir))
+    folder = RunFolder(Path(loaded.recipe.output.dir))
     folder.refuse_other_things()
+    with loaded.located():
+        launch, count = _planned(loaded, folder, force_memory=force_memory, replan=replan, fresh=fresh)
+    return supervise(arguments, launch, count, folder)
+
+
+def _planned(
+    loaded: LoadedRecipe, folder: RunFolder, *, force_memory: bool, replan: bool, fresh: bool
+) -> tuple[Path, int]:
+    """The launch file of a run whose plan fits, and the number of processes."""
+    from qwentune.data.at_hand import longest_row
+    from qwentune.facts.continued import continued
+    from qwentune.facts.launch import launch_file, uses_deepspeed
+    from qwentune.facts.models import model_spec, refuse_untrainable
+    from qwentune.memory import render_plan
+    from qwentune.memory.device_remarks import recipe_remarks
+    from qwentune.memory.judge import device_of, judge_recipe
+    from qwentune.memory.shortage import refusal
+
+    spec = model_spec(loaded.recipe.model, packing=loaded.recipe.data.packing)
+    refuse_untrainable(spec)
+    loaded, remarks = continued(loaded, spec)
+    recipe = loaded.recipe
     device, count, sharding = device_of(recipe.hardware, here=True)
     launch = recipe.hardware.launch
-    spec = model_spec(recipe.model, packing=recipe.data.packing)
-    refuse_untrainable(spec)
-    for remark in recipe_remarks(spec, device, loaded):
+    longest = longest_row(recipe)
+    for remark in (*remarks, *recipe_remarks(spec, device, loaded, longest)):
         console.say(remark)
     plan = judge_recipe(
         spec,
@@ -98,6 +113,7 @@ def run(
         device=device,
         num_ranks=count,
         sharding=sharding,
+        longest_row=longest,
         stored=None if replan else folder.stored_plan(),
         fresh=fresh,
     )
@@ -109,7 +125,7 @@ def run(
     if uses_deepspeed(plan.choices.sharding) and find_spec("deepspeed") is None:
         what = f"launch/{launch}.yaml needs DeepSpeed, which is not installed"
         raise UsageError(Problem("hardware.launch", what, "pip install 'qwentune[deepspeed]'"))
-    return supervise(arguments, launch_file(launch), count, folder)
+    return launch_file(launch), count
 
 
 @dataclass

@@ -59,6 +59,8 @@ STAGES = (
     "report",
     "blocks",
     "dataset",
+    "at_hand",
+    "summary",
 )
 MOST_FILES = 16  # of a folder in data/ and memory/: more are no longer seen at once
 BOTH_A_VERB_AND_A_THING = {"chat"}  # a command and a row format, both named by the contract

@@ -39,7 +39,7 @@ from qwentune.errors import FULL, DataError, DoesNotFitError, Problem, RecipeErr
 from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES
 from qwentune.recipe import DataOptions
 
-CACHE_FORMAT = 12  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 13  # raise it whenever rendering or storing changes what stands in the cache
 ANOTHER_CACHE = "Name another cache folder with the variable QWENTUNE_CACHE."
 
 
@@ -83,6 +83,14 @@ class Dataset:
         """The evaluation rows; there may be none."""
         rows = self._rows(self.examples.evaluation)
         return Rows(self.examples, tuple(rows), (len(rows),))
+
+    @property
+    def longest_row(self) -> int:
+        """The most tokens that a row may have: as many as are packed into one, else those of the longest example."""
+        if self.packing:
+            return self.tokens_per_row
+        used = np.concatenate([self.examples.train, self.examples.evaluation])
+        return int(self.examples.lengths[used].max())
 
     def _rows(self, indices: NDArray[np.int64]) -> list[tuple[Trie, ...]]:
         chosen = [int(i) for i in indices]

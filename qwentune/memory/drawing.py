@@ -30,6 +30,7 @@ def render_plan(plan: RunPlan, num_layers: int, title: str = "") -> str:
     totals = " · ".join(f"{name} {_gib(phase.total)}" for name, phase in plan.phases.items() if phase.total)
     lines += ["", *_wrap(f"GiB by phase: {totals}"), *_wrap(_total(plan)), "", *_wrap(_verdict(plan))]
     lines += [line for sentence in _explanation(plan, num_layers) for line in _wrap(sentence)]
+    lines += [line for reason in plan.reasons for line in _wrap(reason)]
     lines += [line for warning in plan_warnings(plan) for line in _wrap(f"[!] {warning}")]
     if not plan.fits:
         lines += ["", *_mends(plan)]
@@ -55,7 +56,8 @@ def _total(plan: RunPlan) -> str:
 def _verdict(plan: RunPlan) -> str:
     spare = plan.usable_bytes - plan.peak_bytes
     if plan.fits:
-        return f"FITS, {_gib(spare)} GiB spare; the peak is in {plan.limiting_phase}."
+        word = "FITS TIGHTLY" if plan.is_tight else "FITS"
+        return f"{word}, {_gib(spare)} GiB spare; the peak is in {plan.limiting_phase}."
     if plan.limiting_phase == "host":
         return f"DOES NOT FIT: {_gib(plan.host_bytes)} GiB of host memory are needed."
     if plan.limiting_phase == "disk":

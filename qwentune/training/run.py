@@ -191,6 +191,7 @@ class Run:
 
     def _ran_out(self, trainer: SftTrainer | None, error: Exception) -> Problem:
         """Out of memory in words, with what this rank holds of it at that moment; without a trainer it still loads."""
+        from qwentune.facts.continued import continued
         from qwentune.memory.judge import judge_recipe
         from qwentune.memory.shortage import ran_out
         from qwentune.recipe import parse_recipe
@@ -205,21 +206,22 @@ class Run:
 
         def judged(overrides: Sequence[str]) -> RunPlan:
             # Of the text that this run began with: the file may have been edited since.
-            changed = parse_recipe(loaded.text, loaded.path, [*request.overrides, *overrides]).recipe
+            changed = parse_recipe(loaded.text, loaded.path, [*request.overrides, *overrides])
             return judge_recipe(
                 self.spec,
-                changed,
+                continued(changed, self.spec)[0].recipe,
                 device=self.device,
                 num_ranks=ranks.num_ranks,
                 sharding=ranks.sharding,
                 fresh=request.fresh,
+                longest_row=self.dataset.longest_row,
             )
 
         return ran_out(
             self.plan,
             where,
             str(error),
-            max_tokens=recipe.data.max_tokens,
+            max_tokens=min(recipe.data.max_tokens, self.dataset.longest_row),
             headroom=recipe.memory.headroom,
             phase=phase,
             held=held_bytes(model, None if trainer is None else trainer.optimizer, ranks.device),
@@ -373,7 +375,7 @@ class Run:
         if checkpoint is not None:
             return load_adapters(model, checkpoint.folder, choices.adapters, tuning), shards
         if tuning.start_from is not None:
-            return load_adapters(model, Path(tuning.start_from), choices.adapters), shards
+            return load_adapters(model, Path(tuning.start_from), choices.adapters, tuning), shards
         return add_adapters(model, tuning, choices.adapters, self._untaught_tokens(), shards), shards
 
     def _untaught_tokens(self) -> list[int]:
