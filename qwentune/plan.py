@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,23 +48,24 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     spec = model_spec(recipe.model, packing=recipe.data.packing)
     for remark in recipe_remarks(spec, device, loaded):
         console.say(remark)
-    steps, expansion_factor = _of_data(recipe)
-    verdict = judge_recipe(
-        spec,
-        recipe,
-        device=device,
-        num_ranks=count,
-        sharding=sharding,
-        optimizer_steps=steps,
-        tell=console.say if trace else None,
-    )
+    with console.busy("planning"):
+        steps, expansion_factor = _of_data(recipe)
+        verdict = judge_recipe(
+            spec,
+            recipe,
+            device=device,
+            num_ranks=count,
+            sharding=sharding,
+            optimizer_steps=steps,
+            tell=console.say if trace else None,
+        )
     verdict = replace(verdict, expansion_factor=expansion_factor)
     if as_json:
         console.show_json(verdict.to_json())
     else:
         kind = recipe.tuning.kind + ("" if recipe.tuning.kind == "full" else f" r{recipe.tuning.rank}")
         title = f"{recipe.model} · {kind} · {recipe.data.max_tokens} tokens"
-        console.show(render_plan(verdict, spec.num_layers, title))
+        console.show(render_plan(verdict, spec.num_layers, title, columns=console.width(sys.stdout)))
     return EXIT_OK if verdict.fits else DoesNotFitError.exit_code
 
 
