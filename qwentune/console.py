@@ -41,8 +41,8 @@ FIRST_WORD_SECONDS, NEXT_WORD_SECONDS = 2.0, 30.0  # of what takes its time, whe
 # Words that say how something stands are told apart by colour too, on a terminal that has any.
 STYLES = {
     "bold red": r"^DOES NOT FIT\b",
-    "bold green": r"^FITS\b(?! BARELY)",
-    "bold yellow": r"^FITS BARELY\b|^\[!\]",
+    "bold green": r"^FITS\b(?! TIGHTLY)",
+    "bold yellow": r"^FITS TIGHTLY\b|^\[!\]",
     "yellow": r"^warning:",
 }
 # Loggers of libraries whose warnings no user can act on; what they report as errors passes.

@@ -177,7 +177,7 @@ def replace_folder(written: Path, target: Path) -> Path | None:
 
 
 def _open_to_readers(written: Path) -> None:
-    """Gives files that a library wrote for its user alone, as safetensors does, the mode of those that Python writes."""
+    """Gives files that a library wrote for its user alone, as safetensors does, the mode that Python gives."""
     usual = next((path for path in (written / MARK, written / MANIFEST) if path.is_file()), None)
     if usual is not None:
         mode = usual.stat().st_mode & 0o666

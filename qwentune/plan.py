@@ -48,17 +48,16 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     spec = model_spec(recipe.model, packing=recipe.data.packing)
     for remark in recipe_remarks(spec, device, loaded):
         console.say(remark)
-    with console.busy("planning"):
-        steps, expansion_factor = _of_data(recipe)
-        verdict = judge_recipe(
-            spec,
-            recipe,
-            device=device,
-            num_ranks=count,
-            sharding=sharding,
-            optimizer_steps=steps,
-            tell=console.say if trace else None,
-        )
+    steps, expansion_factor = _of_data(recipe)
+    verdict = judge_recipe(
+        spec,
+        recipe,
+        device=device,
+        num_ranks=count,
+        sharding=sharding,
+        optimizer_steps=steps,
+        tell=console.say if trace else None,
+    )
     verdict = replace(verdict, expansion_factor=expansion_factor)
     if as_json:
         console.show_json(verdict.to_json())

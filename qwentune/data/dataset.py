@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwentune.bounded import UnreadableError, read_text
-from qwentune.console import say
+from qwentune.console import busy, say
 from qwentune.data.cache import alone, cache_folder
 from qwentune.data.formats.samples import read_samples
 from qwentune.data.layout.rows import Rows, Trie, packed_rows
@@ -90,6 +90,7 @@ class Dataset:
         return packed_rows(self.examples, chosen, self.tokens_per_row, self.shares_prefixes)
 
 
+@busy("looking at the data")
 def prepare(
     data: DataOptions,
     tokenizer: Tokenizer,
@@ -129,6 +130,7 @@ def prepare(
         raise (DoesNotFitError if full else UsageError)(problem) from None
 
 
+@busy("looking at the data")
 def prepared(
     data: DataOptions,
     tokenizer: Tokenizer,
@@ -275,15 +277,17 @@ def _build(
         faults: list[Problem] = []
         rows = RowCount()
         samples = read_samples(source.path, source.format, faults, content=contents[source.path], count=rows)
-        for outcome in renderer.render_all(samples, number):
-            report.add(outcome)
-            faults.extend(outcome.problems)
-            dropped.extend(outcome.dropped)
-            if outcome.examples:
-                writer.add(outcome.examples)
-                versions.extend(example.version for example in outcome.examples)
-                begins.append(writer.num_examples)
-                identities.append(outcome.identity)
+        with busy(f"rendering {source.path}, row") as rendering:
+            for outcome in renderer.render_all(samples, number):
+                rendering.done += 1
+                report.add(outcome)
+                faults.extend(outcome.problems)
+                dropped.extend(outcome.dropped)
+                if outcome.examples:
+                    writer.add(outcome.examples)
+                    versions.extend(example.version for example in outcome.examples)
+                    begins.append(writer.num_examples)
+                    identities.append(outcome.identity)
         groups.append(np.asarray(begins, dtype=np.int64))
         # Rows are read ahead of what is rendered.
         faults.sort(key=lambda problem: _source_of(problem, source.path).line)

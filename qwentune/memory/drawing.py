@@ -127,5 +127,10 @@ def _wrapped(line: str, columns: int) -> list[str]:
     if len(line) <= columns:
         return [line]
     return textwrap.wrap(
-        line.strip(), columns, initial_indent=indent, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False
+        line.strip(),
+        columns,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
     )
