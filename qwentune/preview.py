@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from itertools import groupby
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from qwentune.data.tokenizing.tokenizer import Tokenizer
 
 BAR_WIDTH = 40
-NUM_SHOWN, NUM_IN_HTML = 5, 200  # examples
+NUM_SHOWN, NUM_IN_HTML, NUM_LOOKED_THROUGH = 5, 200, 20_000  # examples
 
 
 def preview(
@@ -54,11 +55,12 @@ def run(
 
     from qwentune.bounded import refuse_name
     from qwentune.data.dataset import chat_template, prepare
+    from qwentune.data.formats.samples import detected
     from qwentune.data.layout.schedule import Schedule
     from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
     from qwentune.data.tokenizing.tokenizer import load_tokenizer
     from qwentune.facts.models import refuse_packing
-    from qwentune.html_report import html_report
+    from qwentune.html_report import ShownExample, html_report
     from qwentune.recipe import load_recipe
 
     outputs = [(option, file) for option, file in (("--jsonl", jsonl), ("--html", html)) if file is not None]
@@ -93,9 +95,18 @@ def run(
         with jsonl.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in example_rows(dataset))
     if html is not None:
+        formats = {
+            source.path: detected(source.path) if source.format == "auto" else source.format for source in sources
+        }
         shown = [
-            (title(dataset.examples.example(i), tokenizer), masked_spans(dataset.examples.example(i), tokenizer))
-            for i in dict.fromkeys(dataset.first_epoch[: NUM_IN_HTML if limit is None else limit].tolist())
+            ShownExample(
+                str(example.source),
+                title(example, tokenizer),
+                formats[example.source.file],
+                example.turns,
+                masked_spans(example, tokenizer),
+            )
+            for example in _examples_of_page(dataset, NUM_IN_HTML if limit is None else limit)
         ]
         steps = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed).num_steps
         page = html_report(recipe_path, whole_report(dataset), dataset, tokenizer, shown, steps)
@@ -113,6 +124,14 @@ def run(
             console.say(f"    {warning}")
         return DataError.exit_code
     return EXIT_OK
+
+
+def _examples_of_page(dataset: Dataset, limit: int) -> Iterator[Example]:
+    """The first examples, and of those behind them the ones that a warning names."""
+    named = set(re.findall(r"\S+:\d+", " ".join(dataset.report["warnings"]))) if limit else set[str]()
+    for place, i in enumerate(dict.fromkeys(dataset.first_epoch[:NUM_LOOKED_THROUGH].tolist())):
+        if place < limit or str(dataset.examples.source(i)) in named:
+            yield dataset.examples.example(i)
 
 
 def example_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:

@@ -77,7 +77,7 @@ def press(browser: Chrome, *keys: str) -> None:
 
 def test_the_page_loads_nothing_and_reports_no_error(browser: Chrome) -> None:
     assert len(shown(browser)) == len(ANSWERS)
-    assert "control tokens are spelled" in browser.find_element(By.CSS_SELECTOR, "main > ul").text
+    assert "control tokens are spelled" in browser.find_element(By.CSS_SELECTOR, "main > ul.warnings").text
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert browser.get_log("browser") == []
 
@@ -125,7 +125,7 @@ def test_tables_say_what_they_hold(browser: Chrome) -> None:
         for row in tables[0].find_elements(By.TAG_NAME, "tr")
     }
     assert facts["examples"] == f"{len(ANSWERS)} to train on, 0 to evaluate on"
-    assert facts["trained ends"] == f"<|im_end|> × {len(ANSWERS)}"
+    assert facts["what is trained ends with"] == f"<|im_end|> × {len(ANSWERS)}"
     bars = [bar.size["width"] for bar in tables[1].find_elements(By.CSS_SELECTOR, ".bar span")]
     assert max(bars) > 100
     assert "你" in tables[2].text

@@ -29,7 +29,7 @@ from qwentune.data.reading.faults import Unread
 from qwentune.data.reading.files import Content, RowCount, content_of, is_at_hand
 from qwentune.data.rendering.outcome import Dropped
 from qwentune.data.rendering.render import Renderer, RenderOptions
-from qwentune.data.report import Report, with_separate_examples
+from qwentune.data.report import NUM_PLACES, Report, with_separate_examples
 from qwentune.data.sample import Source
 from qwentune.data.templates.chat_template import ChatTemplate, refuse_broken_template
 from qwentune.data.tokenizing.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ from qwentune.errors import FULL, DataError, DoesNotFitError, Problem, RecipeErr
 from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES
 from qwentune.recipe import DataOptions
 
-CACHE_FORMAT = 11  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 12  # raise it whenever rendering or storing changes what stands in the cache
 ANOTHER_CACHE = "Name another cache folder with the variable QWENTUNE_CACHE."
 
 
@@ -271,8 +271,9 @@ def _build(
     dropped: list[Dropped] = []
     refused: list[Dropped] = []  # rows that are wrong
     versions = array("h")  # of the examples
-    identities = array("q")  # of the samples that have examples
-    for number, source in enumerate([*data.train, *(data.evaluation or ())]):
+    identities, lines = array("q"), array("q")  # of the samples that have examples
+    sources = [*data.train, *(data.evaluation or ())]
+    for number, source in enumerate(sources):
         begins = array("q", [writer.num_examples])
         faults: list[Problem] = []
         rows = RowCount()
@@ -288,6 +289,7 @@ def _build(
                     versions.extend(example.version for example in outcome.examples)
                     begins.append(writer.num_examples)
                     identities.append(outcome.identity)
+                    lines.append(outcome.source.line)
         groups.append(np.asarray(begins, dtype=np.int64))
         # Rows are read ahead of what is rendered.
         faults.sort(key=lambda problem: _source_of(problem, source.path).line)
@@ -306,8 +308,12 @@ def _build(
         fix = "Give rows with a turn that is trained, or raise `repeat` where it takes no row."
         raise DataError(Problem(data.train[0].path, "no row is left to train on", fix))
     report.end(fates(groups, train, evaluation))
-    counts = copies(np.asarray(identities), groups, evaluation)
-    finished = report.finish(int(once[train].sum()), len(evaluation), dropped, counts)
+    files = np.repeat(np.arange(len(sources)), [len(begins) - 1 for begins in groups])
+    same = {
+        name: (len(samples), [f"{sources[files[k]].path}:{lines[k]}" for k in samples[:NUM_PLACES].tolist()])
+        for name, samples in copies(np.asarray(identities), groups, evaluation).items()
+    }
+    finished = report.finish(int(once[train].sum()), len(evaluation), dropped, same)
     finished["warnings"] += untrained_sources(data, groups, train, evaluation)
     return {
         "content": writer.finish(train, evaluation),

@@ -88,11 +88,15 @@ class Report:
         return sum(self.modes.values()) + self.counts["texts"]
 
     def finish(
-        self, num_train: int, num_evaluation: int, dropped: Sequence[Dropped], copies: Mapping[str, int]
+        self,
+        num_train: int,
+        num_evaluation: int,
+        dropped: Sequence[Dropped],
+        copies: Mapping[str, tuple[int, Sequence[str]]],
     ) -> dict[str, Any]:
         """The report as JSON: numbers of the whole dataset as the first epoch sees it, no text of any row.
 
-        `copies` counts samples that train what another does: `duplicates` and `eval_overlap`.
+        `copies` counts samples that train what another does, and names the first: `duplicates` and `eval_overlap`.
         """
         lengths = np.asarray(self.lengths, dtype=np.int64)
         tokens = int(lengths.sum())
@@ -116,13 +120,13 @@ class Report:
             "turns_with_reasoning": self.counts["turns_with_reasoning"],
             "unreachable_turns": self.counts["unreachable_turns"],
             "forged_control_tokens": self.counts["forged_control_tokens"],
-            **copies,
+            **{kind: count for kind, (count, _) in copies.items()},
             "checked_turns": self.counts["checked_turns"],
             "stop_tokens": self._stop_tokens(),
             "dropped": dict(Counter(drop.kind for drop in dropped)),
             "template": self._template(),
         }
-        report["warnings"] = self._warnings(report)
+        report["warnings"] = self._warnings(report, copies)
         return report
 
     def _expansion(self, num_tokens: int) -> float:
@@ -154,7 +158,7 @@ class Report:
             "args": dict(self.template.args),
         }
 
-    def _warnings(self, report: dict[str, Any]) -> list[str]:
+    def _warnings(self, report: dict[str, Any], copies: Mapping[str, tuple[int, Sequence[str]]]) -> list[str]:
         warnings: list[str] = []
         plain_turns = report["trained_turns"] - report["turns_with_reasoning"]
         under_default = self.modes["default"] + (
@@ -171,12 +175,12 @@ class Report:
         if report["duplicates"]:
             warnings.append(
                 f"{report['duplicates']} rows train exactly what an earlier row trains; leave them out, or weigh whole "
-                "files with repeat"
+                f"files with repeat. First: {', '.join(copies['duplicates'][1])}"
             )
         if report["eval_overlap"]:
             warnings.append(
                 f"{report['eval_overlap']} evaluation rows are trained as well: the evaluation loss says too little "
-                "about unseen data. Remove them from one side"
+                f"about unseen data. Remove them from one side. First: {', '.join(copies['eval_overlap'][1])}"
             )
         for remark, count in (self.remarks + Counter({FORGED: report["forged_control_tokens"]})).items():
             places = ", ".join(self.places[remark])
