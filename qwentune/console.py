@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -70,6 +71,12 @@ def say(message: str, *, by_any_rank: bool = False) -> None:
 def show(text: str) -> None:
     """Prints data on stdout."""
     _print(redact(text), sys.stdout)
+
+
+def say_next(*command: str) -> None:
+    """Says on a terminal which command is the next sensible one."""
+    if sys.stdout.isatty() and sys.stderr.isatty():
+        say(f"next: {shlex.join(command)}")
 
 
 def width(stream: Any) -> int:

@@ -65,7 +65,10 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
         kind = recipe.tuning.kind + ("" if recipe.tuning.kind == "full" else f" r{recipe.tuning.rank}")
         title = f"{recipe.model} · {kind} · {recipe.data.max_tokens} tokens"
         console.show(render_plan(verdict, spec.num_layers, title, columns=console.width(sys.stdout)))
-    return EXIT_OK if verdict.fits else DoesNotFitError.exit_code
+    if not verdict.fits:
+        return DoesNotFitError.exit_code
+    console.say_next("qwentune", "train", recipe_path, *overrides)
+    return EXIT_OK
 
 
 def _of_data(recipe: Recipe) -> tuple[int | None, float | None]:

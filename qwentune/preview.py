@@ -123,6 +123,7 @@ def run(
         for warning in dataset.report["warnings"]:
             console.say(f"    {warning}")
         return DataError.exit_code
+    console.say_next("qwentune", "plan", recipe_path, *overrides)
     return EXIT_OK
 
 

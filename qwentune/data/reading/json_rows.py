@@ -100,14 +100,18 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def _cut_row(text: str, where: str) -> Problem | None:
     """That a line is half a row with a whole one behind it, as where two programs write one file; None where not."""
     begins = text.rfind(text[:LONGEST_BEGINNING].partition(":")[0])
-    if begins <= 0:
-        return None
-    try:
-        parse_json(text[begins:])
-    except JsonFaultError:
+    if begins <= 0 or _is_json(text[:begins]) or not _is_json(text[begins:]):
         return None
     what = "the row is cut, and the next one begins in the same line"
     return Problem(f"{where}:{begins + 1}", what, "Delete what stands before this column, or write both rows again.")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse_json(text)
+    except JsonFaultError:
+        return False
+    return True
 
 
 def _line_problem(fault: JsonFaultError, where: str, is_last: bool, next_begins: bool) -> Problem:
@@ -120,7 +124,7 @@ def _line_problem(fault: JsonFaultError, where: str, is_last: bool, next_begins:
     if is_last:
         return Problem(where, _CUT, _WRITE_AGAIN)
     if next_begins:
-        return Problem(where, "the row is cut in its middle", f"Write it again as a whole, or delete line {line}.")
+        return Problem(where, f"{fault.what}: the row is cut", f"Write it again as a whole, or delete line {line}.")
     return Problem(where, fault.what, "Write each row on one line, line breaks inside a text as \\n.")
 
 
