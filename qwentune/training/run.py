@@ -111,9 +111,8 @@ class Run:
                 with suppress(OSError):  # the disk may be full
                     self._status("failed", code, reason)
                 raise failure or error from None
-        console.say(
-            f"done: {self.folder.path}\n{self._curve()}try   qwentune chat {shlex.quote(str(self.folder.path))}"
-        )
+        folder = shlex.quote(str(self.folder.path))
+        console.say(f"done: {folder}\n{self._curve()}try   qwentune chat {folder}\n      qwentune export {folder}")
         return EXIT_OK
 
     def _base(self) -> tuple[Path, dict[str, Any]]:
