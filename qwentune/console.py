@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -276,6 +277,8 @@ def main(command: Callable[..., None]) -> None:
 
 def program(app: typer.Typer) -> NoReturn:
     """Runs the command line; data that did not reach stdout is an error, unless nobody wanted to read more of it."""
+    if not sys.warnoptions:  # of libraries to programmers; who asks for them with -W or PYTHONWARNINGS gets them
+        warnings.simplefilter("ignore")
     for name in NOISY:  # a filter, for its library may set the level anew
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
     code, error = run_program(app)

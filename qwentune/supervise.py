@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qwentune.training.run_folder import RunFolder
 
 POLL_SECONDS = 0.2
+QUIET = {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # the launcher too, unless the user says else
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 MAP_LOST = (
     "A file was cut short or cannot be read any more while it was in use: most often the rendered data of the cache "
@@ -137,7 +138,7 @@ def supervise(arguments: list[str], launch: Path, num_processes: int, folder: Ru
             *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)),
             *("--num_processes", str(num_processes), "--quiet", "-m", "qwentune.train", *arguments),
         ]
-        environment = {**os.environ, reports.FOLDER: str(scratch)}
+        environment = {**QUIET, **os.environ, reports.FOLDER: str(scratch)}
         received: list[int] = []
         previous = take_over(lambda number, _: received.append(number))
         launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_supervisor)
