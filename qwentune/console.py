@@ -14,11 +14,11 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 
@@ -38,6 +38,7 @@ from qwentune.streams import run_program
 if TYPE_CHECKING:
     from rich.console import Console
 
+T = TypeVar("T")
 COLUMNS = 80  # of a page, where no terminal says how wide it is
 FIRST_WORD_SECONDS, NEXT_WORD_SECONDS = 2.0, 30.0  # of what takes its time, where there is no terminal
 # Words that say how something stands are told apart by colour too, on a terminal that has any.
@@ -143,6 +144,14 @@ def busy(what: str, total: int | None = None) -> Generator[Busy]:
             yield state
     finally:
         Busy.now = None
+
+
+def told(what: str, items: Iterable[T]) -> Generator[T]:
+    """The items, while it is shown how many have come."""
+    with busy(what) as state:
+        for item in items:
+            state.done += 1
+            yield item
 
 
 @contextmanager

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as often as needed.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="A name that `qwentune gpus` lists, or cpu.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="A name that `qwentune gpus` lists, 24GiB, or cpu.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many of them.")] = None,
     trace: Annotated[bool, typer.Option(help="Trace the real step on meta tensors too; it has the last word.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
@@ -74,14 +74,14 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
 def _of_data(recipe: Recipe) -> tuple[int | None, float | None]:
     """The steps of the run and its expansion factor, where they are known without rendering the data."""
     dataset = _rendered(recipe)
-    steps = recipe.optimizer.max_steps
     if dataset is None:
-        return steps, None
-    if steps is None:
-        from qwentune.data.layout.schedule import Schedule
+        return recipe.optimizer.max_steps, None
+    from qwentune.data.layout.schedule import Schedule
 
-        steps = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed).num_steps
-    return steps, dataset.report["expansion_factor"]
+    schedule = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed)
+    for remark in schedule.remarks(recipe.optimizer, recipe.output):
+        console.say(remark)
+    return schedule.num_steps, dataset.report["expansion_factor"]
 
 
 def _rendered(recipe: Recipe) -> Dataset | None:

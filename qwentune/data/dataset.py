@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwentune.bounded import UnreadableError, read_text
-from qwentune.console import busy, say
+from qwentune.console import busy, say, told
 from qwentune.data.cache import alone, cache_folder
 from qwentune.data.formats.samples import read_samples
 from qwentune.data.layout.rows import Rows, Trie, packed_rows
@@ -277,19 +277,19 @@ def _build(
         begins = array("q", [writer.num_examples])
         faults: list[Problem] = []
         rows = RowCount()
-        samples = read_samples(source.path, source.format, faults, content=contents[source.path], count=rows)
-        with busy(f"rendering {source.path}, row") as rendering:
-            for outcome in renderer.render_all(samples, number):
-                rendering.done += 1
-                report.add(outcome)
-                faults.extend(outcome.problems)
-                dropped.extend(outcome.dropped)
-                if outcome.examples:
-                    writer.add(outcome.examples)
-                    versions.extend(example.version for example in outcome.examples)
-                    begins.append(writer.num_examples)
-                    identities.append(outcome.identity)
-                    lines.append(outcome.source.line)
+        samples = read_samples(
+            source.path, source.format, faults, content=contents[source.path], count=rows, max_rows=source.max_rows
+        )
+        for outcome in told(f"rendering {source.path}, row", renderer.render_all(samples, number)):
+            report.add(outcome)
+            faults.extend(outcome.problems)
+            dropped.extend(outcome.dropped)
+            if outcome.examples:
+                writer.add(outcome.examples)
+                versions.extend(example.version for example in outcome.examples)
+                begins.append(writer.num_examples)
+                identities.append(outcome.identity)
+                lines.append(outcome.source.line)
         groups.append(np.asarray(begins, dtype=np.int64))
         # Rows are read ahead of what is rendered.
         faults.sort(key=lambda problem: _source_of(problem, source.path).line)
