@@ -137,7 +137,8 @@ def busy(what: str, total: int | None = None) -> Generator[Busy]:
         try:
             yield state
         finally:
-            Busy.now = outer
+            if Busy.now is state:  # else the outer one has ended by an error, and took this along
+                Busy.now = outer
         return
     try:
         with _live_line() if is_animated(sys.stderr) else _plain_lines():

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ def qwentune(command: str, folder: Path, typed: Sequence[tuple[str, str]] = ()) 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="a GPU is here")
 def test_from_rows_to_a_chat_by_what_the_screen_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWENTUNE_CACHE", str(tmp_path / "cache"))
     add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
@@ -54,8 +56,8 @@ def test_from_rows_to_a_chat_by_what_the_screen_says(tmp_path: Path, monkeypatch
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(f"{line}\n" for line in lines))
 
-    init = "qwentune init --model ./model --data rows.jsonl --gpu cpu -o mine.yaml"
-    refused = qwentune(init, tmp_path)
+    init = "qwentune init --model ./model --data rows.jsonl -o mine.yaml"
+    refused = qwentune(f"{init} --gpu cpu", tmp_path)
     assert refused.code == 3
     assert f"{len(WRONG)} problems" in refused.text
     for wrong, message, mended in WRONG:
@@ -65,7 +67,7 @@ def test_from_rows_to_a_chat_by_what_the_screen_says(tmp_path: Path, monkeypatch
         lines[line - 1] = mended
     data.write_text("".join(f"{line}\n" for line in lines if line is not None))
 
-    written = qwentune(init, tmp_path)
+    written = qwentune(init, tmp_path, [("Which one will train?", f"cpu{LINE_END}")])
     assert written.code == 0, written.text
     preview = qwentune(written.find("next: (.+)"), tmp_path)
     assert preview.code == 0

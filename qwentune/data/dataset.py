@@ -38,7 +38,7 @@ from qwentune.errors import FULL, DataError, DoesNotFitError, Problem, RecipeErr
 from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES
 from qwentune.recipe import DataOptions
 
-CACHE_FORMAT = 12  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 13  # raise it whenever rendering or storing changes what stands in the cache
 ANOTHER_CACHE = "Name another cache folder with the variable QWENTUNE_CACHE."
 
 
