@@ -130,7 +130,7 @@ def test_status_says_how_far_a_run_is(tmp_path: Path, monkeypatch: pytest.Monkey
     folder.set_status("running", exit_code=None, reason="", step=0, command=["qwentune", "train", "x.yaml"])
     row: MetricsRow = {"loss": 1.5, "learning_rate": 1e-4, "update_ratio": None, "tokens_per_second": 10.0, "step": 2}
     with Recorder(folder, 10, 0) as recorder:
-        time.sleep(0.01)
+        time.sleep(0.1)
         recorder.logged(row)
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["step"], status["steps"], status["loss"]) == ("running", 2, 10, 1.5)

@@ -77,7 +77,9 @@ def _read_lines(stream: io.BufferedReader, path: str, problems: list[Problem]) -
                 return  # every further line would be reported for the same reason
             is_last = not line.endswith(b"\n")
             next_begins = stream.peek(1)[:1] in (b"{", b"")
-            problems.append(_cut_row(text, where) or _line_problem(fault, where, is_last, next_begins))
+            problems.append(
+                _cut_row(line.decode().rstrip("\r\n"), where) or _line_problem(fault, where, is_last, next_begins)
+            )
 
 
 def empty_lines(where: str) -> Problem:
