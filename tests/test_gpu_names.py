@@ -83,6 +83,8 @@ def test_names_of_shops_and_drivers_are_understood(written: str, name: str) -> N
         ("rtx 6000", ["quadro-rtx-6000", "rtx-6000-ada", "rtx-pro-6000"]),
         ("rxt-4090", ["rtx-4090"]),
         ("aa100", ["a100-40gb", "a100-80gb"]),
+        ("rtx-409", ["rtx-4090"]),  # and the 4090 D, which has 24 GB too
+        ("rtx-306", []),  # 8 or 12 GB
         ("3060 8gb", ["rtx-3060-ti"]),  # which has 8 GB
         ("rtx-4050", []),  # for each card of a near name has another memory
         ("rtx 4090 laptop", []),

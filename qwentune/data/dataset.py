@@ -23,8 +23,9 @@ from qwentune.console import busy, say, told
 from qwentune.data.cache import alone, cache_folder
 from qwentune.data.formats.samples import read_samples
 from qwentune.data.layout.rows import Rows, Trie, packed_rows
-from qwentune.data.layout.split import copies, fates, split, untrained_sources
+from qwentune.data.layout.split import copies, dialogues, fates, split, untrained_sources
 from qwentune.data.layout.store import DamagedError, Examples, ExampleWriter, open_sealed, seal
+from qwentune.data.reading.columns import Columns
 from qwentune.data.reading.faults import Unread
 from qwentune.data.reading.files import Content, RowCount, content_of, is_at_hand
 from qwentune.data.rendering.outcome import Dropped
@@ -38,7 +39,7 @@ from qwentune.errors import FULL, DataError, DoesNotFitError, Problem, RecipeErr
 from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES
 from qwentune.recipe import DataOptions
 
-CACHE_FORMAT = 13  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 14  # raise it whenever rendering or storing changes what stands in the cache
 ANOTHER_CACHE = "Name another cache folder with the variable QWENTUNE_CACHE."
 
 
@@ -261,6 +262,7 @@ def _build(
         too_long=data.too_long,
         unsupported_reasoning=data.unsupported_reasoning,
         system=data.system,
+        secrets=data.secrets,
         fim=data.fim,
         seed=seed,
     )
@@ -272,13 +274,21 @@ def _build(
     refused: list[Dropped] = []  # rows that are wrong
     versions = array("h")  # of the examples
     identities, lines = array("q"), array("q")  # of the samples that have examples
+    answers, before = array("Q"), array("Q")  # of logged calls: fingerprints with their answer, and with that before it
     sources = [*data.train, *(data.evaluation or ())]
     for number, source in enumerate(sources):
         begins = array("q", [writer.num_examples])
         faults: list[Problem] = []
         rows = RowCount()
+        content, columns = contents[source.path], Columns.of(source)
         samples = read_samples(
-            source.path, source.format, faults, content=contents[source.path], count=rows, max_rows=source.max_rows
+            source.path,
+            source.format,
+            faults,
+            content=content,
+            count=rows,
+            columns=columns,
+            max_rows=source.max_rows,
         )
         for outcome in told(f"rendering {source.path}, row", renderer.render_all(samples, number)):
             report.add(outcome)
@@ -290,6 +300,8 @@ def _build(
                 begins.append(writer.num_examples)
                 identities.append(outcome.identity)
                 lines.append(outcome.source.line)
+                answers.append(outcome.answers[-1] if outcome.answers else 0)
+                before.append(outcome.answers[-2] if outcome.answers[1:] else 0)
         groups.append(np.asarray(begins, dtype=np.int64))
         # Rows are read ahead of what is rendered.
         faults.sort(key=lambda problem: _source_of(problem, source.path).line)
@@ -301,7 +313,8 @@ def _build(
         raise DataError(problems)
     dropped += refused
     _refuse_losses(data, report, dropped, problems)
-    train, evaluation = split(data, groups, seed)
+    first_calls = dialogues(np.asarray(answers), np.asarray(before))
+    train, evaluation = split(data, groups, first_calls, seed)
     once = np.asarray(versions) <= 0
     evaluation = evaluation[once[evaluation]]
     if not len(train):
@@ -313,7 +326,9 @@ def _build(
         name: (len(samples), [f"{sources[files[k]].path}:{lines[k]}" for k in samples[:NUM_PLACES].tolist()])
         for name, samples in copies(np.asarray(identities), groups, evaluation).items()
     }
-    finished = report.finish(int(once[train].sum()), len(evaluation), dropped, same)
+    going_on = int((first_calls != np.arange(len(first_calls))).sum())
+    calls = {"logged_calls": int(np.count_nonzero(answers)), "calls_going_on": going_on}
+    finished = report.finish(int(once[train].sum()), len(evaluation), dropped, same, calls)
     finished["warnings"] += untrained_sources(data, groups, train, evaluation)
     return {
         "content": writer.finish(train, evaluation),

@@ -5,14 +5,17 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from qwentune.data.reading.files import RowCount
+from qwentune.data.reading.unread import UnreadKeys
+from qwentune.data.rendering.credentials import Credential
 from qwentune.data.rendering.outcome import Dropped, Outcome
 from qwentune.data.rendering.remarks import CHANGED_BY_NFC
+from qwentune.data.sample import Source
 from qwentune.data.templates.chat_template import ChatTemplate
 from qwentune.data.tokenizing.tokenizer import Tokenizer
 
@@ -37,7 +40,11 @@ class Report:
     orders: Counter[str] = field(default_factory=Counter[str])  # in which code was written
     lengths: array[int] = field(default_factory=lambda: array("q"))  # of the examples, in tokens
     remarks: Counter[str] = field(default_factory=Counter[str])
-    places: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # of remarks, the first few
+    unread: UnreadKeys = field(default_factory=UnreadKeys)
+    credentials: Counter[Credential] = field(default_factory=Counter[Credential])
+    places: dict[str, list[Source]] = field(
+        default_factory=dict[str, list[Source]]
+    )  # of remarks and secrets: the first
     last_tokens: Counter[int] = field(default_factory=Counter[int])  # of trained spans
     rows: Counter[str] = field(default_factory=Counter[str])  # by what becomes of them
     num_rows: int = 0  # of the sources that were read to their end
@@ -46,10 +53,13 @@ class Report:
         """Counts one sample in."""
         self.rows[outcome.fate] += 1
         self.remarks.update(outcome.remarks)
-        for remark in {*outcome.remarks, *([FORGED] if outcome.forged_control_tokens else [])}:
+        self.credentials.update(outcome.credentials)
+        kinds = (credential.kind for credential in outcome.credentials)
+        for remark in {*outcome.remarks, *([FORGED] if outcome.forged_control_tokens else []), *kinds}:
             places = self.places.setdefault(remark, [])
             if len(places) < NUM_PLACES:
-                places.append(str(outcome.source))
+                places.append(outcome.source)
+        self.unread.add(outcome.unread, outcome.source)
         self.modes.update(outcome.modes)
         self.counts["samples"] += 1
         self.counts["rows_with_problems"] += bool(outcome.problems)
@@ -93,10 +103,12 @@ class Report:
         num_evaluation: int,
         dropped: Sequence[Dropped],
         copies: Mapping[str, tuple[int, Sequence[str]]],
+        calls: Mapping[str, int],
     ) -> dict[str, Any]:
         """The report as JSON: numbers of the whole dataset as the first epoch sees it, no text of any row.
 
         `copies` counts samples that train what another does, and names the first: `duplicates` and `eval_overlap`.
+        `calls` counts logged calls.
         """
         lengths = np.asarray(self.lengths, dtype=np.int64)
         tokens = int(lengths.sum())
@@ -120,9 +132,12 @@ class Report:
             "turns_with_reasoning": self.counts["turns_with_reasoning"],
             "unreachable_turns": self.counts["unreachable_turns"],
             "forged_control_tokens": self.counts["forged_control_tokens"],
+            "secrets": self._secrets(),
             **{kind: count for kind, (count, _) in copies.items()},
+            **calls,
             "checked_turns": self.counts["checked_turns"],
             "stop_tokens": self._stop_tokens(),
+            "unread_keys": self.unread.report(),
             "dropped": dict(Counter(drop.kind for drop in dropped)),
             "template": self._template(),
         }
@@ -148,6 +163,17 @@ class Report:
         names = {token_id: name for name, token_id in self.tokenizer.control_ids.items()}
         return {names[token]: count for token, count in self.last_tokens.most_common() if token in names}
 
+    def _secrets(self) -> dict[str, Any]:
+        """By kind: how many stand in the texts, how they begin, and where the first are."""
+        return {
+            kind: {
+                "count": sum(count for one, count in self.credentials.items() if one.kind == kind),
+                "shown": sorted(one.masked for one in self.credentials if one.kind == kind),
+                "first": [asdict(place) for place in self.places[kind]],
+            }
+            for kind in sorted({one.kind for one in self.credentials})
+        }
+
     def _template(self) -> dict[str, Any] | None:
         if self.template is None:
             return None
@@ -160,16 +186,6 @@ class Report:
 
     def _warnings(self, report: dict[str, Any], copies: Mapping[str, tuple[int, Sequence[str]]]) -> list[str]:
         warnings: list[str] = []
-        plain_turns = report["trained_turns"] - report["turns_with_reasoning"]
-        under_default = self.modes["default"] + (
-            self.modes["thinking"] if self.template and self.template.default_mode == "thinking" else 0
-        )
-        if self.template and self.template.thinks_by_default and under_default > report["turns_with_reasoning"]:
-            count = min(plain_turns, under_default - report["turns_with_reasoning"])
-            warnings.append(
-                f"{count} turns without reasoning are trained under the prompt after which this model thinks by "
-                "default: it will learn not to think there"
-            )
         if self.thinking != "auto" and self.template and not self.template.has_thinking_switch:
             warnings.append(f"data.thinking={self.thinking} has no effect: the chat template has no thinking switch")
         if report["duplicates"]:
@@ -182,10 +198,16 @@ class Report:
                 f"{report['eval_overlap']} evaluation rows are trained as well: the evaluation loss says too little "
                 f"about unseen data. Remove them from one side. First: {', '.join(copies['eval_overlap'][1])}"
             )
+        for kind, found in report["secrets"].items():
+            places = ", ".join(map(str, self.places[kind]))
+            warnings.append(
+                f"{found['count']} × what looks like a secret, {kind} ({', '.join(found['shown'])}): a model may say "
+                f"what it was trained on. Put a placeholder there and revoke it. First: {places}"
+            )
         for remark, count in (self.remarks + Counter({FORGED: report["forged_control_tokens"]})).items():
-            places = ", ".join(self.places[remark])
+            places = ", ".join(map(str, self.places[remark]))
             warnings.append(f"{count} {remark}" + (f" First: {places}" if places else ""))
-        return warnings
+        return warnings + self.unread.warnings()
 
 
 def with_separate_examples(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -270,11 +270,18 @@ def _has(spec: GpuSpec, size: str) -> bool:
 
 
 def _misspelt(name: str, asked: frozenset[str], rows: Sequence[_Row]) -> list[GpuSpec]:
-    """The cards whose name is nearly the one asked for and holds the same numbers, but for that of its memory."""
+    """The cards whose name is nearly the one asked for and holds the same numbers, but for that of its memory.
+
+    Where there is none, the first of those whose name begins so, if all have the same memory.
+    """
     kin = [spec for spec, words, _ in rows if _numbers(words) == _numbers(asked)]
     names = [_without_memory(spec.name) for spec in kin]
     near = difflib.get_close_matches(_without_memory(name.lower()), names, n=1, cutoff=0.75)
-    return [spec for spec, own in zip(kin, names, strict=True) if own in near]
+    if near:
+        return [spec for spec, own in zip(kin, names, strict=True) if own in near]
+    begun = [spec for spec, _, _ in rows if asked and spec.name.startswith(name.lower())]
+    sizes = [spec.total_bytes for spec in begun]
+    return begun[:1] if sizes and max(sizes) - min(sizes) < _GIB / 2 else []
 
 
 def _without_memory(name: str) -> str:
