@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,7 +40,10 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
     ]
     loaded = load_recipe(recipe_path, overrides)
     with loaded.located():
-        return _judge(loaded, as_json=as_json, trace=trace)
+        code = _judge(loaded, as_json=as_json, trace=trace)
+    if code == EXIT_OK:
+        console.say_next("qwentune", "train", recipe_path, *overrides)
+    return code
 
 
 def _judge(loaded: LoadedRecipe, *, as_json: bool, trace: bool) -> int:
@@ -76,7 +80,7 @@ def _judge(loaded: LoadedRecipe, *, as_json: bool, trace: bool) -> int:
     else:
         kind = recipe.tuning.kind + ("" if recipe.tuning.kind == "full" else f" r{recipe.tuning.rank}")
         title = f"{recipe.model} · {kind} · {verdict.row_tokens} tokens"
-        console.show(render_plan(verdict, spec.num_layers, title))
+        console.show(render_plan(verdict, spec.num_layers, title, columns=console.width(sys.stdout)))
     return EXIT_OK if verdict.fits else DoesNotFitError.exit_code
 
 

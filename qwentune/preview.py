@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from qwentune.recipe import LoadedRecipe, Recipe
 
 BAR_WIDTH = 40
-NUM_SHOWN, NUM_IN_HTML = 5, 200  # examples
+NUM_SHOWN, NUM_IN_HTML, NUM_LOOKED_THROUGH = 5, 200, 20_000  # examples
 
 
 def preview(
@@ -57,7 +58,10 @@ def run(
     _refuse_outputs(recipe_path, loaded.recipe, {"--jsonl": jsonl, "--html": html})
     with loaded.located():
         _refuse_what_no_model_has(loaded.recipe)
-        return _show(loaded, limit, jsonl, html, as_json=as_json, strict=strict)
+        code = _show(loaded, limit, jsonl, html, as_json=as_json, strict=strict)
+    if code == EXIT_OK:
+        console.say_next("qwentune", "plan", recipe_path, *overrides)
+    return code
 
 
 def _refuse_outputs(recipe_path: str, recipe: Recipe, outputs: Mapping[str, Path | None]) -> None:
@@ -101,11 +105,13 @@ def _show(
     from rich.console import Console
 
     from qwentune.data.dataset import chat_template, prepare
+    from qwentune.data.formats.samples import detected
     from qwentune.data.layout.schedule import Schedule
+    from qwentune.data.reading.columns import Columns
     from qwentune.data.summary import summary
     from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
     from qwentune.data.tokenizing.tokenizer import load_tokenizer
-    from qwentune.html_report import html_report
+    from qwentune.html_report import ShownExample, html_report
 
     recipe = loaded.recipe
     tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))
@@ -117,9 +123,19 @@ def _show(
         with jsonl.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in example_rows(dataset))
     if html is not None:
+        formats = {
+            source.path: detected(source.path, columns=Columns.of(source)) if source.format == "auto" else source.format
+            for source in (*recipe.data.train, *(recipe.data.evaluation or ()))
+        }
         shown = [
-            (title(dataset.examples.example(i), tokenizer), masked_spans(dataset.examples.example(i), tokenizer))
-            for i in dict.fromkeys(dataset.first_epoch[: NUM_IN_HTML if limit is None else limit].tolist())
+            ShownExample(
+                str(example.source),
+                title(example, tokenizer),
+                formats[example.source.file],
+                example.turns,
+                masked_spans(example, tokenizer),
+            )
+            for example in _examples_of_page(dataset, NUM_IN_HTML if limit is None else limit)
         ]
         steps = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed).num_steps
         page = html_report(loaded.path, report, dataset, tokenizer, shown, steps)
@@ -137,6 +153,14 @@ def _show(
         console.say(f"{count} warning{'s' if count > 1 else ''}, and --strict allows none.")
         return DataError.exit_code
     return EXIT_OK
+
+
+def _examples_of_page(dataset: Dataset, limit: int) -> Iterator[Example]:
+    """The first examples, and of those behind them the ones that a warning names."""
+    named = set(re.findall(r"\S+:\d+", " ".join(dataset.report["warnings"]))) if limit else set[str]()
+    for place, i in enumerate(dict.fromkeys(dataset.first_epoch[:NUM_LOOKED_THROUGH].tolist())):
+        if place < limit or str(dataset.examples.source(i)) in named:
+            yield dataset.examples.example(i)
 
 
 def example_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from qwentune.recipe import LoadedRecipe
     from qwentune.training.run_folder import RunFolder
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.2
+QUIET = {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # the launcher too, unless the user says else
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 MAP_LOST = (
     "A file was cut short or cannot be read any more while it was in use: most often the rendered data of the cache "
@@ -93,7 +94,7 @@ def _planned(
     from qwentune.facts.continued import continued
     from qwentune.facts.launch import launch_file, uses_deepspeed
     from qwentune.facts.models import model_spec, refuse_untrainable
-    from qwentune.memory import render_plan
+    from qwentune.memory import render_plan, verdict
     from qwentune.memory.device_remarks import recipe_remarks
     from qwentune.memory.judge import device_of, judge_recipe
     from qwentune.memory.shortage import refusal
@@ -107,6 +108,7 @@ def _planned(
     longest = longest_row(recipe)
     for remark in (*remarks, *recipe_remarks(spec, device, loaded, longest)):
         console.say(remark)
+    stored = None if replan else folder.stored_plan()
     plan = judge_recipe(
         spec,
         recipe,
@@ -114,10 +116,14 @@ def _planned(
         num_ranks=count,
         sharding=sharding,
         longest_row=longest,
-        stored=None if replan else folder.stored_plan(),
+        stored=stored,
         fresh=fresh,
     )
-    console.say(render_plan(plan, spec.num_layers, f"{recipe.model} · {recipe.tuning.kind}"))
+    if stored is not None and plan.fits:
+        console.say(f"the plan of the earlier start: {verdict(plan)}")
+    else:
+        title = f"{recipe.model} · {recipe.tuning.kind}"
+        console.say(render_plan(plan, spec.num_layers, title, columns=console.width(sys.stderr)))
     if not plan.fits and not force_memory:
         raise DoesNotFitError(refusal(plan))
     if launch == "auto":
@@ -148,12 +154,13 @@ def supervise(arguments: list[str], launch: Path, num_processes: int, folder: Ru
             *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)),
             *("--num_processes", str(num_processes), "--quiet", "-m", "qwentune.train", *arguments),
         ]
-        environment = {**os.environ, reports.FOLDER: str(scratch)}
+        environment = {**QUIET, **os.environ, reports.FOLDER: str(scratch)}
         received: list[int] = []
         previous = take_over(lambda number, _: received.append(number))
         launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_supervisor)
         watched = _Watched()
         try:
+            _wait_for_trainers(launcher, received, scratch)
             launcher_code = _watch(launcher, received, HangWatch(scratch, num_processes), watched)
             _end_orphans(launcher.pid, watched.trainers)
         finally:
@@ -174,6 +181,16 @@ def _die_with_supervisor() -> None:
     # A killed supervisor takes the launcher with it, and trainers that have lost their launcher save and end.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _wait_for_trainers(launcher: subprocess.Popen[bytes], received: list[int], scratch: Path) -> None:
+    """Returns once a trainer speaks for itself, or there will be none."""
+    with console.busy("starting accelerate and torch"):
+        while launcher.poll() is None and not reports.has_begun(scratch):
+            if received:
+                console.say("stopping; nothing has begun yet")
+                return
+            time.sleep(0.05)
 
 
 def _watch(launcher: subprocess.Popen[bytes], received: list[int], hangs: HangWatch, watched: _Watched) -> int:

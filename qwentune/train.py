@@ -189,9 +189,10 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     for remark in schedule.remarks(recipe.optimizer, recipe.output):
         console.say(remark)
     text = None if template is None else template.text
-    refuse_other_device(device, ranks)
-    ranks.join(plan.choices.weights)  # only now: no rank may wait for another that still renders
-    plan = ranks.agree(lambda: plan)  # each judged by the memory that it saw
+    with console.busy("loading torch"):
+        refuse_other_device(device, ranks)
+        ranks.join(plan.choices.weights)  # only now: no rank may wait for another that still renders
+        plan = ranks.agree(lambda: plan)  # each judged by the memory that it saw
     return Run(request, loaded, ranks, folder, spec, device, plan, tokenizer, text, dataset, schedule, publish).run()
 
 

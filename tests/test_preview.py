@@ -513,7 +513,7 @@ def test_on_a_terminal_the_only_escapes_are_colours_of_our_own(tmp_path: Path, q
         cwd=tmp_path,
         env=ENVIRONMENT | {"QWENTUNE_CACHE": str(tmp_path / "cache"), "TERM": "xterm-256color"},
         stdout=theirs,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.DEVNULL,
     )
     os.close(theirs)
     printed = read_terminal(ours)

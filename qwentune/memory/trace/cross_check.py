@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 
+from qwentune.console import busy
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.memory.closed_form.phases import Terms, trained_parameters
@@ -23,6 +24,7 @@ LARGEST_DISAGREEMENT = 0.03
 MOST_PLANS = 4
 
 
+@busy("tracing the real step")
 def cross_checked(
     spec: ModelSpec, device: Device, request: PlanRequest, plan: RunPlan, tell: Callable[[str], None]
 ) -> RunPlan:
