@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwentune import console
-from qwentune.errors import EXIT_OK, DataError, DoesNotFitError, Problem, UsageError
+from qwentune.errors import EXIT_OK, DataError, DoesNotFitError, Problem, RecipeError, UsageError
 
 if TYPE_CHECKING:
     from qwentune.facts.architecture import ModelSpec
+    from qwentune.peers import Translation
 
 TEMPLATE = Path(__file__).with_name("recipe.yaml.jinja")
 KINDS = ("full", "lora", "qlora")
@@ -45,15 +47,90 @@ class Seen:
 
 
 def init(
-    model: Annotated[str, typer.Option(help="A hub id, a local folder, or builtin:tiny-qwen3.")],
-    data: Annotated[list[str], typer.Option(help="A data file; give it again for more.")],
+    model: Annotated[str | None, typer.Option(help="A hub id, a local folder, or builtin:tiny-qwen3.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="A data file; give it again for more.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="A configuration of LLaMA-Factory, axolotl or ms-swift instead.")
+    ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="A name that `qwentune gpus` lists, or cpu; else what is here.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
 ) -> None:
-    """Look at data and GPU, write a commented recipe that fits."""
-    console.end(console.run(lambda: run(model, data, gpu, output)))
+    """Look at data and GPU, write a commented recipe that fits; or turn a configuration of another tool into one."""
+    if source is not None:
+        console.end(console.run(lambda: run_from(source, model, data or [], output)))
+    console.end(console.run(lambda: run(model or "", data or [], gpu, output)))
+
+
+def run_from(source: Path, model: str | None, paths: Sequence[str], output: Path) -> int:
+    """Writes the recipe that a configuration of another tool means; the exit code.
+
+    Raises UsageError with everything that has no counterpart and without which there is no recipe.
+    """
+    from qwentune.durable import write_text
+    from qwentune.peers import translate
+    from qwentune.peers.draft import draft, table
+    from qwentune.recipe import describe_keys, parse_recipe
+
+    if model or paths:
+        option = "--model" if model else "--data"
+        raise UsageError(Problem(option, "--from names model and data already", "Change them in the recipe."))
+    _refuse_output(output)
+    translation = translate(source)
+    problems = [*translation.problems, *_problems_of_model(translation)]
+    defaults = {key.name: key.default for key in describe_keys()}
+    made = draft(translation, str(output), defaults)
+    try:
+        parse_recipe(made.text, str(output))
+    except RecipeError as error:
+        for problem in error.problems:
+            line = re.search(r":(\d+)(:\d+)?$", problem.where)
+            given = made.sources.get(int(line[1])) if line else None
+            if given is not None and given.where not in {one.where for one in problems}:
+                problem = replace(problem, where=given.where or problem.where, what=f"{given.key}: {problem.what}")
+                problems.append(problem)
+            elif given is None and not problems:
+                problems.append(problem)
+    if problems:
+        raise UsageError(list(dict.fromkeys(problems)), "Nothing was written.")
+    write_text(output, made.text)
+    for line in table(translation, defaults):
+        console.say(line)
+    console.say(f"\nwrote {output}; next: qwentune preview {output}")
+    return EXIT_OK
+
+
+def _problems_of_model(translation: Translation) -> list[Problem]:
+    """Why a configuration's model is none to train here; a folder that is elsewhere becomes the hub id of its name."""
+    from qwentune.facts.models import MODELS, model_spec, refuse_untrainable
+
+    setting = translation.settings.get("model")
+    if setting is None:
+        return []
+    name, where = setting.value, setting.sources[0].where
+    last = Path(name).name
+    published = next((known for known in MODELS if known.lower() == f"qwen/{last}".lower()), None)
+    if published is not None and name.lower() != published.lower() and not Path(name).is_dir():
+        translation.set("model", published, *setting.sources, remark=f"{name} is not here: the hub id of that name")
+        name = published
+    try:
+        refuse_untrainable(model_spec(name))
+    except UsageError as error:
+        if not any(word in name.lower() for word in ("qwen", "qwq", "qvq")) and not Path(name).is_dir():
+            return [Problem(where, f"model: {name} is no Qwen, and only Qwen models are trained here")]
+        return [replace(problem, where=where) for problem in error.problems]
+    return []
+
+
+def _refuse_output(output: Path) -> None:
+    """Raises UsageError where no file can be written under that name."""
+    from qwentune.bounded import refuse_name
+
+    refuse_name("--output", output)
+    if output.exists() or not output.absolute().parent.is_dir():
+        what = "it exists" if output.exists() else "there is no such folder"
+        raise UsageError(Problem(str(output), f"{what}; nothing is overwritten", "Name another file with -o."))
 
 
 def run(model: str, paths: Sequence[str], gpu: str | None, output: Path) -> int:
@@ -62,11 +139,13 @@ def run(model: str, paths: Sequence[str], gpu: str | None, output: Path) -> int:
     from qwentune.durable import write_text
     from qwentune.facts.models import model_spec, refuse_untrainable
 
-    for option, name in (("--output", output), ("--model", model), *(("--data", path) for path in paths)):
+    if not model or not paths:
+        missing = " and ".join(option for option, given in (("--model", model), ("--data", paths)) if not given)
+        fix = "Or --from FILE, a configuration of LLaMA-Factory, axolotl or ms-swift."
+        raise UsageError(Problem(missing, "it is needed", fix))
+    _refuse_output(output)
+    for option, name in (("--model", model), *(("--data", path) for path in paths)):
         refuse_name(option, name)
-    if output.exists() or not output.absolute().parent.is_dir():
-        what = "it exists" if output.exists() else "there is no such folder"
-        raise UsageError(Problem(str(output), f"{what}; nothing is overwritten", "Name another file with -o."))
     spec = model_spec(model)
     refuse_untrainable(spec)
     files = look_at(paths)

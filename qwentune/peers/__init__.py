@@ -1,0 +1,34 @@
+"""Configurations of other fine-tuning tools: what their keys are called here, and recipes from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwentune.errors import Problem
+from qwentune.peers import axolotl, llama_factory, ms_swift
+from qwentune.peers.configuration import read_configuration
+from qwentune.peers.hyperparameters import translate_hyperparameters
+from qwentune.peers.translation import Translation, begin, finish
+
+__all__ = ["Translation", "translate"]
+
+DATA = {
+    "llama_factory": llama_factory.translate_data,
+    "axolotl": axolotl.translate_data,
+    "ms_swift": ms_swift.translate_data,
+}
+
+
+def translate(path: Path) -> Translation:
+    """What a configuration of another tool means here; what cannot be is among its `problems`.
+
+    Raises UsageError where the file is no configuration of a tool that is known.
+    """
+    configuration = read_configuration(path)
+    translation = begin(configuration)
+    DATA[configuration.name](translation)
+    translate_hyperparameters(translation)
+    if "model" not in translation.settings:
+        translation.problems.append(Problem(str(path), "no model is named", "Give it there first."))
+    finish(translation)
+    return translation

@@ -1,0 +1,172 @@
+"""ms-swift: data sets with `#` and `:` behind their names, loss scales, and what it trained with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwentune.peers.configuration import Given
+from qwentune.peers.translation import Translation, as_list, as_mapping, is_hybrid, is_off, shown
+
+VERBS = {"sft": "", "pt": "text", "": ""}
+TASKS = ("causal_lm",)
+COLUMNS = {  # its standard names of columns: the format that reads them, and ours
+    "messages": ("chat", "messages"),
+    "conversations": ("chat", "messages"),
+    "query": ("instruction", "instruction"),
+    "instruction": ("instruction", "instruction"),
+    "input": ("instruction", "input"),
+    "response": ("instruction", "output"),
+    "output": ("instruction", "output"),
+    "history": ("instruction", "history"),
+    "system": ("", "system"),
+    "tools": ("", "tools"),
+}
+MEDIA = ("images", "videos", "audios")
+DATASET = re.compile(r"(?:(HF|MS|hf|ms)::)?(.+?)(?::([\w./-]+))?(?:#(\d+))?")
+TURNS = {"default": "all", "last_round": "last"}
+KNOWN_SCALES = {"default", "last_round", "ignore_empty_think"}
+
+
+def translate_data(t: Translation) -> None:
+    """Data, template and mask."""
+    verb = t.configuration.verb
+    if verb not in VERBS:
+        where = Given(f"swift {verb}", "", str(t.configuration.path))
+        t.refuse(where, "this command trains nothing that is here", "`swift sft` and `swift pt` are translated.")
+    for term in ("task", "rlhf"):
+        given = t.get(term)
+        if given is not None and str(given.value) in TASKS:
+            t.set("objective.kind", "sft", given)
+        elif given is not None:
+            fix = "Only supervised fine-tuning is translated; preferences, rewards and embeddings are other tasks."
+            t.refuse(given, f"the task {shown(given.value)} is not here", fix)
+    is_text = VERBS.get(verb) == "text" or _is_off(t, "use_chat_template")
+    columns = _columns(t)
+    given = t.written.get("data")
+    if given is None:
+        where = Given("dataset", "", str(t.configuration.path))
+        t.refuse(where, "no data is named", "Give `dataset`, files or data sets of the hub.")
+    t.set("data.train", [_source(t, given, one, columns, is_text) for one in _names(given)], given)
+    if evaluation := t.written.get("eval_data"):
+        t.set("data.eval", [_source(t, evaluation, one, columns, is_text) for one in _names(evaluation)], evaluation)
+    elif (share := t.number("eval_share")) and share < 1:
+        t.set("data.eval_fraction", float(share), t.get("eval_share"))
+    if (tokens := t.number("max_tokens")) is not None:
+        t.set("data.max_tokens", int(tokens), t.get("max_tokens"))
+    else:
+        t.differs("rows were as long as the model's window", "longer ones than data.max_tokens are dropped: 4096")
+    _too_long(t)
+    t.set("data.packing", t.flag("packing"), t.get("packing"))
+    if given := t.get("system"):
+        _system(t, given)
+    _thinking(t, is_text)
+    method = t.get("method")
+    t.defaults["optimizer.learning_rate"] = 1.0e-5 if method and method.value == "full" else 1.0e-4
+
+
+def _is_off(t: Translation, key: str) -> bool:
+    given = t.configuration.given.get(key)
+    return given is not None and given.value is False
+
+
+def _names(given: Given | None) -> list[str]:
+    value: Any = [] if given is None else given.value
+    items = value.split() if isinstance(value, str) else as_list(value)
+    return [str(item) for item in items]
+
+
+def _columns(t: Translation) -> Mapping[str, str]:
+    """Their standard names to the names in the file; --columns says it the other way round."""
+    given = t.written.get("columns")
+    if given is None:
+        return {}
+    value = as_mapping(given.value)
+    if value is None:
+        t.refuse(given, f"{shown(given.value)} is given; a mapping is needed", 'As in {"question": "query"}.')
+        return {}
+    named = {str(theirs): name for name, theirs in value.items()}
+    if media := sorted(set(MEDIA) & named.keys()):
+        t.refuse(given, f"{', '.join(media)}: images, video and audio are not trained yet", "Leave them out.")
+    for unknown in sorted(named.keys() - COLUMNS.keys() - set(MEDIA)):
+        t.leave_out(given, f"the column {unknown}: no format here has one of that name", changes=True)
+    return named
+
+
+def _source(
+    t: Translation, given: Given | None, text: str, columns: Mapping[str, str], is_text: bool
+) -> dict[str, Any]:
+    path, subset, rows = text, None, None
+    if not Path(text).exists() and (match := DATASET.fullmatch(text)):
+        path, subset, rows = match[2], match[3], match[4]
+        is_file = Path(path).exists() or Path(path).suffix[1:] in ("json", "jsonl", "csv", "parquet", "gz", "zst")
+        if not is_file and (match[1] or "").lower() != "hf" and not t.flag("use_hf"):
+            t.differs(f"{path} came from ModelScope", "the data set of that name comes from Hugging Face, or a file")
+    source: dict[str, Any] = {"path": f"{path}:{subset}:train" if subset and subset != "default" else path}
+    if path.endswith("self-cognition") and given is not None:
+        what, fix = f"{path} has placeholders for names", "Write them into a file of your own, and name that."
+        t.refuse(given, what, fix)
+    if rows is not None:
+        source["max_rows"] = int(rows)
+    if is_text:
+        return source | {"format": "text"}
+    read = {
+        ours: (format, name) for theirs, name in columns.items() for format, ours in [COLUMNS.get(theirs, ("", ""))]
+    }
+    formats = {format for format, _ in read.values() if format}
+    renamed = {ours: name for ours, (_, name) in read.items() if ours and ours != name}
+    return (
+        source | {"format": formats.pop() if len(formats) == 1 else "auto"} | ({"columns": renamed} if renamed else {})
+    )
+
+
+def _too_long(t: Translation) -> None:
+    given = t.get("too_long")
+    if given is None or given.value == "delete":
+        t.set("data.too_long", "drop", given)
+        return
+    name = str(given.value)
+    ours = "drop_old_turns" if name == "left" else "error" if name == "raise" else "drop"
+    t.set("data.too_long", ours, given)
+    if name in ("left", "right"):
+        t.differs(
+            f"longer rows lost tokens on the {name}, in the middle of a turn",
+            "whole old turns are left out" if name == "left" else "they are dropped",
+        )
+
+
+def _system(t: Translation, given: Given) -> None:
+    file = Path(str(given.value))
+    if file.suffix == ".txt" and file.is_file():
+        t.set("data.system", file.read_text(encoding="utf-8").strip(), given)
+    else:
+        t.set("data.system", str(given.value), given)
+
+
+def _thinking(t: Translation, is_text: bool) -> None:
+    """Modes, loss scales, and what its template code did with the rows (template/, loss_scale/ of the release)."""
+    given = t.written.get("thinking")
+    if given is not None:
+        t.leave_out(given, "it only held for inference there; data.thinking: auto takes the mode from each turn")
+    scales = t.written.get("loss_scale")
+    names = set(str(scales.value).split("+")) if scales else {"default"}
+    if turns := next((TURNS[name] for name in names if name in TURNS), None):
+        t.set("data.turns", turns, scales)
+    if scales and (rest := names - KNOWN_SCALES):
+        why = "weights of parts of an answer: a message takes a `weight` of its own"
+        t.leave_out(Given(scales.key, "+".join(sorted(rest)), scales.where), why, changes=True)
+    if is_text or not is_hybrid(t):
+        return
+    if "ignore_empty_think" not in names and not _is_off(t, "add_non_thinking_prefix"):
+        t.differs(
+            "answers without reasoning began with an empty think block that carried loss",
+            "the block is part of the prompt, without loss: the model does not forget to think",
+        )
+    preserved = t.configuration.given.get("preserve_thinking")
+    if "last_round" not in names and (preserved is None or not is_off(preserved.value)):
+        t.differs(
+            "the reasoning of earlier turns stayed in the context",
+            "each turn follows the history that a server sends, which the checkpoint's template strips",
+        )
