@@ -70,14 +70,14 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
 def _of_data(recipe: Recipe) -> tuple[int | None, float | None]:
     """The steps of the run and its expansion factor, where they are known without rendering the data."""
     dataset = _rendered(recipe)
-    steps = recipe.optimizer.max_steps
     if dataset is None:
-        return steps, None
-    if steps is None:
-        from qwentune.data.layout.schedule import Schedule
+        return recipe.optimizer.max_steps, None
+    from qwentune.data.layout.schedule import Schedule
 
-        steps = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed).num_steps
-    return steps, dataset.report["expansion_factor"]
+    schedule = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed)
+    for remark in schedule.remarks(recipe.optimizer, recipe.output):
+        console.say(remark)
+    return schedule.num_steps, dataset.report["expansion_factor"]
 
 
 def _rendered(recipe: Recipe) -> Dataset | None:

@@ -178,6 +178,8 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     for warning in dataset.report["warnings"]:
         console.say(f"warning: {warning}")
     schedule = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed)
+    for remark in schedule.remarks(recipe.optimizer, recipe.output):
+        console.say(remark)
     text = None if template is None else template.text
     refuse_other_device(device, ranks)
     ranks.join(plan.choices.weights)  # only now: no rank may wait for another that still renders

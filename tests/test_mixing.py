@@ -105,6 +105,21 @@ def test_what_is_held_out_is_not_trained_however_often_its_source_is_repeated(qw
     assert Counter(counts.values()) == {2: 8, 3: 8}
 
 
+@pytest.mark.parametrize(("most", "repeat"), [(1, 1.0), (7, 0.5), (20, 2.0), (30, 1.0)])
+def test_of_a_source_only_its_first_rows_are_read(qwen3_folder: Path, most: int, repeat: float) -> None:
+    mixed(qwen3_folder, {"rows.jsonl": (20, 1.0)})  # writes the file
+    with Path("rows.jsonl").open("a") as file:
+        file.write("{ this row is broken, and never reached\n" if most <= 20 else "")
+    train = [{"path": "rows.jsonl", "max_rows": most, "repeat": repeat}]
+    data = DataOptions.model_validate({"train": train})
+    tokenizer = load_tokenizer(qwen3_folder)
+    dataset = prepare(data, tokenizer, chat_template(data, tokenizer), 0)
+    counts = seen(dataset)
+    assert dataset.report["rows"]["read"] == min(most, 20)
+    assert {int(row.rpartition(":")[2]) for row in counts} <= set(range(1, min(most, 20) + 1))
+    assert abs(counts.total() - repeat * min(most, 20)) <= 0.5
+
+
 def test_a_repeat_that_takes_no_row_is_named(qwen3_folder: Path) -> None:
     with pytest.raises(DataError, match=r"no row is left to train on\n.*repeat"):
         mixed(qwen3_folder, {"rows.jsonl": (3, 0.1)})

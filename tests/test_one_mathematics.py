@@ -150,6 +150,18 @@ def test_sums_of_many_micro_batches_are_the_same_on_one_rank_and_on_two(tmp_path
             assert farthest(metric(together, name), metric(alone, name)) < 1e-3, (launch, name)
 
 
+@pytest.mark.soak
+def test_faster_b_matrices_are_as_fast_under_every_way_to_share(tmp_path: Path) -> None:
+    """LoRA+; how much it moves, one process shows in `test_lora_plus.py`."""
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    lora = ("tuning.kind=lora", "optimizer.lora_plus_ratio=16", "optimizer.max_steps=6")
+    alone = trained(tmp_path, model, "single", "fp32", *lora)
+    for launch in ("cpu-2", "fsdp2", "zero2", "zero3"):
+        together = trained(tmp_path, model, launch, "fp32", *lora)
+        for name, apart in (("loss", 1e-5), ("update_ratio", 1e-3), ("learning_rate", 1e-12)):
+            assert farthest(metric(together, name), metric(alone, name)) < apart, (launch, name)
+
+
 if __name__ == "__main__":
     for model_type in sys.argv[1:] or MODELS:
         with tempfile.TemporaryDirectory() as scratch:

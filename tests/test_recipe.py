@@ -164,7 +164,7 @@ def test_off_is_a_word_for_thinking() -> None:
         ("data.max_tokens", "12.5", "the number 12.5 is given; a whole number >= 1 and <= 4,194,304 is needed"),
         ("data.max_tokens", "[1]", "a list of 1 is given; a whole number >= 1 and <= 4,194,304 is needed"),
         ("data.eval_fraction", "1.0", "the number 1.0 is given; a number >= 0 and < 1 is needed"),
-        ("data.train", "[]", "a list of 0 is given; a list of {path, format, repeat} is needed"),
+        ("data.train", "[]", "a list of 0 is given; a list of {path, format, repeat, max_rows} is needed"),
         ("data.train", "''", "an empty text is given; text is needed"),
         ("data.system", "5", "the number 5 is given; text or null is needed"),
         ("optimizer.learning_rate", "'2e-4'", "the text '2e-4' is given; a number > 0 and <= 10 is needed"),
@@ -313,6 +313,39 @@ def test_a_missing_file_names_the_nearest_shipped_recipe() -> None:
             ["optimizer.min_learning_rate=1e-5", "optimizer.schedule=constant"],
             "optimizer.min_learning_rate: the schedule constant does not use it",
         ),
+        (
+            MINIMAL,
+            ["optimizer.warmup_fraction=0.1", "optimizer.warmup_steps=0"],
+            "optimizer.warmup_steps: optimizer.warmup_fraction is given too",
+        ),
+        (
+            MINIMAL,
+            ["output.save_every_steps=10", "output.save_every_epochs=0.5"],
+            "output.save_every_epochs: output.save_every_steps is given too",
+        ),
+        (
+            MINIMAL,
+            ["output.eval_every_steps=10", "output.eval_every_epochs=0.5"],
+            "output.eval_every_epochs: output.eval_every_steps is given too",
+        ),
+        (
+            MINIMAL,
+            ["optimizer.max_steps=20", "optimizer.warmup_steps=20"],
+            "optimizer.warmup_steps: 20 steps are not fewer than optimizer.max_steps, which is 20",
+        ),
+        (MINIMAL, ["optimizer.decay_fraction=0.2"], "optimizer.decay_fraction: only the schedule wsd uses it"),
+        (
+            MINIMAL,
+            ["optimizer.schedule=wsd", "optimizer.warmup_fraction=0.4", "optimizer.decay_fraction=0.7"],
+            "0.7 and optimizer.warmup_fraction, 0.4, are more than the run",
+        ),
+        (FULL, ["optimizer.lora_plus_ratio=16"], "optimizer.lora_plus_ratio: tuning.kind is full, which has no"),
+        (MINIMAL, ["output.project=mine"], "output.project: output.report_to names no tracker that shows it"),
+        (
+            MINIMAL,
+            ["output.report_to=[tensorboard]", "output.run_name=first"],
+            "output.run_name: output.report_to names no tracker that shows it",
+        ),
         (FULL, ["tuning.rank=8"], "tuning.rank: tuning.kind is full, which has no adapters"),
         (
             MINIMAL,
@@ -340,7 +373,10 @@ def test_contradictions_are_reported_beside_other_problems() -> None:
 def test_keys_that_do_not_contradict_are_accepted() -> None:
     load(MINIMAL, "data.eval=e.jsonl", "data.eval_fraction=0.0", "output.best=loss")
     load(MINIMAL, "optimizer.max_steps=5", "optimizer.epochs=null")
-    load(MINIMAL, "optimizer.min_learning_rate=1e-5", "optimizer.schedule=linear")
+    for schedule in ("linear", "wsd"):
+        load(MINIMAL, "optimizer.min_learning_rate=1e-5", f"optimizer.schedule={schedule}")
+    load(MINIMAL, "optimizer.schedule=wsd", "optimizer.decay_fraction=0.97", "optimizer.lora_plus_ratio=16")
+    load(MINIMAL, "output.report_to=[wandb]", "output.project=mine", "output.run_name=first")
 
 
 def test_defaults_that_depend_on_other_keys_are_settled() -> None:
@@ -350,6 +386,11 @@ def test_defaults_that_depend_on_other_keys_are_settled() -> None:
     assert (lora.optimizer.epochs, lora.output.dir) == (3, "runs/r")
     stepped = load(MINIMAL, "optimizer.max_steps=7").recipe.optimizer
     assert (stepped.epochs, stepped.max_steps) == (None, 7)
+    warmed = load(MINIMAL, "optimizer.warmup_steps=7", "optimizer.schedule=wsd").recipe.optimizer
+    assert (warmed.warmup_fraction, warmed.warmup_steps, warmed.decay_fraction) == (None, 7, 0.1)
+    assert load(MINIMAL, "optimizer.warmup_fraction=null").recipe == lora
+    by_epoch = load(MINIMAL, "output.save_every_epochs=1").recipe.output
+    assert (by_epoch.save_every_steps, by_epoch.eval_every_steps) == (None, 100)
 
 
 def test_a_recipe_is_frozen() -> None:
@@ -430,7 +471,15 @@ def reload(loaded: LoadedRecipe) -> LoadedRecipe:
 
 
 @pytest.mark.parametrize("text", [MINIMAL, FULL])
-@pytest.mark.parametrize("override", ["seed=3", "optimizer.max_steps=9", "data.template_args={a: 1, 'b c': 2.0}"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=3",
+        "optimizer={max_steps: 9, warmup_steps: 2, schedule: wsd}",
+        "data.template_args={a: 1, 'b c': 2.0}",
+        "output={save_every_epochs: 1, eval_every_epochs: 0.5, report_to: [wandb], project: p, run_name: r}",
+    ],
+)
 def test_the_resolved_recipe_loads_to_an_equal_one(text: str, override: str) -> None:
     loaded = load(text, override)
     assert reload(loaded).recipe == loaded.recipe

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwentune.data.layout.schedule import Schedule
+from qwentune.recipe import OptimizerOptions, OutputOptions
 
 counts = st.integers(1, 40)
 
@@ -31,6 +32,23 @@ def test_a_step_is_the_same_whatever_was_asked_before(num_rows: int, per_step: i
     schedule = Schedule((num_rows,), per_step, seed, None, 5)
     forward = [schedule.rows(step) for step in range(5)]
     assert [schedule.rows(step) for step in reversed(range(5))] == forward[::-1]
+
+
+@given(st.lists(counts, min_size=1, max_size=4), counts, st.floats(0.01, 9))
+def test_a_period_in_epochs_ends_with_the_step_that_completes_it(
+    blocks: list[int], per_step: int, epochs: float
+) -> None:
+    schedule = Schedule(tuple(blocks), per_step, 0, 100.0, None)
+    output = OutputOptions(save_every_epochs=epochs, eval_every_steps=7)
+    (steps,) = schedule.periods(output).values()
+    assert steps == Schedule(tuple(blocks), per_step, 0, epochs, None).num_steps
+    assert schedule.remarks(OptimizerOptions(), output) == [f"output.save_every_epochs: every {steps} steps"]
+
+
+def test_a_warm_up_longer_than_the_run_is_said() -> None:
+    schedule = Schedule((100,), 10, 0, 3.0, None)
+    assert "not fewer than the 30" in schedule.remarks(OptimizerOptions(warmup_steps=30), OutputOptions())[0]
+    assert not schedule.remarks(OptimizerOptions(warmup_steps=29), OutputOptions())
 
 
 def test_another_seed_gives_another_order() -> None:

@@ -274,7 +274,9 @@ def _build(
         begins = array("q", [writer.num_examples])
         faults: list[Problem] = []
         rows = RowCount()
-        samples = read_samples(source.path, source.format, faults, content=contents[source.path], count=rows)
+        samples = read_samples(
+            source.path, source.format, faults, content=contents[source.path], count=rows, max_rows=source.max_rows
+        )
         for outcome in renderer.render_all(samples, number):
             report.add(outcome)
             faults.extend(outcome.problems)

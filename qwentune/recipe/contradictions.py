@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qwentune.errors import Problem
-from qwentune.recipe.schema import ADAPTER_KEYS, FULL_LEARNING_RATE, LEARNING_RATE, BatchOptions
+from qwentune.recipe.schema import (
+    ADAPTER_KEYS,
+    DECAY_FRACTION,
+    EITHER,
+    FULL_LEARNING_RATE,
+    LEARNING_RATE,
+    BatchOptions,
+)
 from qwentune.recipe.syntax import Node, Place, plain
 
 
@@ -43,19 +50,22 @@ def contradictions(root: Node) -> Iterator[Problem]:
     """Every contradiction of a tree, whatever else is wrong with it."""
     given = _Given(root)
     if given.value("tuning.kind", "") == "full":
-        for key in ADAPTER_KEYS:
-            if place := given.place(f"tuning.{key}"):
-                what = f"tuning.{key}: tuning.kind is full, which has no adapters"
-                fix = f"Leave it out (on the command line: tuning.{key}=null), or use kind: lora."
+        for key in (*(f"tuning.{key}" for key in ADAPTER_KEYS), "optimizer.lora_plus_ratio"):
+            if place := given.place(key):
+                what = f"{key}: tuning.kind is full, which has no adapters"
+                fix = f"Leave it out (on the command line: {key}=null), or use kind: lora."
                 yield Problem(place.where, what, fix)
-    if (place := given.place("optimizer.max_steps")) and given.place("optimizer.epochs"):
-        what = "optimizer.max_steps: optimizer.epochs is given too, and one of them decides how long a run is"
-        yield Problem(place.where, what, "Set one of them to null.")
+    for first, second, decided in EITHER:
+        if (place := given.place(second)) and given.place(first):
+            what = f"{second}: {first} is given too, and one of them decides {decided}"
+            yield Problem(place.where, what, "Set one of them to null.")
     place = given.place("data.eval_fraction")
     if place and given.place("data.eval") and given.value("data.eval_fraction", 0) != 0:
         what = "data.eval_fraction: data.eval is given too, and one of them decides what is evaluated"
         yield Problem(place.where, what, "Leave one of them out.")
     yield from _learning_rates(given)
+    yield from _phases(given)
+    yield from _trackers(given)
     yield from _batches(given)
     has_eval = given.place("data.eval") or given.value("data.eval_fraction", 0) != 0
     for key in ("output.best", "output.early_stopping"):
@@ -74,12 +84,40 @@ def _learning_rates(given: _Given) -> Iterator[Problem]:
         return
     if given.value("optimizer.schedule", "cosine") == "constant":
         what = "optimizer.min_learning_rate: the schedule constant does not use it"
-        yield Problem(place.where, what, "Leave it out, or use schedule: cosine or linear.")
+        yield Problem(place.where, what, "Leave it out, or use schedule: cosine, linear or wsd.")
     default = FULL_LEARNING_RATE if given.value("tuning.kind", "") == "full" else LEARNING_RATE
     highest = given.number("optimizer.learning_rate", default)
     if highest is not None and lowest > highest:
         what = f"optimizer.min_learning_rate: {lowest} is more than optimizer.learning_rate, which is {highest}"
         yield Problem(place.where, what, "Lower it, or raise the learning rate.")
+
+
+def _phases(given: _Given) -> Iterator[Problem]:
+    """The learning rate rises and falls within the run."""
+    place = given.place("optimizer.decay_fraction")
+    is_wsd = given.value("optimizer.schedule", "cosine") == "wsd"
+    if place and not is_wsd:
+        what = "optimizer.decay_fraction: only the schedule wsd uses it"
+        yield Problem(place.where, what, "Leave it out, or use schedule: wsd.")
+    steps, most = given.number("optimizer.warmup_steps", 0), given.number("optimizer.max_steps", float("inf"))
+    if (warmup := given.place("optimizer.warmup_steps")) and steps and most is not None and steps >= most:
+        what = f"optimizer.warmup_steps: {steps} steps are not fewer than optimizer.max_steps, which is {most}"
+        yield Problem(warmup.where, what, "Lower it: the learning rate would never arrive.")
+    rises = given.number("optimizer.warmup_fraction", 0.0)
+    falls = given.number("optimizer.decay_fraction", DECAY_FRACTION)
+    place = place or given.place("optimizer.warmup_fraction")
+    if place and is_wsd and rises is not None and falls is not None and rises + falls > 1:
+        what = f"optimizer.decay_fraction: {falls} and optimizer.warmup_fraction, {rises}, are more than the run"
+        yield Problem(place.where, what, "Lower one of them.")
+
+
+def _trackers(given: _Given) -> Iterator[Problem]:
+    if given.value("output.report_to", []) not in ([], ["tensorboard"]):
+        return
+    for key in ("output.project", "output.run_name"):
+        if place := given.place(key):
+            what = f"{key}: output.report_to names no tracker that shows it"
+            yield Problem(place.where, what, "Name the tracker, as in report_to: [wandb], or leave it out.")
 
 
 def _batches(given: _Given) -> Iterator[Problem]:

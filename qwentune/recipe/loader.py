@@ -13,7 +13,7 @@ from qwentune.errors import Problem, RecipeError, nearest
 from qwentune.recipe.check import validate
 from qwentune.recipe.overrides import apply_override
 from qwentune.recipe.resolved import origins_of
-from qwentune.recipe.schema import EPOCHS, FULL_LEARNING_RATE, Recipe
+from qwentune.recipe.schema import DECAY_FRACTION, EITHER, FULL_LEARNING_RATE, OptimizerOptions, OutputOptions, Recipe
 from qwentune.recipe.syntax import Node, Place, read_file_text
 from qwentune.shipped import shipped, shipped_files
 
@@ -113,11 +113,22 @@ def _position(problem: Problem) -> tuple[float, int]:
 
 def _settle(recipe: Recipe, name: str) -> Recipe:
     """Puts in the defaults that depend on other keys or on the recipe's name."""
+    settled: dict[str, dict[str, object]] = {"optimizer": {}, "output": {}}
+    defaults = {"optimizer": OptimizerOptions(), "output": OutputOptions()}
+    for first, second, _ in EITHER:
+        section, _, key = first.partition(".")
+        given = getattr(recipe, section)
+        if getattr(given, second.partition(".")[2]) is not None:
+            settled[section][key] = None
+        elif getattr(given, key) is None:
+            settled[section][key] = getattr(defaults[section], key)
     optimizer, output = recipe.optimizer, recipe.output
     if recipe.tuning.kind == "full" and "learning_rate" not in optimizer.model_fields_set:
-        optimizer = optimizer.model_copy(update={"learning_rate": FULL_LEARNING_RATE})
-    epochs = None if optimizer.max_steps is not None else (optimizer.epochs or EPOCHS)
-    optimizer = optimizer.model_copy(update={"epochs": epochs})
+        settled["optimizer"]["learning_rate"] = FULL_LEARNING_RATE
+    if optimizer.schedule == "wsd" and optimizer.decay_fraction is None:
+        settled["optimizer"]["decay_fraction"] = DECAY_FRACTION
     if "dir" not in output.model_fields_set:
-        output = output.model_copy(update={"dir": f"runs/{name}"})
-    return recipe.model_copy(update={"optimizer": optimizer, "output": output})
+        settled["output"]["dir"] = f"runs/{name}"
+    return recipe.model_copy(
+        update={key: getattr(recipe, key).model_copy(update=update) for key, update in settled.items()}
+    )

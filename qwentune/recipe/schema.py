@@ -1,7 +1,7 @@
 """The typed recipe: every key with its type, its default and one line that says what it does.
 
 Only `model`, `tuning.kind` and `data.train` have no default. A default that depends on another key
-(`optimizer.learning_rate`, `optimizer.epochs`, `output.dir`) is settled by the loader, so that no reader of a
+(`optimizer.learning_rate`, `output.dir`, each key of `EITHER`) is settled by the loader, so that no reader of a
 recipe has to know the rule.
 """
 
@@ -18,6 +18,7 @@ from qwentune.row_formats import ROW_FORMATS
 # Every number has both ends: beyond any real run, and such that nothing the program does with it takes forever.
 MOST_TOKENS = 2**22  # of an example; the longest window of a Qwen model is 2**20
 MOST_STEPS = 10**9
+MOST_ROWS = 10**9  # of a source
 
 
 def _named(text: str) -> str:
@@ -29,6 +30,7 @@ def _named(text: str) -> str:
 Auto = Literal["auto"]
 Name = Annotated[str, MinLen(1), AfterValidator(_named)]  # every name may become a part of a path
 Steps = Annotated[int, Ge(1), Le(MOST_STEPS)]
+Epochs = Annotated[float, Gt(0), Le(10_000)]
 Rate = Annotated[float, Gt(0), Le(10)]
 Share = Annotated[float, Ge(0), Le(1)]
 ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
@@ -43,6 +45,15 @@ else:
 FULL_LEARNING_RATE = 1.0e-5
 LEARNING_RATE = 2.0e-4
 EPOCHS = 3.0
+DECAY_FRACTION = 0.1  # of the steps, in the schedule wsd
+
+# Of two keys one decides; where neither is given, the first does, with its default.
+EITHER = (
+    ("optimizer.epochs", "optimizer.max_steps", "how long a run is"),
+    ("optimizer.warmup_fraction", "optimizer.warmup_steps", "how long the learning rate rises"),
+    ("output.save_every_steps", "output.save_every_epochs", "how often a checkpoint is written"),
+    ("output.eval_every_steps", "output.eval_every_epochs", "how often is evaluated"),
+)
 
 
 def _key(default: Any, description: str, *, alias: str | None = None, shown: str | None = None) -> Any:
@@ -93,6 +104,9 @@ class DataSource(Section):
     format: Format = _key("auto", "the row format; auto detects it from the first rows")
     repeat: Annotated[float, Gt(0), Le(1000)] = _key(
         1.0, "times that the rows are seen in one epoch; 0.5 is a seeded half"
+    )
+    max_rows: Annotated[int, Ge(1), Le(MOST_ROWS)] | None = _key(
+        None, "only the first rows of the file, this many of those that can be read; null: all"
     )
 
 
@@ -151,17 +165,32 @@ class OptimizerOptions(Section):
         "the highest, after the warm-up",
         shown=f"{LEARNING_RATE}; {FULL_LEARNING_RATE} for tuning.kind full",
     )
-    min_learning_rate: Annotated[float, Ge(0), Le(10)] = _key(0.0, "where the schedules cosine and linear end")
-    schedule: Literal["cosine", "linear", "constant"] = _key("cosine", "how the learning rate falls")
-    warmup_fraction: ShareBelowOne = _key(0.03, "share of the steps in which the learning rate rises from 0")
+    lora_plus_ratio: Annotated[float, Ge(1), Le(1000)] | None = _key(
+        None, "LoRA+: the learning rate of the adapters' B matrices is this many times as high; null: the same"
+    )
+    min_learning_rate: Annotated[float, Ge(0), Le(10)] = _key(0.0, "where the schedules cosine, linear and wsd end")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = _key(
+        "cosine", "how the learning rate falls; wsd: not at all, then linearly in the last decay_fraction of the steps"
+    )
+    decay_fraction: Annotated[float, Gt(0), Le(1)] | None = _key(
+        None,
+        "share of the steps in which the learning rate falls, with schedule wsd",
+        shown=f"{DECAY_FRACTION} for schedule wsd, else null",
+    )
+    warmup_fraction: ShareBelowOne | None = _key(
+        0.03,
+        "share of the steps in which the learning rate rises from 0",
+        shown="0.03; null where warmup_steps is given",
+    )
+    warmup_steps: Annotated[int, Ge(0), Le(MOST_STEPS)] | None = _key(
+        None, "optimizer steps in which the learning rate rises from 0, instead of warmup_fraction"
+    )
     weight_decay: Annotated[float, Ge(0), Le(10)] = _key(0.0, "decoupled weight decay")
     betas: Annotated[tuple[ShareBelowOne, ShareBelowOne], Strict(False)] = _key(
         (0.9, 0.999), "decay of the averages of the gradient and of its square"
     )
     max_grad_norm: Annotated[float, Gt(0), Le(10**9)] = _key(1.0, "gradients are scaled down to this norm")
-    epochs: Annotated[float, Gt(0), Le(10_000)] | None = _key(
-        EPOCHS, "passes over the data", shown=f"{EPOCHS}; null where max_steps is given"
-    )
+    epochs: Epochs | None = _key(EPOCHS, "passes over the data", shown=f"{EPOCHS}; null where max_steps is given")
     max_steps: Steps | None = _key(None, "optimizer steps, instead of epochs")
 
 
@@ -207,16 +236,30 @@ class MemoryOptions(Section):
 
 class OutputOptions(Section):
     dir: Name = _key("runs/recipe", "the run folder", shown="runs/<name of the recipe file>")
-    save_every_steps: Steps = _key(100, "optimizer steps between checkpoints")
+    save_every_steps: Steps | None = _key(
+        100, "optimizer steps between checkpoints", shown="100; null where save_every_epochs is given"
+    )
+    save_every_epochs: Epochs | None = _key(
+        None, "passes over the data between checkpoints, instead of save_every_steps; rounded up to whole steps"
+    )
     save_every_minutes: Annotated[float, Gt(0), Le(10**6)] | None = _key(
         None, "minutes between checkpoints, besides the steps"
     )
     keep: Annotated[int, Ge(1), Le(10**6)] = _key(3, "newest checkpoints kept")
-    eval_every_steps: Steps = _key(100, "optimizer steps between evaluations, where there are eval rows")
+    eval_every_steps: Steps | None = _key(
+        100,
+        "optimizer steps between evaluations, where there are eval rows",
+        shown="100; null where eval_every_epochs is given",
+    )
+    eval_every_epochs: Epochs | None = _key(
+        None, "passes over the data between evaluations, instead of eval_every_steps; rounded up to whole steps"
+    )
     log_every_steps: Steps = _key(1, "optimizer steps between two rows of metrics.jsonl")
     best: Literal["loss"] | None = _key(None, "also keep the checkpoint with the lowest eval loss")
     early_stopping: Steps | None = _key(None, "evaluations without a lower loss before the run ends")
     report_to: list[Tracker] = _key([], "experiment trackers")
+    project: Name | None = _key(None, "the trackers' project (MLflow's experiment); null: theirs, as of WANDB_PROJECT")
+    run_name: Name | None = _key(None, "the run's name in the trackers; null: the name of the run folder")
 
 
 class Recipe(Section):

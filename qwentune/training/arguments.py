@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ def training_arguments(
     output: OutputOptions,
     *,
     name: str,
+    periods: Mapping[str, int],
     staging: Path,
     num_steps: int,
     micro_batch: int,
@@ -25,7 +27,10 @@ def training_arguments(
     seed: int,
     on_gpu: bool,
 ) -> TrainingArguments:
-    """The arguments of a run, one epoch of `num_steps` steps: epochs of the data are the schedule's business."""
+    """The arguments of a run, one epoch of `num_steps` steps: epochs of the data are the schedule's business.
+
+    `periods` are the steps of those that `output` gives in epochs.
+    """
     keeps_best = evaluates and (output.best is not None or output.early_stopping is not None)
     arguments = TrainingArguments(
         output_dir=str(staging),
@@ -38,15 +43,16 @@ def training_arguments(
         adam_beta2=optimizer.betas[1],
         max_grad_norm=optimizer.max_grad_norm,
         save_strategy="steps",
-        save_steps=output.save_every_steps,
+        save_steps=output.save_every_steps or periods["save_every_epochs"],
         eval_strategy="steps" if evaluates else "no",
-        eval_steps=output.eval_every_steps if evaluates else None,
+        eval_steps=(output.eval_every_steps or periods["eval_every_epochs"]) if evaluates else None,
         metric_for_best_model="loss" if keeps_best else None,
         greater_is_better=False if keeps_best else None,
         logging_steps=output.log_every_steps,
         logging_nan_inf_filter=False,
         report_to=list(output.report_to),
         run_name=name,
+        project=output.project or "huggingface",  # for trackio alone; the default is transformers'
         disable_tqdm=True,
         remove_unused_columns=False,
         seed=seed,

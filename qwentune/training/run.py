@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
@@ -256,6 +255,8 @@ class Run:
             self.folder.rewind(start.step)
             console.log_to(self.folder.path / LOG)
             origins = {key: redact(where) for key, where in self.loaded.origins.items()}
+            for key, steps in self.schedule.periods(self.loaded.recipe.output).items():
+                origins[f"output.{key}"] += f": every {steps} steps"
             resolved = resolved_yaml(self.loaded.recipe, origins)
             self.folder.write("recipe.yaml", self.loaded.text)
             self.folder.write_clean("recipe.resolved.yaml", resolved)  # in its values secrets were refused
@@ -278,7 +279,7 @@ class Run:
         from qwentune.facts.launch import uses_deepspeed
         from qwentune.model.head import LossHead
         from qwentune.training.arguments import training_arguments
-        from qwentune.training.learning_rate import learning_rate_factor
+        from qwentune.training.learning_rate import learning_rate_of
         from qwentune.training.probe import Probe
         from qwentune.training.shards import configure
         from qwentune.training.stop import StopOnSignal
@@ -295,11 +296,12 @@ class Run:
         every = sum(counts.values()) == self.dataset.report["trained_spans"]
         batches.prove_first(0 if checkpoint is None else checkpoint.step, stops, every)
         if recipe.output.report_to and ranks.leads:
-            continue_record(self.folder)
+            continue_record(self.folder, recipe.output)
         arguments = training_arguments(
             recipe.optimizer,
             recipe.output,
-            name=redact(self.folder.path.name),  # trackers get it
+            name=redact(recipe.output.run_name or self.folder.path.name),  # trackers get it
+            periods=self.schedule.periods(recipe.output),
             staging=checkpoints.folder,
             num_steps=self.schedule.num_steps,
             micro_batch=choices.micro_batch,
@@ -322,17 +324,12 @@ class Run:
             batches=batches,
             eval_batches=EvalBatches(evaluation, ranks.rank, ranks.num_ranks) if len(evaluation) else None,
             loss_head=LossHead(model, choices.loss),
-            learning_rate_factor=partial(
-                learning_rate_factor,
-                num_steps=self.schedule.num_steps,
-                num_warmup_steps=round(recipe.optimizer.warmup_fraction * self.schedule.num_steps),
-                schedule=recipe.optimizer.schedule,
-                min_factor=recipe.optimizer.min_learning_rate / recipe.optimizer.learning_rate,
-            ),
+            learning_rate_factor=learning_rate_of(recipe.optimizer, self.schedule.num_steps),
             checkpoints=checkpoints,
             checkpoint_facts={"run": facts, "plan": self.plan.to_json(), "versions": _library_versions()},
             recorder=recorder,
-            output=recipe.output,
+            patience=recipe.output.early_stopping,
+            lora_plus_ratio=recipe.optimizer.lora_plus_ratio or 1.0,
             eight_bit=choices.optimizer_state == "8bit",
             fp32_sums=adds_in_fp32,
             shards=shards,

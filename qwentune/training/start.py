@@ -189,6 +189,8 @@ def _is_fixed(key: str, then: Any, now: Any, facts: Mapping[str, Any]) -> bool:
         return "full" in (then, now)
     if key == "plan.optimizer_state":
         return "8bit" in (then, now)
+    if key == "optimizer.lora_plus_ratio":
+        return None in (then, now)
     if key == "plan.sharding":
         return not {then, now} <= {"none", "ddp"}
     if key == "number of ranks":

@@ -30,6 +30,7 @@ class ExactStep(_Mixed):
 
     loss_head: LossHead
     learning_rate_factor: Callable[[int], float]
+    lora_plus_ratio: float
     eight_bit: bool
     fp32_sums: bool
     shards: Shards | None
@@ -61,20 +62,24 @@ class ExactStep(_Mixed):
         decayed = {*self.get_decay_parameter_names(network)}
         # Of most rows of an embedding a batch says nothing: their moments, small as they get, stay in fp32.
         wide = {module.weight for module in network.modules() if self.eight_bit and isinstance(module, nn.Embedding)}
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        faster = {"lora_B", "lora_embedding_B"} if self.lora_plus_ratio != 1 else set[str]()
+        groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
         for name, parameter in network.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault((name in decayed, parameter in wide), []).append(parameter)
+                is_faster = not faster.isdisjoint(name.split("."))
+                groups.setdefault((is_faster, name in decayed, parameter in wide), []).append(parameter)
         self.adamw = AdamW(
             [
                 {
                     "params": parameters,
+                    "lr": self.args.learning_rate * (self.lora_plus_ratio if is_faster else 1.0),
                     "weight_decay": self.args.weight_decay if is_decayed else 0.0,
                     "eight_bit": self.eight_bit and not is_wide,
                 }
-                for (is_decayed, is_wide), parameters in groups.items()
-            ],
-            lr=self.args.learning_rate,
+                for (is_faster, is_decayed, is_wide), parameters in sorted(
+                    groups.items(), key=lambda group: group[0][0]
+                )
+            ],  # the first group's learning rate is the one that is logged
             betas=(self.args.adam_beta1, self.args.adam_beta2),
         )
         if self.shards is not None:
@@ -87,8 +92,9 @@ class ExactStep(_Mixed):
         # accelerate has looked for each parameter by its address, and those of which a rank has no row share one.
         for group, parameters in zip(chosen.param_groups, self._trained, strict=False):
             group["params"] = parameters
-        self._settings = [{name: group[name] for name in ("betas", "weight_decay")} for group in chosen.param_groups]
         self.lr_scheduler: Any = LambdaLR(chosen, self.learning_rate_factor)
+        kept = ("betas", "weight_decay", "initial_lr")
+        self._settings = [{name: group[name] for name in kept} for group in chosen.param_groups]
         self._created_lr_scheduler = True
         return self.lr_scheduler
 

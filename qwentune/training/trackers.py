@@ -9,16 +9,26 @@ from transformers import TrainerCallback
 
 from qwentune import console
 from qwentune.durable import run_id
+from qwentune.recipe import OutputOptions
 from qwentune.training.run_folder import RunFolder
 
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 
 
-def continue_record(folder: RunFolder) -> None:
+# What the trackers read a project from; trackio is told by transformers' arguments, TensorBoard has none.
+PROJECTS = ("WANDB_PROJECT", "SWANLAB_PROJECT", "COMET_PROJECT_NAME", "MLFLOW_EXPERIMENT_NAME", "CLEARML_PROJECT")
+
+
+def continue_record(folder: RunFolder, output: OutputOptions) -> None:
     """Tells the trackers by their environment variables which record is this run's, unless the user has.
 
     The record has the run's id. MLflow and ClearML take no id for a new record: they begin another one with each start.
+    Project and name count as the recipe says them, whatever the environment says.
     """
+    if output.project is not None:
+        os.environ.update(dict.fromkeys(PROJECTS, output.project))
+    if output.run_name is not None:
+        os.environ["CLEARML_TASK"] = output.run_name  # the others are told by transformers' arguments
     record = run_id(folder.path)
     for tracker in ("WANDB", "SWANLAB"):
         os.environ.setdefault(f"{tracker}_RUN_ID", record)

@@ -22,7 +22,6 @@ from qwentune.durable import remove
 from qwentune.errors import NotFiniteError, Problem, UserError
 from qwentune.model.head import LossHead
 from qwentune.model.sharded import Shards
-from qwentune.recipe import OutputOptions
 from qwentune.training.best import has_stopped_improving
 from qwentune.training.checkpoints import Checkpoints
 from qwentune.training.diagnose import first_not_finite
@@ -52,7 +51,8 @@ class ExactResume(ExactStep):
         checkpoints: Checkpoints,
         checkpoint_facts: Mapping[str, Any],
         recorder: Recorder | None,
-        output: OutputOptions,
+        patience: int | None = None,
+        lora_plus_ratio: float = 1.0,
         eight_bit: bool = False,
         fp32_sums: bool = False,
         shards: Shards | None = None,
@@ -68,7 +68,8 @@ class ExactResume(ExactStep):
         self.checkpoints = checkpoints
         self.checkpoint_facts = dict(checkpoint_facts)
         self.recorder = recorder
-        self.output = output
+        self.patience = patience
+        self.lora_plus_ratio = lora_plus_ratio
         self.eight_bit = eight_bit
         self.fp32_sums = fp32_sums
         self.shards = shards
@@ -198,7 +199,7 @@ class ExactResume(ExactStep):
         evaluated = [int(row["step"]) for row in self.state.log_history]
         if is_best:
             self.control.should_save = True  # so that the best step is there to be published
-        elif has_stopped_improving(evaluated, self.state.best_global_step, self.output.early_stopping):
+        elif has_stopped_improving(evaluated, self.state.best_global_step, self.patience):
             self.control.should_save = True
             self.control.should_training_stop = True
         return is_best
@@ -301,10 +302,10 @@ class ExactResume(ExactStep):
             cast(Any, self.lr_scheduler).load_state_dict(scheduler_state)
         # The states come from the checkpoint, the settings from the recipe: an allowed change of them must count.
         scheduler, optimizer = cast(Any, self.lr_scheduler), cast(Any, self.optimizer)
-        base, step = self.args.learning_rate, scheduler.last_epoch
-        scheduler.base_lrs = [base] * len(scheduler.base_lrs)
+        factor = self.learning_rate_factor(scheduler.last_epoch)
+        scheduler.base_lrs = [settings["initial_lr"] for settings in self._settings]
         for group, settings in zip(optimizer.param_groups, self._settings, strict=True):
-            group.update(settings, initial_lr=base, lr=base * self.learning_rate_factor(step))
+            group.update(settings, lr=settings["initial_lr"] * factor)
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

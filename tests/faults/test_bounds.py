@@ -39,6 +39,7 @@ GIVEN_BESIDE = {
     "output.early_stopping": ["data.eval_fraction=0.5"],
     "batch.micro_batch": ["batch.sequences_per_step=65536"],
     "optimizer.min_learning_rate": ["optimizer.learning_rate=10"],
+    "optimizer.decay_fraction": ["optimizer.schedule=wsd", "optimizer.warmup_steps=0"],
 }
 UPPER = re.compile(r"number (?:>=?) ([\d,.]+) and (<=?) ([\d,.]+)")
 

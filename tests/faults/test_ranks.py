@@ -394,7 +394,13 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "zero2-offload": {"output": {"save_every_steps": 4}},
     "zero3-offload": {"output": {"save_every_steps": 4}},
     "fsdp2": {"output": {"save_every_steps": 4}, "precision": {"weights": "bf16", "optimizer_state": "8bit"}},
-    "fsdp2 ": {"output": {"save_every_steps": 4}, "tuning": {"kind": "lora", "rank": 1, "alpha": 8, "dropout": 0.1}},
+    "fsdp2 ": {
+        "output": {"save_every_steps": 4}, "tuning": {"kind": "lora", "rank": 1, "alpha": 8, "dropout": 0.1},
+        "optimizer": {"lora_plus_ratio": 16},
+    },
+    "zero2 ": {
+        "output": {"save_every_steps": 4}, "tuning": {"kind": "lora", "rank": 4}, "optimizer": {"lora_plus_ratio": 16},
+    },
 }  # fmt: skip
 
 
@@ -402,7 +408,8 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("launch", TWO_RANKS)
 def test_two_killed_ranks_end_like_undisturbed_ones(tmp_path: Path, launch: str) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
-    recipe = write_recipe(tmp_path, model, optimizer={"max_steps": 8}, batch={"micro_batch": 1}, **TWO_RANKS[launch])
+    sections = {**TWO_RANKS[launch], "optimizer": {"max_steps": 8, **TWO_RANKS[launch].get("optimizer", {})}}
+    recipe = write_recipe(tmp_path, model, batch={"micro_batch": 1}, **sections)
     file = f"launch/{launch.strip()}.yaml"
     run = tmp_path / "run"
     whole = train(recipe, launch=file)

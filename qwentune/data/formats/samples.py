@@ -24,16 +24,18 @@ def read_samples(
     *,
     content: Content | None = None,
     count: RowCount | None = None,
+    max_rows: int | None = None,
 ) -> Iterator[Sample]:
     """The samples of a file in its order; rows that are wrong go to `problems` and reading goes on.
 
-    `format` is a key of `FORMATS`, or `auto`. Each row is counted into `count`. Raises DataError where no format is
+    `format` is a key of `FORMATS`, or `auto`. Each row is counted into `count`. Nothing is read behind the first
+    `max_rows` rows that can be. Raises DataError where no format is
     recognised, or where the file does not hold `content`.
     """
     if format == "auto":
         format = detected(path, content)
     count = RowCount() if count is None else count
-    for row in read_rows(path, problems, content=content, count=count):
+    for row in islice(read_rows(path, problems, content=content, count=count), max_rows):
         if too_many(path, problems):
             return
         if not isinstance(row.value, dict):
@@ -52,6 +54,7 @@ def read_samples(
             problems.extend(parsed)
         else:
             yield parsed
+    count.is_complete |= max_rows is not None  # as far as was asked for
 
 
 def refuse_untrained(sources: Iterable[tuple[str, str]]) -> None:

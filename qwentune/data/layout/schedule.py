@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from qwentune.recipe import BatchOptions, OptimizerOptions
+from qwentune.recipe import BatchOptions, OptimizerOptions, OutputOptions
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,27 @@ class Schedule:
         if self.max_steps is not None:
             return self.max_steps
         assert self.epochs is not None
-        return math.ceil(self._num_slots(self.epochs) / self.sequences_per_step)
+        return self.steps_of(self.epochs)
+
+    def steps_of(self, epochs: float) -> int:
+        """Whole optimizer steps that these passes over the data take."""
+        return math.ceil(self._num_slots(epochs) / self.sequences_per_step)
+
+    def periods(self, output: OutputOptions) -> dict[str, int]:
+        """The optimizer steps of each period that `output` gives in epochs, by its key there."""
+        given = {"save_every_epochs": output.save_every_epochs, "eval_every_epochs": output.eval_every_epochs}
+        return {key: self.steps_of(epochs) for key, epochs in given.items() if epochs is not None}
+
+    def remarks(self, optimizer: OptimizerOptions, output: OutputOptions) -> list[str]:
+        """What only the number of steps tells of these sections of a recipe, in words."""
+        found = [f"output.{key}: every {steps} steps" for key, steps in self.periods(output).items()]
+        warmup = optimizer.warmup_steps or 0
+        if warmup >= self.num_steps:
+            found.append(
+                f"warning: optimizer.warmup_steps: {warmup} steps are not fewer than the {self.num_steps} of the run: "
+                "the learning rate never arrives. Lower it, or train longer"
+            )
+        return found
 
     def rows(self, step: int) -> list[int]:
         """The rows of optimizer step `step`, counted from 0; fewer than `sequences_per_step` in a short last one."""
