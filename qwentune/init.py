@@ -69,7 +69,7 @@ def run_from(source: Path, model: str | None, paths: Sequence[str], output: Path
     Raises UsageError with everything that has no counterpart and without which there is no recipe.
     """
     from qwentune.durable import write_text
-    from qwentune.peers import translate
+    from qwentune.peers import translate_file
     from qwentune.peers.draft import draft, table
     from qwentune.recipe import describe_keys, parse_recipe
 
@@ -77,7 +77,7 @@ def run_from(source: Path, model: str | None, paths: Sequence[str], output: Path
         option = "--model" if model else "--data"
         raise UsageError(Problem(option, "--from names model and data already", "Change them in the recipe."))
     _refuse_output(output)
-    translation = translate(source)
+    translation = translate_file(source)
     problems = [*translation.problems, *_problems_of_model(translation)]
     defaults = {key.name: key.default for key in describe_keys()}
     made = draft(translation, str(output), defaults)

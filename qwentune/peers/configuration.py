@@ -18,9 +18,10 @@ from qwentune.errors import Problem, UsageError
 from qwentune.peers.key_tables import PEERS, KeyTable, key_table
 
 MAX_BYTES = 1_000_000
-_ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})")
-_VERB = re.compile(r"(swift|megatron|llamafactory-cli|lmf)|.*\b(sft|pt|rlhf|train|train_bash)\.py")
+_SUM = re.compile(r"\$\((?:\(|expr\0)\0*(\d{1,9})\0*([-+*/])\0*(\d{1,9})\0*\)?\)")  # between words is a \0
+_PROGRAM = re.compile(r"(swift|megatron|llamafactory-cli|lmf)|.*\b(sft|pt|rlhf|train|train_bash)\.py")
 _PROCESSES = ("NPROC_PER_NODE", "--nproc_per_node", "--nproc-per-node", "--num_processes")
 _OWN = frozenset({"model", "tuning", "data"})  # the sections that no recipe lacks
 
@@ -52,11 +53,13 @@ def read_configuration(path: Path) -> Configuration:
         text = read_text(path, MAX_BYTES)
     except UnreadableError as error:
         raise UsageError(Problem(str(path), str(error), "Name a configuration, a text file of some lines.")) from None
-    command = _command(text)
-    if command is not None:
+    given, verb, gpus = _mapping(text, path), "", None
+    if given is None:
+        command = _command(text)
+        if command is None:
+            what = "a configuration is a mapping of keys, or a script with a command such as `swift sft --model …`"
+            raise UsageError(Problem(str(path), what, "Is it the right file?"))
         given, verb, gpus = _flags(command, text, path), command.verb, command.gpus
-    else:
-        given, verb, gpus = _mapping(text, path), "", None
     name = _peer(given, path)
     return Configuration(path, key_table(name), name, given, verb, gpus)
 
@@ -87,24 +90,27 @@ def _peer(given: Mapping[str, Given], path: Path) -> str:
     return name
 
 
-def _mapping(text: str, path: Path) -> dict[str, Given]:
-    """The keys of YAML or JSON at the top, as PyYAML reads them."""
+def _mapping(text: str, path: Path) -> dict[str, Given] | None:
+    """The keys of YAML or JSON at the top, as PyYAML reads them; None where it is none.
+
+    Raises UsageError where it is one that is damaged.
+    """
     loader: Any = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         tree: Any = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if path.suffix not in (".yaml", ".yml", ".json"):
+            return None
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
         reason = getattr(error, "problem", None) or str(error) or "it is nested too deep"
-        what = f"this is neither YAML nor JSON, and no command that trains: {reason}"
-        fix = "A script has a line such as `swift sft --model Qwen/Qwen3-8B --dataset mine.jsonl`."
-        raise UsageError(Problem(where, what, fix)) from None
-    if not isinstance(tree, dict) or not isinstance(node, yaml.MappingNode):
-        what = "a configuration is a mapping of keys, or a script with a command such as `swift sft --model …`"
-        raise UsageError(Problem(str(path), what, "Is it the right file?"))
+        raise UsageError(Problem(where, f"this is neither YAML nor JSON: {reason}", "Correct the file.")) from None
+    if not isinstance(node, yaml.MappingNode):
+        return None
     lines = {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
-    return {str(key): Given(str(key), value, f"{path}:{lines.get(str(key), 1)}") for key, value in tree.items()}
+    values: dict[Any, Any] = tree
+    return {str(key): Given(str(key), value, f"{path}:{lines.get(str(key), 1)}") for key, value in values.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,21 +122,18 @@ class _Command:
 
 def _command(text: str) -> _Command | None:
     """The last command of a script that trains, its variables filled in; None where there is none."""
-    variables = dict[str, str]()
+    variables: dict[str, str] = {}
     found = None
     for words in _commands(text):
-        words = [_filled(word, variables) for word in words]
-        before = list[tuple[str, str]]()
-        while words and (match := _ASSIGNMENT.fullmatch(words[0])):
-            before.append((match[1], match[2]))
-            words = words[1:]
         if words[:1] == ["export"]:
-            before += [(match[1], match[2]) for word in words if (match := _ASSIGNMENT.fullmatch(word))]
-        variables |= before
-        place = next((place for place, word in enumerate(words) if _VERB.fullmatch(os.path.basename(word))), None)
-        if place is not None:
-            program = _VERB.fullmatch(os.path.basename(words[place]))
-            assert program is not None
+            words = words[1:]
+        while words and (match := _ASSIGNMENT.fullmatch(words[0])):
+            variables[match[1]] = _filled(match[2], variables)
+            words = words[1:]
+        words = _calculated([_filled(word, variables) for word in words])
+        programs = [(place, _PROGRAM.fullmatch(os.path.basename(word))) for place, word in enumerate(words)]
+        place, program = next(((place, match) for place, match in programs if match), (0, None))
+        if program is not None:
             rest = words[place + 1 :]
             verb = program[2] or (rest.pop(0) if rest and not rest[0].startswith("-") else "")
             found = _Command(rest, verb, _num_gpus(variables, words[:place]))
@@ -138,26 +141,34 @@ def _command(text: str) -> _Command | None:
 
 
 def _commands(text: str) -> Iterator[list[str]]:
-    """The commands of a script as words; what cannot be split is left out."""
+    """The commands of a script as words, as far as its quotes can be read."""
     without_comments = re.sub(r"(?m)(^|(?<=\s))#.*$", "", text)
-    for line in re.sub(r"\\\r?\n", " ", without_comments).splitlines():
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&")
-        lexer.whitespace_split, lexer.commenters = True, ""
-        words = list[str]()
-        try:
-            for word in lexer:
-                if set(word) <= set(";|&"):
-                    yield words
-                    words = []
-                else:
-                    words.append(word)
-        except ValueError:
-            continue
-        yield words
+    lexer = shlex.shlex(re.sub(r"\\\r?\n", " ", without_comments), posix=True, punctuation_chars=";|&\n")
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
+    words: list[str] = []
+    try:
+        for word in lexer:
+            if set(word) <= set(";|&\n"):
+                yield words
+                words = []
+            else:
+                words.append(word)
+    except ValueError:
+        return
+    yield words
 
 
 def _filled(word: str, variables: Mapping[str, str]) -> str:
     return _VARIABLE.sub(lambda match: variables.get(match[1] or match[2], match[3] or match[0]), word)
+
+
+def _calculated(words: list[str]) -> list[str]:
+    """Words in which `$(expr 16 / 2)` and `$((16 / 2))` are their results; nothing else is run."""
+    return _SUM.sub(lambda match: str(_result(int(match[1]), match[2], int(match[3]))), "\0".join(words)).split("\0")
+
+
+def _result(left: int, sign: str, right: int) -> int:
+    return {"*": left * right, "+": left + right, "-": left - right, "/": left // (right or 1)}[sign]
 
 
 def _num_gpus(variables: Mapping[str, str], launcher: list[str]) -> int | None:

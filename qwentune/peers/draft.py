@@ -13,8 +13,9 @@ from qwentune.peers.configuration import Given
 from qwentune.peers.translation import LeftOut, Setting, Translation, as_list, as_mapping, shown
 from qwentune.redaction import names_a_secret
 
-SECTIONS = tuple(
-    "model revision tuning objective data batch optimizer precision hardware memory output seed".split()
+SECTIONS = (
+    *("model", "revision", "tuning", "objective", "data", "batch", "optimizer"),
+    *("precision", "hardware", "memory", "output", "seed"),
 )
 WIDTH = 118  # columns
 _LEFT = 48  # of them for their side of the table
@@ -117,8 +118,8 @@ def table(t: Translation, defaults: Mapping[str, str]) -> list[str]:
     lines += _part("taken over", [line for one in said for line in _row(one, one.remark)])
     ours = [_row(one, f"ours is {defaults[one.ours]}" if one.ours in defaults else one.remark) for one in silent]
     lines += _part("defaults of theirs that differ from ours: written out", [line for row in ours for line in row])
-    lines += _part("left out, without effect on what is learnt", _reasons(left))
-    lines += _part("left out, and something else is learnt without it", _reasons(other))
+    lines += _part("left out; it has no effect on what is learnt", _reasons(left))
+    lines += _part("left out; where it was in effect, something else is learnt without it", _reasons(other))
     lines += _part("off or empty there", wrap(", ".join(given.key for given in t.off), WIDTH - 2))
     differences = [f"there: {one.there}\nhere:  {one.here}" for one in t.differences]
     lines += _part("done otherwise", [line for one in differences for line in one.splitlines()])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from qwentune.peers.configuration import Given
@@ -24,14 +23,12 @@ TRACKERS = ("clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio"
 METHODS = {"lora": "lora", "qlora": "qlora", "full": "full"}
 STATIC = ("wandb", "mlflow", "comet_ml", "tensorboard", "trackio", "swanlab")  # terms that switch a tracker on
 LIVE = "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.min_learning_rate", "seed"
-NAMES = "output.project", "output.run_name", "model"
 
 
 def translate_hyperparameters(t: Translation) -> None:
     """Every term but the data's, which come first: without eval rows nothing is evaluated."""
-    for name in NAMES:
-        if name in t.written:
-            t.set(name, str(t.written[name].value), t.written[name])
+    if given := t.written.get("model"):
+        t.set("model", str(given.value), given)
     if (given := t.get("revision")) and given.value not in ("main", "master", "default"):
         t.set("revision", str(given.value), given)
     kind = _tuning(t)
@@ -123,6 +120,8 @@ def _schedule(t: Translation) -> None:
         ours = "cosine" if name.startswith("cosine") or name in ("one_cycle", "rex") else "linear"
         t.differs(f"the schedule {name}", f"{ours}: the nearest that is here")
     t.set("optimizer.schedule", ours, given)
+    if ours == "constant" and (lowest := t.settings.pop("optimizer.min_learning_rate", None)):
+        t.leave_out(lowest.sources[0], "a constant learning rate does not fall")
     _schedule_arguments(t, ours)
     steps, share = t.number("warmup_steps"), t.number("warmup_ratio")
     if name == WITHOUT_WARMUP:
@@ -237,10 +236,7 @@ def _output(t: Translation) -> None:
     steps = t.number("logging_steps") if "logging_steps" in t.written else None
     if steps and steps >= 1:
         t.set("output.log_every_steps", int(steps), t.get("logging_steps"))
-    trackers = list(dict.fromkeys(_trackers(t)))
-    if trackers:
-        said = [t.written[term] for term in ("report_to", *STATIC, "output.project") if term in t.written]
-        t.set("output.report_to", trackers, *said)
+    _trackers(t)
 
 
 def _evaluation(t: Translation) -> None:
@@ -252,16 +248,20 @@ def _evaluation(t: Translation) -> None:
         t.set("output.best", "loss", t.get("best"))
 
 
-def _trackers(t: Translation) -> Iterator[str]:
-    for name in t.words("report_to"):
-        if name in TRACKERS:
-            yield name
-        elif name not in ("none", "all"):
-            t.leave_out(t.written["report_to"], f"{name} is no tracker that is known; {', '.join(TRACKERS)} are")
-    yield from (term for term in STATIC if t.flag(term))
+def _trackers(t: Translation) -> None:
     project = t.written.get("output.project")
-    if project and (name := project.key.partition("_")[0]) in TRACKERS:
-        yield name
+    named = t.words("report_to") + [term for term in STATIC if t.flag(term)]
+    named += [project.key.partition("_")[0]] if project else []  # a project of W&B switches it on
+    trackers = list(dict.fromkeys(name for name in named if name in TRACKERS))
+    if trackers:
+        said = [t.written[term] for term in ("report_to", *STATIC, "output.project") if term in t.written]
+        t.set("output.report_to", trackers, *said)
+    for name in ("output.project", "output.run_name"):
+        given = t.written.get(name)
+        if given is not None and set(trackers) - {"tensorboard"}:
+            t.set(name, str(given.value), given)
+        else:
+            t.leave_out(given, "no tracker is on that shows it (output.report_to)")
 
 
 def _intervals(t: Translation, what: str) -> None:

@@ -154,7 +154,7 @@ def _dialogue(columns: Mapping[str, str], tags: Mapping[str, Any]) -> dict[str, 
     said = {ours: str(tags.get(theirs, usual)) for theirs, (ours, usual) in TAGS.items()}
     is_chat = (said["role"], said["content"]) == ("role", "content")
     own = "messages" if is_chat else "conversations"
-    usual = IN_CHAT if is_chat else {ours: value for ours, value in TAGS.values()}
+    usual = IN_CHAT if is_chat else dict(TAGS.values())
     source: dict[str, Any] = {"format": "chat" if is_chat else "sharegpt"}
     messages = columns.get("messages", "conversations")
     names = {own: messages, **{name: columns[name] for name in ("system", "tools") if name in columns}}
