@@ -18,7 +18,7 @@ from qwentune.errors import EXIT_OK, DataError, DoesNotFitError, Problem, Recipe
 
 if TYPE_CHECKING:
     from qwentune.facts.architecture import ModelSpec
-    from qwentune.peers import Translation
+    from qwentune.peers.translation import Translation
 
 TEMPLATE = Path(__file__).with_name("recipe.yaml.jinja")
 KINDS = ("full", "lora", "qlora")
@@ -69,8 +69,8 @@ def run_from(source: Path, model: str | None, paths: Sequence[str], output: Path
     Raises UsageError with everything that has no counterpart and without which there is no recipe.
     """
     from qwentune.durable import write_text
-    from qwentune.peers import translate_file
     from qwentune.peers.draft import draft, table
+    from qwentune.peers.translate import translate_file
     from qwentune.recipe import describe_keys, parse_recipe
 
     if model or paths:

@@ -20,10 +20,10 @@ import qwentune
 from qwentune.cli import app
 from qwentune.errors import RecipeError
 from qwentune.memory import judge
-from qwentune.peers import translate, translate_file
 from qwentune.peers.configuration import Configuration, Given
 from qwentune.peers.draft import draft, table
 from qwentune.peers.key_tables import PEERS, Dropped, key_table
+from qwentune.peers.translate import translate, translate_file
 from qwentune.recipe import Recipe, describe_keys, load_recipe, parse_recipe
 from tests.peer_keys import RELEASES, differences
 

@@ -136,7 +136,7 @@ def _command(text: str) -> _Command | None:
         if program is not None:
             rest = words[place + 1 :]
             verb = program[2] or (rest.pop(0) if rest and not rest[0].startswith("-") else "")
-            found = _Command(rest, verb, _num_gpus(variables, words[:place]))
+            found = _Command(rest, verb, _num_gpus(program[0], variables, words[:place]))
     return found
 
 
@@ -171,13 +171,13 @@ def _result(left: int, sign: str, right: int) -> int:
     return {"*": left * right, "+": left + right, "-": left - right, "/": left // (right or 1)}[sign]
 
 
-def _num_gpus(variables: Mapping[str, str], launcher: list[str]) -> int | None:
+def _num_gpus(program: str, variables: Mapping[str, str], launcher: list[str]) -> int | None:
     """How many processes a command starts; None where it does not say."""
-    flags = dict(pairwise(" ".join(launcher).replace("=", " ").split()))
-    for name in _PROCESSES:
-        if (count := flags.get(name, variables.get(name, ""))).isdecimal():
-            return int(count)
-    return None
+    said = {**variables, **dict(pairwise(" ".join(launcher).replace("=", " ").split()))}
+    usual = "1" if program == "swift" else ""
+    processes = next((said[name] for name in _PROCESSES if name in said), usual)
+    machines = said.get("NNODES", "1")
+    return int(processes) * int(machines) if processes.isdecimal() and machines.isdecimal() else None
 
 
 def _flags(command: _Command, text: str, path: Path) -> dict[str, Given]:

@@ -73,8 +73,8 @@ def _written(setting: Setting, indent: str, defaults: Mapping[str, str]) -> Iter
 
 
 def _origin(setting: Setting, defaults: Mapping[str, str]) -> str:
-    keys = " × ".join(dict.fromkeys(source.key for source in setting.sources if source.where))
-    return keys or f"their default; ours is {defaults.get(setting.ours, 'none')}"
+    keys = ", ".join(dict.fromkeys(source.key for source in setting.sources if source.where))
+    return keys or f"their default; ours is {_ours(setting, defaults) or 'none'}"
 
 
 def flow(value: Any) -> str:
@@ -99,8 +99,13 @@ def _is_said(setting: Setting) -> bool:
     return any(source.where for source in setting.sources)
 
 
+def _ours(setting: Setting, defaults: Mapping[str, str]) -> str:
+    """Our default, without the words on what it depends on."""
+    return defaults.get(setting.ours, "").partition(";")[0]
+
+
 def _is_ours(setting: Setting, defaults: Mapping[str, str]) -> bool:
-    text = defaults.get(setting.ours, "").partition(";")[0]
+    text = _ours(setting, defaults)
     try:
         return json.loads(text) == setting.value
     except ValueError:
@@ -116,7 +121,7 @@ def table(t: Translation, defaults: Mapping[str, str]) -> list[str]:
     other = [one for one in t.left_out if one.changes]
     lines = [f"{configuration.path} is a configuration of {configuration.table.peer} ({configuration.table.release})"]
     lines += _part("taken over", [line for one in said for line in _row(one, one.remark)])
-    ours = [_row(one, f"ours is {defaults[one.ours]}" if one.ours in defaults else one.remark) for one in silent]
+    ours = [_row(one, f"ours is {_ours(one, defaults) or 'none'}") for one in silent]
     lines += _part("defaults of theirs that differ from ours: written out", [line for row in ours for line in row])
     lines += _part("left out; it has no effect on what is learnt", _reasons(left))
     lines += _part("left out; where it was in effect, something else is learnt without it", _reasons(other))

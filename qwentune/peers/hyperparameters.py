@@ -275,11 +275,11 @@ def _intervals(t: Translation, what: str) -> None:
     elif name == "no":
         t.leave_out(strategy, f"here {'checkpoints' if what == 'save' else 'evaluations'} are made every 100 steps")
     elif steps and steps >= 1:
-        t.set(f"output.{what}_every_steps", int(steps), t.get(f"{what}_steps"))
+        t.set(f"output.{what}_every_steps", int(steps), t.get(f"{what}_steps"), strategy)
     elif steps and (epochs := t.settings.get("optimizer.epochs")):
-        t.set(f"output.{what}_every_epochs", _rounded(steps * epochs.value), t.get(f"{what}_steps"))
+        t.set(f"output.{what}_every_epochs", _rounded(steps * epochs.value), t.get(f"{what}_steps"), strategy)
     elif steps and (whole := t.settings.get("optimizer.max_steps")):
-        t.set(f"output.{what}_every_steps", max(1, round(steps * whole.value)), t.get(f"{what}_steps"))
+        t.set(f"output.{what}_every_steps", max(1, round(steps * whole.value)), t.get(f"{what}_steps"), strategy)
 
 
 def _rounded(value: float) -> float:

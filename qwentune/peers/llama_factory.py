@@ -133,6 +133,8 @@ def _path(t: Translation, given: Given, name: str, entry: Mapping[str, Any], fol
         if "subset" in entry and "split" not in entry:
             behind.append("train")
         return ":".join([str(entry["hf_hub_url"]), *behind])
+    if "file_name" in entry and str(entry["file_name"]).endswith(".txt"):
+        t.refuse(given, f"'{name}' is a .txt, each line a text", 'Write the lines as JSON: {"text": "…"}.')
     if "file_name" in entry:
         return os.path.normpath(folder / str(entry["file_name"]))
     kept = next((key for key in ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name") if key in entry), "")

@@ -24,6 +24,8 @@ COLUMNS = {  # its standard names of columns: the format that reads them, and ou
     "system": ("", "system"),
     "tools": ("", "tools"),
 }
+SUFFIXES = ("json", "jsonl", "csv", "parquet", "gz", "zst")
+HEAD_BYTES = 65536
 MEDIA = ("images", "videos", "audios")
 DATASET = re.compile(r"(?:(HF|MS|hf|ms)::)?(.+?)(?::([\w./-]+))?(?:#(\d+))?")
 TURNS = {"default": "all", "last_round": "last"}
@@ -49,9 +51,9 @@ def translate_data(t: Translation) -> None:
     if given is None:
         where = Given("dataset", "", str(t.configuration.path))
         t.refuse(where, "no data is named", "Give `dataset`, files or data sets of the hub.")
-    t.set("data.train", [_source(t, given, one, columns, is_text) for one in _names(given)], given)
+    t.set("data.train", _sources(t, given, columns, is_text), given, t.written.get("columns"), t.written.get("use_hf"))
     if evaluation := t.written.get("eval_data"):
-        t.set("data.eval", [_source(t, evaluation, one, columns, is_text) for one in _names(evaluation)], evaluation)
+        t.set("data.eval", _sources(t, evaluation, columns, is_text), evaluation)
     elif (share := t.number("eval_share")) and share < 1:
         t.set("data.eval_fraction", float(share), t.get("eval_share"))
     if (tokens := t.number("max_tokens")) is not None:
@@ -72,12 +74,6 @@ def _is_off(t: Translation, key: str) -> bool:
     return given is not None and given.value is False
 
 
-def _names(given: Given | None) -> list[str]:
-    value: Any = [] if given is None else given.value
-    items = value.split() if isinstance(value, str) else as_list(value)
-    return [str(item) for item in items]
-
-
 def _columns(t: Translation) -> Mapping[str, str]:
     """Their standard names to the names in the file; --columns says it the other way round."""
     given = t.written.get("columns")
@@ -95,31 +91,54 @@ def _columns(t: Translation) -> Mapping[str, str]:
     return named
 
 
-def _source(
-    t: Translation, given: Given | None, text: str, columns: Mapping[str, str], is_text: bool
-) -> dict[str, Any]:
-    path, subset, rows = text, None, None
-    if not Path(text).exists() and (match := DATASET.fullmatch(text)):
-        path, subset, rows = match[2], match[3], match[4]
-        is_file = Path(path).exists() or Path(path).suffix[1:] in ("json", "jsonl", "csv", "parquet", "gz", "zst")
-        if not is_file and (match[1] or "").lower() != "hf" and not t.flag("use_hf"):
-            t.differs(f"{path} came from ModelScope", "the data set of that name comes from Hugging Face, or a file")
-    source: dict[str, Any] = {"path": f"{path}:{subset}:train" if subset and subset != "default" else path}
-    if path.endswith("self-cognition") and given is not None:
-        what, fix = f"{path} has placeholders for names", "Write them into a file of your own, and name that."
-        t.refuse(given, what, fix)
-    if rows is not None:
-        source["max_rows"] = int(rows)
+def _sources(t: Translation, given: Given | None, columns: Mapping[str, str], is_text: bool) -> list[dict[str, Any]]:
+    """The sources of a list of data sets; one that holds no rows yet is left out."""
+    if given is None:
+        return []
+    named = [str(item) for item in (given.value.split() if isinstance(given.value, str) else as_list(given.value))]
+    found: list[dict[str, Any]] = []
+    for name in named:
+        if "self-cognition" in name:
+            why = "its rows have placeholders for names: write them into a file of your own"
+            t.leave_out(Given(given.key, name, given.where), why, changes=True)
+            continue
+        path, subset, rows = _parts(t, name)
+        source: dict[str, Any] = {"path": f"{path}:{subset}:train" if subset and subset != "default" else path}
+        found.append(source | ({"max_rows": int(rows)} if rows else {}) | _format(path, columns, is_text))
+    if not found:
+        t.refuse(given, "no data set of these can be read", "Name files of rows, or data sets of the hub.")
+    return found
+
+
+def _parts(t: Translation, name: str) -> tuple[str, str | None, str | None]:
+    """Path, subset and number of rows of `HF::path:subset#rows`; a file may have these signs in its own name."""
+    match = DATASET.fullmatch(name)
+    if Path(name).exists() or match is None:
+        return name, None, None
+    hub, path, subset, rows = match.groups()
+    is_file = Path(path).exists() or Path(path).suffix[1:] in SUFFIXES
+    if not is_file and (hub or "").lower() != "hf" and not t.flag("use_hf"):
+        t.differs(f"{path} came from ModelScope", "the data set of that name comes from Hugging Face, or a file")
+    return path, subset, rows
+
+
+def _format(path: str, columns: Mapping[str, str], is_text: bool) -> dict[str, Any]:
+    """Format and columns of a source; a column that its file does not begin with is another one's."""
     if is_text:
-        return source | {"format": "text"}
-    read = {
-        ours: (format, name) for theirs, name in columns.items() for format, ours in [COLUMNS.get(theirs, ("", ""))]
-    }
-    formats = {format for format, _ in read.values() if format}
-    renamed = {ours: name for ours, (_, name) in read.items() if ours and ours != name}
-    return (
-        source | {"format": formats.pop() if len(formats) == 1 else "auto"} | ({"columns": renamed} if renamed else {})
-    )
+        return {"format": "text"}
+    head = _head(path)
+    read = [(COLUMNS[theirs], name) for theirs, name in columns.items() if theirs in COLUMNS and name in (head or name)]
+    formats = {format for (format, _), _ in read if format}
+    renamed = {ours: name for (_, ours), name in read if ours != name}
+    return {"format": formats.pop() if len(formats) == 1 else "auto", **({"columns": renamed} if renamed else {})}
+
+
+def _head(path: str) -> str:
+    """The beginning of a file of text, in which its columns stand; empty where there is none."""
+    if Path(path).suffix not in (".json", ".jsonl", ".csv") or not Path(path).is_file():
+        return ""
+    with open(path, "rb") as file:
+        return file.read(HEAD_BYTES).decode(errors="replace")
 
 
 def _too_long(t: Translation) -> None:
@@ -157,6 +176,9 @@ def _thinking(t: Translation, is_text: bool) -> None:
     if scales and (rest := names - KNOWN_SCALES):
         why = "weights of parts of an answer: a message takes a `weight` of its own"
         t.leave_out(Given(scales.key, "+".join(sorted(rest)), scales.where), why, changes=True)
+    template = t.configuration.given.get("template")
+    if template and not is_off(template.value) and not str(template.value).startswith(("qwen", "chatml")):
+        t.differs(f"the template {shown(template.value)}", "the checkpoint's own, which servers apply")
     if is_text or not is_hybrid(t):
         return
     if "ignore_empty_think" not in names and not _is_off(t, "add_non_thinking_prefix"):
