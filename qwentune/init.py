@@ -59,16 +59,17 @@ def init(
 ) -> None:
     """Look at data and GPU, write a commented recipe that fits; or turn a configuration of another tool into one."""
     if source is not None:
-        console.end(console.run(lambda: run_from(source, model, data or [], output)))
+        console.end(console.run(lambda: run_from(source, model, data or [], gpu, output)))
     console.end(console.run(lambda: run(model or "", data or [], gpu, output)))
 
 
-def run_from(source: Path, model: str | None, paths: Sequence[str], output: Path) -> int:
+def run_from(source: Path, model: str | None, paths: Sequence[str], gpu: str | None, output: Path) -> int:
     """Writes the recipe that a configuration of another tool means; the exit code.
 
     Raises UsageError with everything that has no counterpart and without which there is no recipe.
     """
     from qwentune.durable import write_text
+    from qwentune.peers.configuration import Given
     from qwentune.peers.draft import draft, table
     from qwentune.peers.translate import translate_file
     from qwentune.recipe import describe_keys, parse_recipe
@@ -78,6 +79,8 @@ def run_from(source: Path, model: str | None, paths: Sequence[str], output: Path
         raise UsageError(Problem(option, "--from names model and data already", "Change them in the recipe."))
     _refuse_output(output)
     translation = translate_file(source)
+    if gpu is not None:
+        translation.set("hardware.gpu", gpu, Given("--gpu", gpu, "--gpu"))
     problems = [*translation.problems, *_problems_of_model(translation)]
     defaults = {key.name: key.default for key in describe_keys()}
     made = draft(translation, str(output), defaults)

@@ -115,6 +115,8 @@ def test_a_real_configuration_becomes_a_recipe_that_previews_and_plans(place: Pa
 def test_every_key_that_was_written_stands_in_the_table(place: Path, configuration: str) -> None:
     translation = translate_file(Path(configuration))
     said = "\n".join(table(translation, DEFAULTS))
+    assert "ours is none" not in said, "every default of theirs that is written out stands beside ours"
+    assert "theirs)" not in said, "and what it decides"
     assert {key for key in translation.configuration.given if key not in said} == set()
     assert "0123456789abcdefghij" not in said, "secrets are not shown"
 
@@ -148,7 +150,7 @@ def test_quantised_bases_ratios_and_trackers_of_llama_factory(place: Path) -> No
     assert (recipe.data.turns, recipe.data.packing) == ("last", True)
     assert (recipe.output.report_to, recipe.output.project, recipe.output.run_name) == (["swanlab"], "shop", "faq-1")
     assert (recipe.output.save_every_epochs, recipe.output.keep) == (1.0, 1)
-    for words in ("neftune_noise_alpha: 5", "micro-batch", "fp16", "additional_target"):
+    for words in ("neftune_noise_alpha: 5", "micro-batch", "fp16", "additional_target", "ours is cosine"):
         assert words in said
 
 

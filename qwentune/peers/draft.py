@@ -17,6 +17,22 @@ SECTIONS = (
     *("model", "revision", "tuning", "objective", "data", "batch", "optimizer"),
     *("precision", "hardware", "memory", "output", "seed"),
 )
+CHANGES = {  # what a default decides
+    "tuning.kind": "which weights move",
+    "tuning.rank": "how much adapters can hold",
+    "tuning.alpha": "how strongly adapters act",
+    "tuning.dropout": "noise on what adapters read",
+    "data.max_tokens": "which rows are too long",
+    "data.packing": "whether a row of a step is one example",
+    "batch.sequences_per_step": "how many rows a step averages",
+    "optimizer.learning_rate": "how far a step goes",
+    "optimizer.schedule": "how the learning rate falls",
+    "optimizer.warmup_fraction": "how long the learning rate rises",
+    "optimizer.weight_decay": "how weights are pulled to zero",
+    "optimizer.betas": "over how many steps gradients are averaged",
+    "optimizer.epochs": "how often each row is seen",
+    "output.save_every_steps": "what a stop may cost",
+}
 WIDTH = 118  # columns
 _LEFT = 48  # of them for their side of the table
 
@@ -121,7 +137,7 @@ def table(t: Translation, defaults: Mapping[str, str]) -> list[str]:
     other = [one for one in t.left_out if one.changes]
     lines = [f"{configuration.path} is a configuration of {configuration.table.peer} ({configuration.table.release})"]
     lines += _part("taken over", [line for one in said for line in _row(one, one.remark)])
-    ours = [_row(one, f"ours is {_ours(one, defaults) or 'none'}") for one in silent]
+    ours = [_row(one, f"ours is {_ours(one, defaults) or 'none'}; {CHANGES.get(one.ours, 'theirs')}") for one in silent]
     lines += _part("defaults of theirs that differ from ours: written out", [line for row in ours for line in row])
     lines += _part("left out; it has no effect on what is learnt", _reasons(left))
     lines += _part("left out; where it was in effect, something else is learnt without it", _reasons(other))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from qwentune.errors import Problem
+from qwentune.errors import Problem, nearest
 from qwentune.peers.configuration import Configuration, Given
 from qwentune.peers.key_tables import Dropped, Taken
 
@@ -127,8 +127,8 @@ def begin(configuration: Configuration) -> Translation:
             case Dropped(why, changes) if not is_off(given.value):
                 translation.leave_out(given, why, changes=changes)
             case None if not is_off(given.value):
-                release = configuration.table.release
-                translation.leave_out(given, f"no key of {release}: was it taken there at all?", changes=True)
+                why = f"no key of {configuration.table.release}.{nearest(key, configuration.table.keys)}"
+                translation.leave_out(given, why, changes=True)
             case _:
                 translation.off.append(given)
     return translation
