@@ -266,6 +266,13 @@ def test_commands_of_ms_swift_that_train_nothing_of_ours_are_refused(place: Path
     assert f"swift {verb}" in said
 
 
+@pytest.mark.parametrize(
+    "command", ["llamafactory-cli train real.yaml", "axolotl train real.yaml", "swift sft --config real.yaml"]
+)
+def test_a_command_that_reads_a_file_is_answered_with_the_file(place: Path, command: str) -> None:
+    assert "qwentune init --from real.yaml" in refusal(f"export A=1\n{command}\n", "old.sh")
+
+
 def test_nothing_is_overwritten_and_options_that_contradict_are_refused(place: Path) -> None:
     Path("mine.yaml").write_text("mine")
     code, said = convert(REAL_LIFE[0])

@@ -11,7 +11,7 @@ from typing import Any
 from qwentune.errors import nearest
 from qwentune.peers.configuration import Given
 from qwentune.peers.key_tables import Dropped
-from qwentune.peers.translation import Translation, as_list, as_mapping, is_hybrid, is_off, shown
+from qwentune.peers.translation import Translation, as_list, as_mapping, file_of, is_hybrid, is_off, shown
 
 TYPES = {  # the part before the first dot or colon: our format
     "chat_template": "chat",
@@ -23,6 +23,7 @@ TYPES = {  # the part before the first dot or colon: our format
     "pretrain": "text",
 }
 SHAREGPT = {"from", "value"}
+BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # in place of a path: `data_files` are the files
 TOO_LONG = {"drop": "drop", "truncate": "drop", "raise": "error"}
 _PART = re.compile(r"([\w.-]+)\[(\d+%?)?:(\d+)(%)?\]")  # train[:20%]
 USUAL_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -140,8 +141,9 @@ def _path(t: Translation, given: Given, entry: Mapping[str, Any]) -> str:
     if len(names) > 1:
         t.refuse(given, f"{path}: several data_files are given", "Give each of them as a data set of its own.")
     if names:
-        inside = Path(path) / str(names[0])
-        return os.path.normpath(inside if inside.exists() or not Path(str(names[0])).exists() else str(names[0]))
+        name = file_of(t, str(names[0]))
+        return name if path in BUILDERS or Path(name).exists() else os.path.normpath(Path(path) / str(names[0]))
+    path = file_of(t, path)
     if Path(path).exists() or "." in os.path.basename(path) or path.startswith((".", "/", "~")):
         return path
     behind = [str(entry[key]) for key in ("name", "split") if entry.get(key)]

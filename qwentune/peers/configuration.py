@@ -21,7 +21,9 @@ MAX_BYTES = 1_000_000
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})")
 _SUM = re.compile(r"\$\((?:\(|expr\0)\0*(\d{1,9})\0*([-+*/])\0*(\d{1,9})\0*\)?\)")  # between words is a \0
-_PROGRAM = re.compile(r"(swift|megatron|llamafactory-cli|lmf)|.*\b(sft|pt|rlhf|train|train_bash)\.py")
+_PROGRAM = re.compile(
+    r"(?:swift|megatron|llamafactory-cli|lmf|axolotl(?:\.cli\.train)?)|.*\b(sft|pt|rlhf|train|train_bash)\.py"
+)
 _PROCESSES = ("NPROC_PER_NODE", "--nproc_per_node", "--nproc-per-node", "--num_processes")
 _OWN = frozenset({"model", "tuning", "data"})  # the sections that no recipe lacks
 
@@ -59,6 +61,7 @@ def read_configuration(path: Path) -> Configuration:
         if command is None:
             what = "a configuration is a mapping of keys, or a script with a command such as `swift sft --model …`"
             raise UsageError(Problem(str(path), what, "Is it the right file?"))
+        _refuse_named_file(command, path)
         given, verb, gpus = _flags(command, text, path), command.verb, command.gpus
     name = _peer(given, path)
     return Configuration(path, key_table(name), name, given, verb, gpus)
@@ -135,7 +138,7 @@ def _command(text: str) -> _Command | None:
         place, program = next(((place, match) for place, match in programs if match), (0, None))
         if program is not None:
             rest = words[place + 1 :]
-            verb = program[2] or (rest.pop(0) if rest and not rest[0].startswith("-") else "")
+            verb = program[1] or (rest.pop(0) if rest and not rest[0].startswith("-") else "")
             found = _Command(rest, verb, _num_gpus(program[0], variables, words[:place]))
     return found
 
@@ -196,6 +199,14 @@ def _flags(command: _Command, text: str, path: Path) -> dict[str, Given]:
         for key in values
     }
     return {key: Given(key, _value(words), f"{path}:{places[key]}") for key, words in values.items()}
+
+
+def _refuse_named_file(command: _Command, path: Path) -> None:
+    """Raises UsageError where a command takes its keys from a file of its own."""
+    words = command.words[command.words[:1] == ["--config"] :]
+    if words and words[0].endswith((".yaml", ".yml", ".json")):
+        what = f"its command reads {words[0]}"
+        raise UsageError(Problem(str(path), what, f"Give that file: qwentune init --from {words[0]}"))
 
 
 def _value(words: list[str]) -> Any:

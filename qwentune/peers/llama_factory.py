@@ -10,7 +10,7 @@ from typing import Any
 from qwentune.bounded import UnreadableError, read_text
 from qwentune.errors import nearest
 from qwentune.peers.configuration import Given
-from qwentune.peers.translation import Translation, as_mapping, is_hybrid, is_off, shown
+from qwentune.peers.translation import Translation, as_mapping, is_hybrid, is_off, joined, shown
 
 INFO = "dataset_info.json"
 MAX_BYTES = 20_000_000
@@ -201,6 +201,8 @@ def _behaviour(t: Translation, is_text: bool) -> None:
             "arguments of calls that were JSON text (OpenAI's) were encoded twice",
             "they are objects, as in the model's own template",
         )
-    t.differs("longer rows were cut in the middle, or lost their last turns", "they are dropped (data.too_long)")
+        t.differs("longer rows were cut in the middle, or lost their last turns", "they are dropped (data.too_long)")
+    else:
+        joined(t)
     if t.flag("packing") and not t.flag("isolated"):
         t.differs("packed examples attended to each other", "they are isolated, as with neat_packing")

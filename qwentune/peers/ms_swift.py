@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwentune.peers.configuration import Given
-from qwentune.peers.translation import Translation, as_list, as_mapping, is_hybrid, is_off, shown
+from qwentune.peers.translation import Translation, as_list, as_mapping, file_of, is_hybrid, is_off, shown
 
 VERBS = {"sft": "", "pt": "text", "": ""}
 TASKS = ("causal_lm",)
@@ -116,6 +116,7 @@ def _parts(t: Translation, name: str) -> tuple[str, str | None, str | None]:
     if Path(name).exists() or match is None:
         return name, None, None
     hub, path, subset, rows = match.groups()
+    path = file_of(t, path)
     is_file = Path(path).exists() or Path(path).suffix[1:] in SUFFIXES
     if not is_file and (hub or "").lower() != "hf" and not t.flag("use_hf"):
         t.differs(f"{path} came from ModelScope", "the data set of that name comes from Hugging Face, or a file")
@@ -179,6 +180,8 @@ def _thinking(t: Translation, is_text: bool) -> None:
     template = t.configuration.given.get("template")
     if template and not is_off(template.value) and not str(template.value).startswith(("qwen", "chatml")):
         t.differs(f"the template {shown(template.value)}", "the checkpoint's own, which servers apply")
+    if is_text and t.flag("packing"):
+        t.differs("a longer text was dropped, or split", "it goes on in the next row")
     if is_text or not is_hybrid(t):
         return
     if "ignore_empty_think" not in names and not _is_off(t, "add_non_thinking_prefix"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from qwentune.errors import Problem, nearest
@@ -151,6 +153,17 @@ def is_hybrid(t: Translation) -> bool:
     given = t.written.get("model")
     name = str(given.value).lower() if given else ""
     return "qwen3" in name and not any(part in name for part in ("2507", "coder", "instruct", "base", "embedding"))
+
+
+def file_of(t: Translation, name: str) -> str:
+    """The path of a file from here; one that is not here may stand beside the configuration."""
+    beside = t.configuration.path.parent / name
+    return os.path.normpath(beside) if not Path(name).exists() and beside.exists() else name
+
+
+def joined(t: Translation) -> None:
+    """Notes how texts of continued pre-training share rows."""
+    t.differs("texts were joined and cut into blocks, in which one saw the end of another", "each is alone in its rows")
 
 
 def is_off(value: Any) -> bool:
