@@ -47,20 +47,10 @@ def translate_data(t: Translation) -> None:
     t.set("data.train", train, t.get("data") or text)
     if evaluation := t.get("eval_data"):
         t.set("data.eval", _sources(t, evaluation, is_text=False), evaluation)
-    share = t.number("eval_share")
-    if share and share < 1:
-        t.set("data.eval_fraction", float(share), t.get("eval_share"))
-    elif share:
-        t.leave_out(t.get("eval_share"), "a number of rows: data.eval_fraction is a share of them", changes=True)
-    if (tokens := t.number("max_tokens")) is not None:
-        t.set("data.max_tokens", int(tokens), t.get("max_tokens"))
     if given := t.get("too_long"):
         t.set("data.too_long", TOO_LONG.get(str(given.value), "drop"), given)
         if given.value == "truncate":
             t.differs("longer rows lost their end, and with it the token that ends the answer", "they are dropped")
-    t.set("data.packing", t.flag("packing"), t.get("packing"))
-    if given := t.get("system"):
-        t.set("data.system", str(given.value), given)
     if given := t.get("template_file"):
         _template_file(t, given)
     if (given := t.get("template_arguments")) and (arguments := as_mapping(given.value)):
@@ -144,7 +134,7 @@ def _path(t: Translation, given: Given, entry: Mapping[str, Any]) -> str:
         name = file_of(t, str(names[0]))
         return name if path in BUILDERS or Path(name).exists() else os.path.normpath(Path(path) / str(names[0]))
     path = file_of(t, path)
-    if Path(path).exists() or "." in os.path.basename(path) or path.startswith((".", "/", "~")):
+    if Path(path).exists() or Path(path).suffix[1:2].isalpha() or path.startswith((".", "/", "~")):
         return path
     behind = [str(entry[key]) for key in ("name", "split") if entry.get(key)]
     if entry.get("name") and not entry.get("split"):

@@ -1,4 +1,4 @@
-"""Terms that all tools share: which weights move, how far, for how long, and what is written meanwhile."""
+"""Terms that all tools share: which rows and weights, how far and for how long they move, what is written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ LIVE = "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.min_learn
 
 
 def translate_hyperparameters(t: Translation) -> None:
-    """Every term but the data's, which come first: without eval rows nothing is evaluated."""
+    """Every term that is no tool's own; the data come first, as without eval rows nothing is evaluated."""
+    _rows(t)
     if given := t.written.get("model"):
         t.set("model", str(given.value), given)
     if (given := t.get("revision")) and given.value not in ("main", "master", "default"):
@@ -45,6 +46,21 @@ def translate_hyperparameters(t: Translation) -> None:
     for term in ("launch", "attention"):
         why = {"launch": "hardware.launch: auto takes the plan's file (ddp, fsdp2, zero1 to zero3, -offload)"}
         t.leave_out(t.written.get(term), why.get(term, "memory.attention: auto takes the plan's kernel"))
+
+
+def _rows(t: Translation) -> None:
+    share = t.number("eval_share")
+    if share and "data.eval" not in t.settings:
+        if share < 1:
+            t.set("data.eval_fraction", float(share), t.get("eval_share"))
+        else:
+            t.leave_out(t.get("eval_share"), "a number of rows: data.eval_fraction is a share of them", changes=True)
+    if (tokens := t.number("max_tokens")) is not None:
+        t.set("data.max_tokens", int(tokens), t.get("max_tokens"))
+    if "data.packing" not in t.settings:
+        t.set("data.packing", t.flag("packing"), t.get("packing"))
+    if (given := t.get("system")) and "data.system" not in t.settings:
+        t.set("data.system", str(given.value), given)
 
 
 def _tuning(t: Translation) -> str:

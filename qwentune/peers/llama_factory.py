@@ -56,19 +56,10 @@ def translate_data(t: Translation) -> None:
         t.set(
             ours, [source for source in found if source], given, t.written.get("data_folder"), t.written.get("max_rows")
         )
-    share = t.number("eval_share")
-    if share and share < 1:
-        t.set("data.eval_fraction", float(share), t.get("eval_share"))
-    elif share:
-        t.leave_out(t.get("eval_share"), "a number of rows: data.eval_fraction is a share of them", changes=True)
-    if (tokens := t.number("max_tokens")) is not None:
-        t.set("data.max_tokens", int(tokens), t.get("max_tokens"))
     packed = t.flag("packing") or t.flag("isolated") or (is_text and "packing" not in t.written)
     t.set("data.packing", packed, t.written.get("isolated") or t.get("packing"))
     if t.flag("last_turn"):
         t.set("data.turns", "last", t.get("last_turn"))
-    if given := t.get("system"):
-        t.set("data.system", str(given.value), given)
     _behaviour(t, is_text)
 
 

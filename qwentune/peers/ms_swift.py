@@ -54,16 +54,10 @@ def translate_data(t: Translation) -> None:
     t.set("data.train", _sources(t, given, columns, is_text), given, t.written.get("columns"), t.written.get("use_hf"))
     if evaluation := t.written.get("eval_data"):
         t.set("data.eval", _sources(t, evaluation, columns, is_text), evaluation)
-    elif (share := t.number("eval_share")) and share < 1:
-        t.set("data.eval_fraction", float(share), t.get("eval_share"))
-    if (tokens := t.number("max_tokens")) is not None:
-        t.set("data.max_tokens", int(tokens), t.get("max_tokens"))
-    else:
+    if t.get("max_tokens") is None:
         t.differs("rows were as long as the model's window", "longer ones than data.max_tokens are dropped: 4096")
     _too_long(t)
-    t.set("data.packing", t.flag("packing"), t.get("packing"))
-    if given := t.get("system"):
-        _system(t, given)
+    _system(t)
     _thinking(t, is_text)
     method = t.get("method")
     t.defaults["optimizer.learning_rate"] = 1.0e-5 if method and method.value == "full" else 1.0e-4
@@ -157,12 +151,11 @@ def _too_long(t: Translation) -> None:
         )
 
 
-def _system(t: Translation, given: Given) -> None:
-    file = Path(str(given.value))
-    if file.suffix == ".txt" and file.is_file():
+def _system(t: Translation) -> None:
+    """A system text may stand in a file."""
+    given = t.get("system")
+    if given is not None and (file := Path(file_of(t, str(given.value)))).suffix == ".txt" and file.is_file():
         t.set("data.system", file.read_text(encoding="utf-8").strip(), given)
-    else:
-        t.set("data.system", str(given.value), given)
 
 
 def _thinking(t: Translation, is_text: bool) -> None:
