@@ -19,10 +19,9 @@ SCHEDULES = {
     **dict.fromkeys(("warmup_stable_decay", "wsd", "WSD"), "wsd"),
 }
 WITHOUT_WARMUP = "constant"
-TRACKERS = ("clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-METHODS = {"lora": "lora", "qlora": "qlora", "full": "full"}
-STATIC = ("wandb", "mlflow", "comet_ml", "tensorboard", "trackio", "swanlab")  # terms that switch a tracker on
-LIVE = "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.min_learning_rate", "seed"
+TRACKERS = ("clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")  # also terms: switches
+KINDS = ("full", "lora", "qlora")
+NUMBERS = ("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.min_learning_rate", "seed")
 
 
 def translate_hyperparameters(t: Translation) -> None:
@@ -32,20 +31,19 @@ def translate_hyperparameters(t: Translation) -> None:
         t.set("model", str(given.value), given)
     if (given := t.get("revision")) and given.value not in ("main", "master", "default"):
         t.set("revision", str(given.value), given)
-    kind = _tuning(t)
-    for name in LIVE:
+    _tuning(t)
+    for name in NUMBERS:
         given = t.get(name)
         if given is not None and (value := t.number(name)) is not None:
             t.set(name, value if name == "seed" else float(value), given)
     _length_of_the_run(t)
     _schedule(t)
     _batch(t)
-    _adamw(t, kind)
+    _adamw(t)
     _precision(t)
     _output(t)
-    for term in ("launch", "attention"):
-        why = {"launch": "hardware.launch: auto takes the plan's file (ddp, fsdp2, zero1 to zero3, -offload)"}
-        t.leave_out(t.written.get(term), why.get(term, "memory.attention: auto takes the plan's kernel"))
+    t.leave_out(t.written.get("launch"), "hardware.launch: auto takes the plan's file (ddp, fsdp2, zero1 to zero3)")
+    t.leave_out(t.written.get("attention"), "memory.attention: auto takes the plan's kernel")
 
 
 def _rows(t: Translation) -> None:
@@ -63,13 +61,12 @@ def _rows(t: Translation) -> None:
         t.set("data.system", str(given.value), given)
 
 
-def _tuning(t: Translation) -> str:
+def _tuning(t: Translation) -> None:
     method, bits = t.get("method"), _bits(t)
     name = str(method.value).lower() if method else "full"
-    kind = METHODS.get(name, "")
-    if method and not kind:
+    kind = name if name in KINDS else "lora"
+    if method and kind != name:
         t.refuse(method, f"{shown(method.value)} is not here; full, lora and qlora are", "Choose one of them there.")
-        kind = "lora"
     if kind == "lora" and bits and bits[1] == 4:
         kind = "qlora"
     sources = [method, bits[0] if bits and kind == "qlora" else None]
@@ -79,7 +76,7 @@ def _tuning(t: Translation) -> str:
     if kind == "full":
         for term in ("rank", "alpha", "dropout", "targets", "all_linear", "start_from", "lora_plus", "dora", "rslora"):
             t.leave_out(t.written.get(term), "adapters, which full tuning does not have")
-        return kind
+        return
     rank, alpha = t.number("rank"), t.number("alpha")
     if rank is not None:
         t.set("tuning.rank", int(rank), t.get("rank"))
@@ -100,7 +97,6 @@ def _tuning(t: Translation) -> str:
         t.set("tuning.start_from", folders[-1], given, remark="a new run that starts from it")
     if (ratio := t.number("lora_plus")) is not None and "lora_plus" in t.written:
         t.set("optimizer.lora_plus_ratio", float(ratio), t.written["lora_plus"])
-    return kind
 
 
 def _bits(t: Translation) -> tuple[Given, int] | None:
@@ -190,7 +186,7 @@ def _batch(t: Translation) -> None:
     t.set("batch.sequences_per_step", total, t.get("rows_per_gpu"), t.get("accumulation"), remark=remark)
 
 
-def _adamw(t: Translation, kind: str) -> None:
+def _adamw(t: Translation) -> None:
     given = t.get("optimizer")
     if given is not None:
         name = str(given.value)
@@ -202,7 +198,9 @@ def _adamw(t: Translation, kind: str) -> None:
             t.set("optimizer.kind", "adamw", given)
         if state == "8bit":
             t.set("precision.optimizer_state", "8bit", given)
-    t.leave_out(t.written.get("optimizer_plugin"), "an optimizer of a plugin: AdamW is here", changes=True)
+    plugin = t.written.get("optimizer_plugin")
+    if plugin is not None and str(plugin.value) not in OPTIMIZERS:
+        t.leave_out(plugin, "another optimizer: AdamW is here", changes=True)
     first, second = t.number("beta1"), t.number("beta2")
     if first is not None or second is not None:
         betas = [0.9 if first is None else float(first), 0.999 if second is None else float(second)]
@@ -266,11 +264,11 @@ def _evaluation(t: Translation) -> None:
 
 def _trackers(t: Translation) -> None:
     project = t.written.get("output.project")
-    named = t.words("report_to") + [term for term in STATIC if t.flag(term)]
+    named = t.words("report_to") + [term for term in TRACKERS if t.flag(term)]
     named += [project.key.partition("_")[0]] if project else []  # a project of W&B switches it on
     trackers = list(dict.fromkeys(name for name in named if name in TRACKERS))
     if trackers:
-        said = [t.written[term] for term in ("report_to", *STATIC, "output.project") if term in t.written]
+        said = [t.written[term] for term in ("report_to", *TRACKERS, "output.project") if term in t.written]
         t.set("output.report_to", trackers, *said)
     for name in ("output.project", "output.run_name"):
         given = t.written.get(name)
