@@ -218,6 +218,35 @@ def test_yaml_and_json_of_ms_swift(place: Path) -> None:
     assert recipe.output.report_to == ["tensorboard", "swanlab"]
 
 
+def test_fields_and_roles_by_other_names_are_tags(place: Path) -> None:
+    entry = {
+        "file_name": "old_chats.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "turns", "system": "rules"},
+        "tags": {"role_tag": "who", "content_tag": "says", "user_tag": "customer", "assistant_tag": "clerk"},
+    }
+    Path("dataset_info.json").write_text(json.dumps({"shop": entry}))
+    Path("old.yaml").write_text("model_name_or_path: Qwen/Qwen3-8B\nstage: sft\ndataset: shop\ndataset_dir: .\n")
+    (source,) = recipe_of("old.yaml").data.train
+    assert (source.format, source.columns) == ("chat", {"messages": "turns", "system": "rules"})
+    assert source.tags == {"role": "who", "content": "says", "user": "customer", "assistant": "clerk"}
+    entry = {
+        "path": "data/chat.jsonl",
+        "type": "chat_template",
+        "field_messages": "turns",
+        "message_property_mappings": {"role": "who", "content": "says", "reasoning_content": "thought"},
+        "message_field_training": "counts",
+        "roles": {"user": ["human", "customer"], "assistant": ["gpt", "clerk"]},
+    }
+    Path("old.yaml").write_text(yaml.safe_dump({"base_model": "Qwen/Qwen3-8B", "datasets": [entry]}))
+    (source,) = load_after("old.yaml").data.train
+    assert (source.format, source.columns) == ("chat", {"messages": "turns"})
+    assert source.tags == {
+        **{"role": "who", "content": "says", "reasoning_content": "thought", "train": "counts"},
+        **{"user": ["customer"], "assistant": ["clerk"]},
+    }
+
+
 def test_a_folder_that_is_elsewhere_is_the_hub_id_of_its_name(place: Path) -> None:
     Path("old.yaml").write_text(
         "base_model: /mnt/models/Qwen3-8B\ndatasets: [{path: data/chat.jsonl, type: chat_template}]\n"

@@ -26,6 +26,12 @@ SHAREGPT = {"from", "value"}
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # in place of a path: `data_files` are the files
 TOO_LONG = {"drop": "drop", "truncate": "drop", "raise": "error"}
 _PART = re.compile(r"([\w.-]+)\[(\d+%?)?:(\d+)(%)?\]")  # train[:20%]
+FIELDS = {  # of a message, by keys of a data set: ours
+    "message_field_role": "role",
+    "message_field_content": "content",
+    "message_field_training": "train",
+    "field_thinking": "reasoning_content",
+}
 USUAL_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -155,23 +161,27 @@ def _columns_of_prompts(kind: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dialogue(entry: Mapping[str, Any], format: str) -> dict[str, Any]:
-    mappings = as_mapping(entry.get("message_property_mappings")) or {}
-    role = str(mappings.get("role") or entry.get("message_field_role") or ("from" if format == "sharegpt" else "role"))
-    content = mappings.get("content") or entry.get("message_field_content")
-    content = str(content or ("value" if format == "sharegpt" else "content"))
-    is_sharegpt = {role, content} == SHAREGPT
-    own, usual = ("conversations", "conversations") if is_sharegpt else ("messages", "messages")
-    messages = str(entry.get("field_messages") or ("conversations" if format == "sharegpt" else usual))
-    columns = {own: messages, "tools": str(entry.get("field_tools") or "tools")}
-    source: dict[str, Any] = {"format": "sharegpt" if is_sharegpt else "chat"}
-    if renamed := {ours: theirs for ours, theirs in columns.items() if ours != theirs}:
-        source["columns"] = renamed
-    tags = {} if is_sharegpt else {ours: name for ours, name in (("role", role), ("content", content)) if ours != name}
-    for ours, theirs in (as_mapping(entry.get("roles")) or {}).items():
-        for name in map(str, as_list(theirs)):
-            if USUAL_ROLES.get(name) != ours:
-                tags[ours] = name
-    return source | ({"tags": tags} if tags else {})
+    """Rows of the format sharegpt with its own names of fields, or of the format chat with those that they have."""
+    usual = {"role": "from", "content": "value"} if format == "sharegpt" else {"role": "role", "content": "content"}
+    older = {ours: entry.get(theirs) for theirs, ours in FIELDS.items()}
+    mapped = {**usual, **older, **(as_mapping(entry.get("message_property_mappings")) or {})}
+    fields = {ours: str(theirs or usual.get(ours, ours)) for ours, theirs in mapped.items()}
+    is_sharegpt = (fields["role"], fields["content"]) == ("from", "value")
+    if is_sharegpt:
+        del fields["role"], fields["content"]
+    tags: dict[str, Any] = {ours: theirs for ours, theirs in fields.items() if ours != theirs}
+    for role, names in (as_mapping(entry.get("roles")) or {}).items():
+        if others := [str(name) for name in as_list(names) if USUAL_ROLES.get(str(name)) != role]:
+            tags[role] = others
+    own = "conversations" if is_sharegpt else "messages"
+    messages = "conversations" if format == "sharegpt" else "messages"
+    names = {own: str(entry.get("field_messages") or messages), "tools": str(entry.get("field_tools") or "tools")}
+    columns = {ours: theirs for ours, theirs in names.items() if ours != theirs}
+    return {
+        "format": "sharegpt" if is_sharegpt else "chat",
+        **({"columns": columns} if columns else {}),
+        **({"tags": tags} if tags else {}),
+    }
 
 
 def _is_usual(key: str, value: Any) -> bool:
@@ -181,10 +191,8 @@ def _is_usual(key: str, value: Any) -> bool:
         "train_on_eos": lambda: value == "turn",
         "train_on_eot": lambda: value == "turn",
         "chat_template": lambda: value == "tokenizer_default",
-        "field_thinking": lambda: value in ("reasoning_content", "thinking", "reasoning"),
         "template_thinking_key": lambda: value == "reasoning_content",
         "split_thinking": lambda: True,
-        "message_field_training": lambda: value in ("train", "training"),
     }.get(key, lambda: False)()
 
 

@@ -29,10 +29,10 @@ TAGS = {  # their tags of the format sharegpt: ours, and their values where none
     "user_tag": ("user", "human"),
     "assistant_tag": ("assistant", "gpt"),
     "observation_tag": ("tool", "observation"),
-    "function_tag": ("function", "function_call"),
+    "function_tag": ("function_call", "function_call"),
     "system_tag": ("system", "system"),
 }
-IN_CHAT = {name: name for name in ("role", "content", "user", "assistant", "system", "tool")}
+IN_CHAT = {name: name for name in ("role", "content", "user", "assistant", "system", "tool", "function_call")}
 
 
 def translate_data(t: Translation) -> None:
@@ -143,20 +143,26 @@ def _instruction(columns: Mapping[str, str], is_text: bool) -> dict[str, Any]:
 
 
 def _dialogue(columns: Mapping[str, str], tags: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows of the format sharegpt, or chat where roles and contents are called as OpenAI does."""
+    """Rows of the format sharegpt with its own names of fields, or of the format chat with those that they have."""
     said = {ours: str(tags.get(theirs, usual)) for theirs, (ours, usual) in TAGS.items()}
-    is_chat = (said["role"], said["content"]) == ("role", "content")
-    own = "messages" if is_chat else "conversations"
-    usual = IN_CHAT if is_chat else dict(TAGS.values())
-    source: dict[str, Any] = {"format": "chat" if is_chat else "sharegpt"}
-    messages = columns.get("messages", "conversations")
-    names = {own: messages, **{name: columns[name] for name in ("system", "tools") if name in columns}}
-    if renamed := {ours: theirs for ours, theirs in names.items() if ours != theirs}:
-        source["columns"] = renamed
-    given = {TAGS[theirs][0] for theirs in tags if theirs in TAGS}
-    if changed := {ours: said[ours] for ours in usual if ours in given and said[ours] != usual[ours]}:
-        source["tags"] = changed
-    return source
+    is_sharegpt = (said["role"], said["content"]) == ("from", "value")
+    usual = dict(TAGS.values()) if is_sharegpt else IN_CHAT
+    # Of the roles that are not named, only those that every dialogue has matter.
+    named = {TAGS[theirs][0] for theirs in tags if theirs in TAGS} | {"role", "content", "user", "assistant"}
+    own = "conversations" if is_sharegpt else "messages"
+    names = {own: columns.get("messages", "conversations")}
+    names |= {name: columns[name] for name in ("system", "tools") if name in columns}
+    return {
+        "format": "sharegpt" if is_sharegpt else "chat",
+        **{
+            key: found
+            for key, found in (
+                ("columns", {ours: theirs for ours, theirs in names.items() if ours != theirs}),
+                ("tags", {ours: said[ours] for ours in usual if ours in named and said[ours] != usual[ours]}),
+            )
+            if found
+        },
+    }
 
 
 def _behaviour(t: Translation, is_text: bool) -> None:
