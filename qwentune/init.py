@@ -114,8 +114,9 @@ def _problems_of_model(translation: Translation) -> list[Problem]:
     name, where = setting.value, setting.sources[0].where
     last = Path(name).name
     published = next((known for known in MODELS if known.lower() == f"qwen/{last}".lower()), None)
-    if published is not None and name.lower() != published.lower() and not Path(name).is_dir():
-        translation.set("model", published, *setting.sources, remark=f"{name} is not here: the hub id of that name")
+    if published is not None and name != published and not Path(name).is_dir():
+        remark = "" if name.lower() == published.lower() else f"{name} is not here: the hub id of that name"
+        translation.set("model", published, *setting.sources, remark=remark)
         name = published
     try:
         refuse_untrainable(model_spec(name))

@@ -107,7 +107,8 @@ def _mapping(text: str, path: Path) -> dict[str, Given] | None:
             return None
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
-        reason = getattr(error, "problem", None) or str(error) or "it is nested too deep"
+        reason = getattr(error, "problem", None) or str(error)
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else reason
         raise UsageError(Problem(where, f"this is neither YAML nor JSON: {reason}", "Correct the file.")) from None
     if not isinstance(node, yaml.MappingNode):
         return None

@@ -90,7 +90,9 @@ def _written(setting: Setting, indent: str, defaults: Mapping[str, str]) -> Iter
 
 def _origin(setting: Setting, defaults: Mapping[str, str]) -> str:
     keys = ", ".join(dict.fromkeys(source.key for source in setting.sources if source.where))
-    return keys or f"their default; ours is {_ours(setting, defaults) or 'none'}"
+    if keys or setting.ours == "tuning.kind":  # which has no default here
+        return keys or "their default"
+    return f"their default; ours is {_ours(setting, defaults) or 'none'}"
 
 
 def flow(value: Any) -> str:

@@ -109,7 +109,11 @@ def _bits(t: Translation) -> tuple[Given, int] | None:
 
 def _targets(t: Translation) -> None:
     given, names = t.get("targets"), t.words("targets")
-    if given is not None and not t.flag("all_linear") and not {"all", "all-linear", "all_linear"} & set(names):
+    if (
+        given is not None
+        and not t.flag("all_linear")
+        and not {"all", "all-linear", "all_linear"} & {name.lower() for name in names}
+    ):
         t.set("tuning.targets", names, given)
     else:
         t.set("tuning.targets", "all-linear", t.written.get("all_linear") or given)
