@@ -164,6 +164,7 @@ def look_at(paths: Sequence[str]) -> list[Seen]:
     from qwentune.data.formats import detect
     from qwentune.data.formats.samples import read_samples, refuse_untrained
     from qwentune.data.reading.files import read_rows
+    from qwentune.recipe import DataSource
 
     problems: list[Problem] = []
     found: list[Seen] = []
@@ -171,7 +172,7 @@ def look_at(paths: Sequence[str]) -> list[Seen]:
         try:
             first = [row.value for row in islice(read_rows(path, []), 20)]
             format = detect(first) or "auto"
-            refuse_untrained([(path, format)])
+            refuse_untrained([DataSource(path=path, format=format)])
             samples = read_samples(path, format, problems)
             tokens = [_guessed_tokens(asdict(sample)) for sample in islice(samples, NUM_ROWS_LOOKED_AT)]
             found.append(Seen(path, format, tokens, next(samples, None) is not None))

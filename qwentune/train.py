@@ -173,7 +173,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     template = chat_template(recipe.data, tokenizer)
     shares = recipe.memory.shares_prefixes
     sources = [*recipe.data.train, *(recipe.data.evaluation or ())]
-    refuse_untrained((source.path, source.format) for source in sources)
+    refuse_untrained(sources)
     dataset = prepare(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=shares)
     for warning in dataset.report["warnings"]:
         console.say(f"warning: {warning}")

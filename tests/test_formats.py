@@ -6,18 +6,22 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qwentune.data.formats import FORMATS, detect
 from qwentune.data.formats.samples import read_samples, refuse_untrained
 from qwentune.data.formats.suggestion import suggestion
+from qwentune.data.reading.columns import Columns
 from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, Source, Text, ToolCall
 from qwentune.errors import DataError, Problem
+from qwentune.recipe import DataSource
 from qwentune.recipe.keys import describe_keys
 from qwentune.row_formats import ROW_FORMATS
 
@@ -76,7 +80,7 @@ def test_a_format_is_one_file_and_one_line_of_the_table() -> None:
 @pytest.mark.parametrize("name", [name for name, format in ROW_FORMATS.items() if not format.is_trained])
 def test_a_format_that_is_not_trained_yet_is_refused_by_name(name: str) -> None:
     with pytest.raises(DataError, match=f"format {name} can be previewed, but not trained on yet"):
-        refuse_untrained([("data_templates/chat.jsonl", "auto"), (f"data_templates/{name}.jsonl", "auto")])
+        refuse_untrained([DataSource(path=f"data_templates/{file}.jsonl") for file in ("chat", name)])
 
 
 def test_keys_that_no_format_has_are_named_with_the_nearest(tmp_path: Path) -> None:
@@ -360,7 +364,7 @@ def test_two_answers_that_are_the_same_are_no_preference() -> None:
             {"request": chat(USER), "response": {"choices": []}},
             "As rows of the format chat: join them (jq -c '.request + {choices: .response.choices}'",
         ),
-        ({"input": "q", "output": "a"}, "format instruction: rename 'input' to 'instruction' (jq"),
+        ({"input": "q", "output": "a"}, "format instruction: rename 'input' to 'instruction', in the recipe by `data:"),
         (
             {"prompt": [USER], "completion": [ANSWER]},
             "format chat: join them (jq -c 'del(.prompt, .completion) + {messages: (.prompt + .completion)}'",
@@ -384,6 +388,17 @@ def test_columns_by_other_names_are_answered_with_a_renaming(tmp_path: Path, row
     assert hint in str(refused.value)
 
 
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+def read_source(source: DataSource) -> list[Any]:
+    """The samples of a source whose rows are all right."""
+    problems: list[Problem] = []
+    samples = list(read_samples(source.path, source.format, problems, columns=Columns.of(source)))
+    assert not problems
+    return samples
+
+
 def mended(file: Path) -> list[Any]:
     """What the command that is printed for a file makes of it."""
     with pytest.raises(DataError) as refused:
@@ -400,17 +415,34 @@ def mended(file: Path) -> list[Any]:
 @pytest.mark.skipif(shutil.which("jq") is None, reason="no jq")
 def test_the_command_that_renames_loses_no_other_column(tmp_path: Path) -> None:
     file = tmp_path / "my rows.jsonl"
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    system = {"system": "be brief"}
-    for row, ours in (
-        ({**system, "prompt": "q", "response": "a"}, {**system, "instruction": "q", "output": "a"}),
-        ({"prompt": [USER], "completion": [ANSWER], "tools": tools}, chat(USER, ANSWER, tools=tools)),
-        ({"dialogue": [USER, ANSWER], "tools": tools}, chat(USER, ANSWER, tools=tools)),
-    ):
+    for row, ours in (({"prompt": [USER], "completion": [ANSWER], "tools": TOOLS}, chat(USER, ANSWER, tools=TOOLS)),):
         file.write_text(json.dumps(row) + "\n")
         (sample,) = mended(file)
-        expected = parsed("chat" if "messages" in ours else "instruction", ours)
+        expected = parsed("chat", ours)
         assert (sample.messages, sample.tools) == (expected.messages, expected.tools)
+
+
+@pytest.mark.parametrize(
+    ("row", "ours"),
+    [
+        ({"system": "s", "prompt": "q", "response": "a"}, {"system": "s", "instruction": "q", "output": "a"}),
+        ({"dialogue": [USER, ANSWER], "tools": TOOLS}, chat(USER, ANSWER, tools=TOOLS)),
+        ({"Question": "q", "Answer": "a"}, {"instruction": "q", "output": "a"}),
+        ({"true": 1, "content": "t"}, {"text": "t"}),
+    ],
+)
+def test_what_is_said_of_other_names_is_a_source_that_reads_them(
+    tmp_path: Path, row: dict[str, Any], ours: dict[str, Any]
+) -> None:
+    file = tmp_path / "my rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError) as refused:
+        list(read_samples(str(file), "auto", []))
+    found = re.search(r"`data: (.*)`", str(refused.value))
+    assert found
+    (source,) = yaml.safe_load(found[1])["train"]
+    (sample,) = read_source(DataSource(**source))
+    assert replace(sample, source=SOURCE) == parsed(detect([ours]) or "", ours)
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="no jq")

@@ -25,6 +25,7 @@ from qwentune.data.formats.samples import read_samples
 from qwentune.data.layout.rows import Rows, Trie, packed_rows
 from qwentune.data.layout.split import copies, fates, split, untrained_sources
 from qwentune.data.layout.store import DamagedError, Examples, ExampleWriter, open_sealed, seal
+from qwentune.data.reading.columns import Columns
 from qwentune.data.reading.faults import Unread
 from qwentune.data.reading.files import Content, RowCount, content_of, is_at_hand
 from qwentune.data.rendering.outcome import Dropped
@@ -38,7 +39,7 @@ from qwentune.errors import FULL, DataError, DoesNotFitError, Problem, RecipeErr
 from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES
 from qwentune.recipe import DataOptions
 
-CACHE_FORMAT = 11  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 12  # raise it whenever rendering or storing changes what stands in the cache
 ANOTHER_CACHE = "Name another cache folder with the variable QWENTUNE_CACHE."
 
 
@@ -274,8 +275,9 @@ def _build(
         begins = array("q", [writer.num_examples])
         faults: list[Problem] = []
         rows = RowCount()
+        content, columns = contents[source.path], Columns.of(source)
         samples = read_samples(
-            source.path, source.format, faults, content=contents[source.path], count=rows, max_rows=source.max_rows
+            source.path, source.format, faults, content=content, count=rows, columns=columns, max_rows=source.max_rows
         )
         for outcome in renderer.render_all(samples, number):
             report.add(outcome)

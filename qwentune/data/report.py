@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from qwentune.data.reading.files import RowCount
+from qwentune.data.reading.unread import UnreadKeys
 from qwentune.data.rendering.outcome import Dropped, Outcome
 from qwentune.data.rendering.remarks import CHANGED_BY_NFC
 from qwentune.data.templates.chat_template import ChatTemplate
@@ -37,6 +38,7 @@ class Report:
     orders: Counter[str] = field(default_factory=Counter[str])  # in which code was written
     lengths: array[int] = field(default_factory=lambda: array("q"))  # of the examples, in tokens
     remarks: Counter[str] = field(default_factory=Counter[str])
+    unread: UnreadKeys = field(default_factory=UnreadKeys)
     places: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # of remarks, the first few
     last_tokens: Counter[int] = field(default_factory=Counter[int])  # of trained spans
     rows: Counter[str] = field(default_factory=Counter[str])  # by what becomes of them
@@ -50,6 +52,7 @@ class Report:
             places = self.places.setdefault(remark, [])
             if len(places) < NUM_PLACES:
                 places.append(str(outcome.source))
+        self.unread.add(outcome.unread, outcome.source)
         self.modes.update(outcome.modes)
         self.counts["samples"] += 1
         self.counts["rows_with_problems"] += bool(outcome.problems)
@@ -119,6 +122,7 @@ class Report:
             **copies,
             "checked_turns": self.counts["checked_turns"],
             "stop_tokens": self._stop_tokens(),
+            "unread_keys": self.unread.report(),
             "dropped": dict(Counter(drop.kind for drop in dropped)),
             "template": self._template(),
         }
@@ -156,16 +160,6 @@ class Report:
 
     def _warnings(self, report: dict[str, Any]) -> list[str]:
         warnings: list[str] = []
-        plain_turns = report["trained_turns"] - report["turns_with_reasoning"]
-        under_default = self.modes["default"] + (
-            self.modes["thinking"] if self.template and self.template.default_mode == "thinking" else 0
-        )
-        if self.template and self.template.thinks_by_default and under_default > report["turns_with_reasoning"]:
-            count = min(plain_turns, under_default - report["turns_with_reasoning"])
-            warnings.append(
-                f"{count} turns without reasoning are trained under the prompt after which this model thinks by "
-                "default: it will learn not to think there"
-            )
         if self.thinking != "auto" and self.template and not self.template.has_thinking_switch:
             warnings.append(f"data.thinking={self.thinking} has no effect: the chat template has no thinking switch")
         if report["duplicates"]:
@@ -181,7 +175,7 @@ class Report:
         for remark, count in (self.remarks + Counter({FORGED: report["forged_control_tokens"]})).items():
             places = ", ".join(self.places[remark])
             warnings.append(f"{count} {remark}" + (f" First: {places}" if places else ""))
-        return warnings
+        return warnings + self.unread.warnings()
 
 
 def with_separate_examples(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 
@@ -50,18 +50,34 @@ class Message:
     num_parts: int = 1
 
 
+class Offered(NamedTuple):
+    """A key that is given to the chat template: that of a message of the role `reader`, of a call or an argument.
+
+    `path` is where rows have it, without the numbers of items (`messages[].note`).
+    """
+
+    reader: str
+    key: str
+    path: str
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """A dialogue with the tools it may use (each as the row gives it, an object).
 
     `turns` are the places of the messages among the turns of the row, which people are told: a system text beside the
-    turns has none and is −1. Empty where they are 0, 1, 2, ….
+    turns has none and is −1. Empty where they are 0, 1, 2, …. `template_args` outweigh those of the recipe. `unread`
+    are the keys of the row that nothing reads, as in other samples; `offered`, those that only a template
+    may read.
     """
 
     source: Source
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Json], ...] = ()
     turns: tuple[int, ...] = field(default=(), compare=False)
+    template_args: Mapping[str, Json] = field(default_factory=dict[str, "Json"])
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    offered: tuple[Offered, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +86,7 @@ class Text:
 
     source: Source
     text: str
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +108,7 @@ class Code:
     files: tuple[File, ...]
     repo: str = ""
     cut: tuple[str, str, str] | None = None
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +129,7 @@ class Retrieval:
     positive: str
     negatives: tuple[str, ...] = ()
     instruction: str = ""
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
 
 Sample: TypeAlias = Conversation | Text | Code | Pair | Retrieval

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, cast, get_args, get_origin
 
 from pydantic import ValidationError
@@ -48,26 +49,31 @@ class _Spot:
     annotation: Any
     node: Node | None
     section: type[Section]
+    known: tuple[str, ...] = ()  # the names that may stand here, where they are not the keys of the section
 
 
 def _follow(path: tuple[int | str, ...], root: Node) -> _Spot:
     """Walks tree and schema together, as far into `path` as it names keys and list items of the recipe."""
     spot = _Spot("", root.place, Recipe, root, Recipe)
-    for step in path:
-        inner, node = bare(spot.annotation), spot.node
+    for step, after in zip_longest(path, path[1:]):
+        inner, node, known = bare(spot.annotation), spot.node, tuple[str, ...]()
         name = f"{spot.name}.{step}" if spot.name else str(step)
+        if step == "[key]":
+            return spot
         if is_section(inner):
             info = fields(inner).get(str(step))
             annotation = None if info is None else hint(info)
             section = inner
         elif get_origin(inner) in {list, dict}:
             annotation, section = get_args(inner)[-1], spot.section
+            if after == "[key]":  # the name itself is wrong, not what stands under it
+                annotation, known = None, tuple(choices(get_args(inner)[0]))
         else:
             return spot
         if node is not None and isinstance(node.value, dict) and str(step) in node.value:
             child = node.value[str(step)]
             key_place = node.keys[str(step)]
-            spot = _Spot(name, key_place if annotation is None else child.place, annotation, child, section)
+            spot = _Spot(name, key_place if annotation is None else child.place, annotation, child, section, known)
         elif node is not None and isinstance(node.value, list) and isinstance(step, int):
             child = node.value[step]
             spot = _Spot(name, child.place, annotation, child, section)
@@ -103,9 +109,10 @@ def _unknown(spot: _Spot, *, is_explained: bool) -> Problem:
     what = f"{spot.name}: '{key}' is not a key of {prefix or 'a recipe'}."
     if not is_explained:
         return Problem(spot.place.where, what)
-    known = list(fields(spot.section))
-    elsewhere = [other.name for other in describe_keys() if other.name.rpartition(".")[2] == key]
-    taken, dropped = ("", "") if elsewhere else (counterpart(spot.name), reason_against(spot.name))
+    known = spot.known or tuple(fields(spot.section))
+    elsewhere = [other.name for other in describe_keys() if other.name.rpartition(".")[2] == key and not spot.known]
+    is_ours = elsewhere or spot.known
+    taken, dropped = ("", "") if is_ours else (counterpart(spot.name), reason_against(spot.name))
     if not taken and (near := nearest(key, known)):
         return Problem(spot.place.where, what + near)
     fix = f"Is it {' or '.join(elsewhere)}?" if elsewhere else taken or dropped or f"The keys are {', '.join(known)}."

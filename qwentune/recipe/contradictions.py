@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 from qwentune.errors import Problem
 from qwentune.recipe.schema import (
@@ -14,6 +15,7 @@ from qwentune.recipe.schema import (
     BatchOptions,
 )
 from qwentune.recipe.syntax import Node, Place, plain
+from qwentune.row_formats import COLUMNS, MESSAGE_TAGS, ROLE_TAGS, ROW_FORMATS
 
 
 class _Given:
@@ -63,6 +65,7 @@ def contradictions(root: Node) -> Iterator[Problem]:
     if place and given.place("data.eval") and given.value("data.eval_fraction", 0) != 0:
         what = "data.eval_fraction: data.eval is given too, and one of them decides what is evaluated"
         yield Problem(place.where, what, "Leave one of them out.")
+    yield from _names_of_sources(root)
     yield from _learning_rates(given)
     yield from _phases(given)
     yield from _trackers(given)
@@ -75,6 +78,39 @@ def contradictions(root: Node) -> Iterator[Problem]:
     if place := given.place("data.template_args.enable_thinking"):
         what = "data.template_args.enable_thinking: data.thinking decides this"
         yield Problem(place.where, what, "Use data.thinking: on, off or auto.")
+
+
+def _names_of_sources(root: Node) -> Iterator[Problem]:
+    """Columns that the format of their source does not have, and names that are given to two tags."""
+    for key in ("train", "eval"):
+        data = root.value.get("data") if isinstance(root.value, dict) else None
+        listed = data.value.get(key) if data and isinstance(data.value, dict) else None
+        for number, source in enumerate(listed.value if listed and isinstance(listed.value, list) else []):
+            if not isinstance(source.value, dict):
+                continue
+            head = f"data.{key}.{number}"
+            format = str(plain(source.value["format"])) if "format" in source.value else "auto"
+            columns = source.value.get("columns")
+            if format in ROW_FORMATS and columns and isinstance(columns.value, dict):
+                known = ROW_FORMATS[format].keys
+                for name in (name for name in columns.value if name in COLUMNS and name not in known):
+                    what = f"{head}.columns.{name}: rows of the format {format} have no such column"
+                    yield Problem(columns.keys[name].where, what, f"They have {', '.join(sorted(known))}.")
+            yield from _names_of_two_tags(source.value.get("tags"), head)
+
+
+def _names_of_two_tags(tags: Node | None, head: str) -> Iterator[Problem]:
+    if tags is None or not isinstance(tags.value, dict):
+        return
+    for kind in (MESSAGE_TAGS, ROLE_TAGS):
+        seen: dict[object, str] = {}
+        for name in (name for name in tags.value if name in kind):
+            value = plain(tags.value[name])
+            for theirs in cast("list[object]", value) if isinstance(value, list) else [value]:
+                other = seen.setdefault(str(theirs), name)
+                if other != name:
+                    what = f"{head}.tags.{name}: {theirs!r} stands for {other} as well"
+                    yield Problem(tags.value[name].place.where, what, "Give each name to one of them.")
 
 
 def _learning_rates(given: _Given) -> Iterator[Problem]:

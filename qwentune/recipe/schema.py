@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 
 from qwentune.bounded import name_fault
-from qwentune.row_formats import ROW_FORMATS
+from qwentune.row_formats import COLUMNS, MESSAGE_TAGS, ROLE_TAGS, ROW_FORMATS
 
 # Every number has both ends: beyond any real run, and such that nothing the program does with it takes forever.
 MOST_TOKENS = 2**22  # of an example; the longest window of a Qwen model is 2**20
@@ -38,9 +38,11 @@ Dtype = Literal["auto", "bf16", "fp32"]
 Tracker = Literal["clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 TemplateArgument = bool | int | float | str
 if TYPE_CHECKING:
-    Format = str
+    Format = Column = Tag = str
 else:
     Format = Literal["auto", *ROW_FORMATS]
+    Column = Literal[COLUMNS]
+    Tag = Literal[*MESSAGE_TAGS, *ROLE_TAGS]
 
 FULL_LEARNING_RATE = 1.0e-5
 LEARNING_RATE = 2.0e-4
@@ -107,6 +109,10 @@ class DataSource(Section):
     )
     max_rows: Annotated[int, Ge(1), Le(MOST_ROWS)] | None = _key(
         None, "only the first rows of the file, this many of those that can be read; null: all"
+    )
+    columns: dict[Column, Name] = _key({}, "columns that bear other names: {ours: theirs}, such as {output: answer}")
+    tags: dict[Tag, Name | Annotated[list[Name], MinLen(1)]] = _key(
+        {}, "fields and roles of messages that bear other names, such as {role: speaker, user: [human, customer]}"
     )
 
 

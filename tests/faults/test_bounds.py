@@ -22,9 +22,9 @@ import qwentune
 from qwentune import init, plan, preview
 from qwentune.bounded import LONGEST_NAME, LONGEST_PATH, UnreadableError, read_bytes
 from qwentune.data.dataset import chat_template, prepare
-from qwentune.data.formats.normalise import SMALLEST_WEIGHT
 from qwentune.data.reading import faults, json_rows, tables
 from qwentune.data.reading.files import read_rows
+from qwentune.data.reading.loss import SMALLEST_WEIGHT
 from qwentune.data.templates.guard import PRIVATE_USE, choose_guard
 from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import LONGEST_WORDS, DataError, Problem, UserError

@@ -6,57 +6,52 @@ answer.
 
 from __future__ import annotations
 
-from qwentune.data.formats.normalise import check_dialogue, read_message, read_messages, read_tools
-from qwentune.data.reading.faults import Faults, described
+from qwentune.data.formats.conversation import read_conversation
+from qwentune.data.formats.normalise import read_message, read_messages
+from qwentune.data.reading.faults import described
+from qwentune.data.reading.row_reader import RowReader
 from qwentune.data.reading.strict_json import JsonFaultError, parse_json
 from qwentune.data.sample import Conversation, Json, Message, Source
 from qwentune.errors import Problem
 
-KEYS = ("messages", "tools")
 WHOLE = ("stop", "tool_calls", "function_call", None)  # why an answer ended that was not cut off
 
 
 def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
     """The dialogue, or everything that is wrong with the row."""
-    faults = Faults(source)
-    values = faults.listed(row, "messages", "messages", required=True)
-    messages, places = read_messages(values, "messages", read_message, faults)
-    if logged := _logged_answer(row, messages, faults):
+    reader = RowReader(source)
+    values = reader.read_list(row, "messages", required=True)
+    messages, places = read_messages(values, "messages", read_message, reader)
+    if logged := _logged_answer(row, messages, reader):
         messages += logged
         places.append(len(values))
-    check_dialogue(messages, "messages", faults)
-    tools = read_tools(row, faults)
-    faults.misspelt(row, KEYS, (), "the row has ")
-    faults.refuse_media(row)
-    faults.refuse_judged_bad(row)
-    if faults.problems:
-        return faults.problems
-    return Conversation(source, tuple(message for message in messages if message), tuple(tools), tuple(places))
+    return read_conversation(row, "chat", messages, places, "messages", reader)
 
 
-def _logged_answer(row: dict[str, Json], messages: list[Message | None], faults: Faults) -> list[Message | None]:
+def _logged_answer(row: dict[str, Json], messages: list[Message | None], reader: RowReader) -> list[Message | None]:
     """The one answer in the `choices` of a logged response; none where the row has no such choices."""
     given = row.get("choices")
     is_answered = bool(messages) and messages[-1] is not None and messages[-1].role == "assistant"
     may_be_answered = is_answered or (bool(messages) and messages[-1] is None)
     if may_be_answered and not _is_of_response(given):
-        return []  # of a question in a test: its A to D
-    choices = faults.listed(row, "choices", "choices")
+        reader.leave_unread(["choices"] if given else [])  # of a question in a test: its A to D
+        return []
+    choices = reader.read_list(row, "choices")
     if is_answered and choices:
-        faults.add("choices stands beside an answer in messages", "Keep one of them, or write both as messages.")
+        reader.refuse("choices stands beside an answer in messages", "Keep one of them, or write both as messages.")
     elif len(choices) > 1:
-        faults.add(f"choices has {len(choices)} answers", "Keep the one to be learnt.")
+        reader.refuse(f"choices has {len(choices)} answers", "Keep the one to be learnt.")
     elif choices:
         match choices[0]:
             case {"message": {"role": "assistant"} as message}:
                 ended = choices[0].get("finish_reason")
                 if ended in WHOLE:
-                    return [read_message(message, "choices[0].message", faults)]
+                    return [read_message(message, "choices[0].message", reader)]
                 fix = "The answer was cut off or filtered: leave the row out, or write the whole answer into messages."
-                faults.add(f"choices[0].finish_reason is {described(ended)}", fix)
+                reader.refuse(f"choices[0].finish_reason is {described(ended)}", fix)
             case _:
                 fix = 'It holds the answer as an object: {"message": {"role": "assistant", …}}.'
-                faults.add(f"choices[0] is {described(choices[0])}", fix)
+                reader.refuse(f"choices[0] is {described(choices[0])}", fix)
     return []
 
 

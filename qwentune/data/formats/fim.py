@@ -7,50 +7,57 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qwentune.data.reading.faults import Faults, described
+from qwentune.data.reading.faults import described
+from qwentune.data.reading.loss import refuse_other_weight
+from qwentune.data.reading.row_reader import RowReader
 from qwentune.data.sample import Code, File, Json, Source
 from qwentune.errors import Problem
+from qwentune.row_formats import ROW_FORMATS
 
-KEYS = ("prefix", "suffix", "middle", "text", "path", "repo", "files")
 CUT = ("prefix", "middle", "suffix")
+FILE_KEYS = {"path", "text"}
 KINDS = {"cut": frozenset(CUT), "text": frozenset({"text"}), "files": frozenset({"files"})}
 
 
 def parse(row: dict[str, Json], source: Source) -> Code | list[Problem]:
     """The code of a row, or what is wrong with it."""
-    faults = Faults(source)
-    faults.misspelt(row, KEYS, (), "the row has ")
+    reader = RowReader(source)
+    refuse_other_weight(row, reader)
+    reader.leave_unread(reader.other_keys(row, ROW_FORMATS["fim"].keys, "row"))
     kinds = [name for name, keys in KINDS.items() if keys & row.keys()]
     if len(kinds) != 1:
         what = f"the row has the keys {', '.join(map(repr, row))}"
-        faults.add(what, "It needs prefix, middle and suffix; or text; or repo and files: one of the three.")
-        return faults.problems
-    repo = faults.text(row, "repo", "repo") or ""
+        reader.refuse(what, "It needs prefix, middle and suffix; or text; or repo and files: one of the three.")
+        return reader.problems
+    repo = reader.read_text(row, "repo") or ""
     if kinds == ["cut"]:
-        prefix, middle, suffix = (faults.text(row, key, key, required=True) or "" for key in CUT)
-        if not prefix + middle + suffix and not faults.problems:
-            faults.add("prefix, middle and suffix are empty", "Give the code, or leave the row out.")
-        return faults.problems or Code(source, (), cut=(prefix, middle, suffix))
+        prefix, middle, suffix = (reader.read_text(row, key, required=True) or "" for key in CUT)
+        if not prefix + middle + suffix and not reader.problems:
+            reader.refuse("prefix, middle and suffix are empty", "Give the code, or leave the row out.")
+        reader.leave_unread(key for key in ("repo", "path") if row.get(key) is not None)
+        return reader.problems or Code(source, (), cut=(prefix, middle, suffix), unread=tuple(reader.unread))
     if kinds == ["text"]:
-        files: list[File] = [_file(faults, row, "", path_needed=bool(repo))]
+        files: list[File] = [_file(reader, row, "", path_needed=bool(repo))]
     else:
-        if not repo and not faults.problems:
-            faults.add("repo is missing", "Give the name of the repository that the files are of.")
+        if not repo and not reader.problems:
+            reader.refuse("repo is missing", "Give the name of the repository that the files are of.")
         files = []
-        listed = faults.listed(row, "files", "files", required=True)
+        listed = reader.read_list(row, "files", required=True)
         for i, file in enumerate(listed):
             if isinstance(file, dict):
-                files.append(_file(faults, file, f"files[{i}].", path_needed=True))
+                files.append(_file(reader, file, f"files[{i}].", path_needed=True))
             else:
-                faults.add(f"files[{i}] is {described(file)}", 'A file is an object: {"path": …, "text": …}.')
-        if not listed and not faults.problems:
-            faults.add("files is empty", "Give at least one file, or leave the row out.")
-    return faults.problems or Code(source, tuple(files), repo)
+                reader.refuse(f"files[{i}] is {described(file)}", 'A file is an object: {"path": …, "text": …}.')
+        if not listed and not reader.problems:
+            reader.refuse("files is empty", "Give at least one file, or leave the row out.")
+    return reader.problems or Code(source, tuple(files), repo, unread=tuple(reader.unread))
 
 
-def _file(faults: Faults, row: Mapping[str, Json], place: str, *, path_needed: bool) -> File:
-    text = faults.text(row, "text", f"{place}text", required=True)
-    path = faults.text(row, "path", f"{place}path", required=path_needed)
+def _file(reader: RowReader, row: Mapping[str, Json], place: str, *, path_needed: bool) -> File:
+    if place:
+        reader.leave_unread(row.keys() - FILE_KEYS, place[:-1])
+    text = reader.read_text(row, "text", f"{place}text", required=True)
+    path = reader.read_text(row, "path", f"{place}path", required=path_needed)
     if text is not None and not text.strip():
-        faults.add(f"{place}text is empty", "Give the code, or leave the file out.")
+        reader.refuse(f"{place}text is empty", "Give the code, or leave the file out.")
     return File(path or "", text or "")

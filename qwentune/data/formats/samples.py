@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 
 from qwentune.data.formats import FORMATS, detect, format_of
 from qwentune.data.formats.suggestion import suggestion
-from qwentune.data.reading.faults import described, too_many
+from qwentune.data.reading.columns import Columns
+from qwentune.data.reading.faults import Unread, described, too_many
 from qwentune.data.reading.files import Content, RowCount, read_rows
-from qwentune.data.sample import Sample
+from qwentune.data.sample import Json, Pair, Sample
 from qwentune.errors import DataError, Problem, nearest
+from qwentune.recipe import DataSource
 from qwentune.row_formats import ROW_FORMATS
 
 NUM_ROWS_LOOKED_AT = 20  # to recognise a format
@@ -24,17 +27,20 @@ def read_samples(
     *,
     content: Content | None = None,
     count: RowCount | None = None,
+    columns: Columns | None = None,
     max_rows: int | None = None,
 ) -> Iterator[Sample]:
     """The samples of a file in its order; rows that are wrong go to `problems` and reading goes on.
 
-    `format` is a key of `FORMATS`, or `auto`. Each row is counted into `count`. Nothing is read behind the first
-    `max_rows` rows that can be. Raises DataError where no format is
+    `format` is a key of `FORMATS`, or `auto`; `columns` say which names the file has for ours. Each row is counted into
+    `count`. Nothing is read behind the first `max_rows` rows that can be. Raises DataError where no format is
     recognised, or where the file does not hold `content`.
     """
     if format == "auto":
-        format = detected(path, content)
+        format = detected(path, content, columns)
     count = RowCount() if count is None else count
+    missing = dict(columns.columns) if columns else dict[str, str]()
+    row = None
     for row in islice(read_rows(path, problems, content=content, count=count), max_rows):
         if too_many(path, problems):
             return
@@ -42,9 +48,11 @@ def read_samples(
             count.refused += 1
             problems.append(Problem(str(row.source), f"the row is {described(row.value)}", "A row is an object."))
             continue
-        parsed = FORMATS[format](row.value, row.source)
+        value, displaced = columns.renamed(row.value) if columns else (row.value, ())
+        missing = {ours: theirs for ours, theirs in missing.items() if theirs not in row.value} if missing else missing
+        parsed = FORMATS[format](value, row.source)
         if isinstance(parsed, list):
-            own = format_of(row.value)
+            own = format_of(value)
             if own not in (None, format):
                 what = f"the row has the keys of the format {own}, in a file of the format {format}"
                 parsed = [
@@ -53,13 +61,33 @@ def read_samples(
             count.refused += 1
             problems.extend(parsed)
         else:
-            yield parsed
+            yield _with_unread(parsed, displaced) if displaced else parsed
     count.is_complete |= max_rows is not None  # as far as was asked for
+    if missing and count.read:
+        problems += _no_such_columns(path, missing, row.value if row else None)
 
 
-def refuse_untrained(sources: Iterable[tuple[str, str]]) -> None:
-    """Raises DataError naming every source, a path and a format, whose rows cannot be trained on yet."""
-    formats = {path: detected(path) if format == "auto" else format for path, format in sources}
+def _with_unread(sample: Sample, keys: Sequence[str]) -> Sample:
+    if isinstance(sample, Pair):
+        return replace(sample, chosen=replace(sample.chosen, unread=(*sample.chosen.unread, *keys)))
+    return replace(sample, unread=(*sample.unread, *keys))
+
+
+def _no_such_columns(path: str, missing: Mapping[str, str], row: Json) -> list[Problem]:
+    """Of columns of the recipe, by our names, that no row of a file has; `row` is one of its rows."""
+    names = row if isinstance(row, dict) else {}
+    return [
+        Unread(path, f"no row has the column {theirs!r}, which is to be {ours!r}", nearest(theirs, names).strip())
+        for ours, theirs in missing.items()
+    ]
+
+
+def refuse_untrained(sources: Iterable[DataSource]) -> None:
+    """Raises DataError naming every source whose rows cannot be trained on yet."""
+    formats = {
+        source.path: detected(source.path, columns=Columns.of(source)) if source.format == "auto" else source.format
+        for source in sources
+    }
     problems = [
         Problem(path, f"rows of the format {format} can be previewed, but not trained on yet", _TRAINED)
         for path, format in formats.items()
@@ -69,10 +97,12 @@ def refuse_untrained(sources: Iterable[tuple[str, str]]) -> None:
         raise DataError(problems)
 
 
-def detected(path: str, content: Content | None = None) -> str:
+def detected(path: str, content: Content | None = None, columns: Columns | None = None) -> str:
     """The format of a file by its first rows; DataError, with a suggested renaming, where none is recognised."""
     problems: list[Problem] = []
     values = [row.value for row in islice(read_rows(path, problems, content=content), NUM_ROWS_LOOKED_AT)]
+    if columns:
+        values = [columns.renamed(value)[0] if isinstance(value, dict) else value for value in values]
     format = detect(values)
     if format is not None:
         return format

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 
 from qwentune.data.formats import format_of
 from qwentune.data.sample import Json
+from qwentune.recipe.syntax import resolve
 
 # Column names that others give to the same and the kind of their values, the likeliest format first.
 OTHER_NAMES: tuple[tuple[str, type, dict[str, tuple[str, ...]]], ...] = (
@@ -54,18 +57,30 @@ def _holds(value: Json, key: str) -> bool:
     return isinstance(value, dict) and key in value
 
 
-def _renaming(row: Mapping[str, Json], path: str) -> str:
+def renaming(row: Mapping[str, Json]) -> tuple[str, dict[str, str]] | None:
+    """The likeliest format of a row whose columns bear other names, and those names by ours; None: there is none."""
     for format, kind, columns in OTHER_NAMES:
         lowered = {key.lower(): key for key, value in row.items() if isinstance(value, kind | str)}
         found = {ours: [lowered[name] for name in (ours, *names) if name in lowered] for ours, names in columns.items()}
         if all(found.values()):
-            others = {ours: names[0] for ours, names in found.items() if names[0] != ours}
-            renamed = ", ".join(f"{name!r} to {ours!r}" for ours, name in others.items())
-            pairs = ", ".join(f"{ours}: .{name}" for ours, name in others.items())
-            old = ", ".join(f".{name}" for name in others.values())
-            command = _command(row, path, f"del({old}) + {{{pairs}}}")
-            return f"As rows of the format {format}: rename {renamed}{command}."
-    return ""
+            return format, {ours: names[0] for ours, names in found.items() if names[0] != ours}
+    return None
+
+
+def _renaming(row: Mapping[str, Json], path: str) -> str:
+    if (found := renaming(row)) is None:
+        return ""
+    format, columns = found
+    renamed = ", ".join(f"{theirs!r} to {ours!r}" for ours, theirs in columns.items())
+    names = ", ".join(f"{ours}: {_scalar(theirs)}" for ours, theirs in columns.items())
+    source = f"{{path: {_scalar(path)}, columns: {{{names}}}}}"
+    return f"As rows of the format {format}: rename {renamed}, in the recipe by `data: {{train: [{source}]}}`."
+
+
+def _scalar(text: str) -> str:
+    """A text as YAML takes it inside braces."""
+    is_plain = re.fullmatch(r"[A-Za-z_][\w./-]*", text) and isinstance(resolve(text), str)
+    return text if is_plain else json.dumps(text, ensure_ascii=False)
 
 
 def _command(row: Mapping[str, Json], path: str, filter: str, endings: tuple[str, ...] = (".jsonl",)) -> str:

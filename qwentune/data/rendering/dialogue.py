@@ -88,6 +88,8 @@ class Dialogue:
         if template.reasoning_form is None or template.mode_of(options.thinking, True) == "non_thinking":
             turns = (*[-1] * num_inserted, *(conversation.turns or range(len(messages))))
             cause = "data.thinking is off" if template.reasoning_form else "the chat template has no place for it"
+            if template.reasoning_form and conversation.template_args.get("enable_thinking") is False:
+                _refuse_reasoning(messages, turns)
             messages = [
                 with_uncarried_reasoning(message, options.unsupported_reasoning, f"messages[{turns[i]}]", cause)
                 for i, message in enumerate(messages)
@@ -150,6 +152,11 @@ class Dialogue:
     def mode(self, i: int) -> Mode:
         """The prompt under which turn `i` is trained."""
         return self.template.mode_of(self.options.thinking, self.reasons(i))
+
+    def teaches_not_to_think(self, i: int) -> bool:
+        """Whether turn `i` does without reasoning under the prompt after which the model reasons by default."""
+        is_default = self.mode(i) in ("default", self.template.default_mode)
+        return is_default and not self.reasons(i) and self.template.thinks_by_default
 
     def literal_turns(self) -> list[Turn]:
         """Every trained turn by the rule, each rendered on its own; RowError where the rule cannot hold."""
@@ -296,6 +303,14 @@ class Dialogue:
             what = f"the chat template refuses the messages up to messages[{self.row_index(i)}]: {error}"
             raise RowError(what.replace(self.guard, "|"), _REFUSED) from None
         return context, rendering
+
+
+def _refuse_reasoning(messages: Sequence[Message], turns: Sequence[int]) -> None:
+    """RowError where a message of a row that has `enable_thinking` false brings reasoning."""
+    for message, turn in zip(messages, turns, strict=True):
+        if message.role == "assistant" and (message.reasoning or "").strip():
+            what = f"messages[{turn}] has reasoning, but the row says that enable_thinking is false"
+            raise RowError(what, "Remove one of the two.")
 
 
 def through_last_control_token(text: str, tokenizer: Tokenizer) -> str | None:

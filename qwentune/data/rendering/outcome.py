@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,6 +38,7 @@ class Outcome:
     forged_control_tokens: int = 0  # control tokens spelled by texts of the row, encoded as plain text
     rendering_tokens: int = 0  # of one rendering of the dialogue: what a naive trainer would process
     orders: list[Order] = field(default_factory=list[Order])  # of code, one per example of the first epoch
+    unread: Sequence[str] = ()  # keys of the row that nothing reads
     remarks: list[str] = field(default_factory=list[str])  # what deserves a second look
     identity: int = 0  # a hash, the same for samples that train the same
     checked_turns: int = 0  # turns read off one rendering that the rule confirmed

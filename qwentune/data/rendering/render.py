@@ -6,10 +6,12 @@ whose context begins with all that came before share an example.
 
 from __future__ import annotations
 
+import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 from qwentune.data.rendering.dialogue import Dialogue, RenderOptions
 from qwentune.data.rendering.example import DialogueExamples, Example, Span, TurnIds
@@ -18,10 +20,10 @@ from qwentune.data.rendering.grammar import Grammar, prove
 from qwentune.data.rendering.outcome import Dropped, Outcome
 from qwentune.data.rendering.pieces import Encoder, Piece, ids_of
 from qwentune.data.rendering.probes import learn
-from qwentune.data.rendering.remarks import CHANGED_BY_NFC, FILE_LEFT_OUT, UNREACHABLE, remarks
+from qwentune.data.rendering.remarks import CHANGED_BY_NFC, FILE_LEFT_OUT, NOT_THINKING, UNREACHABLE, remarks
 from qwentune.data.rendering.shorten import Shortening
 from qwentune.data.rendering.turn import Turn, renderings
-from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, RowError, Sample, Source, Text
+from qwentune.data.sample import Code, Conversation, Json, Message, Pair, Retrieval, RowError, Sample, Source, Text
 from qwentune.data.templates.chat_template import ChatTemplate, Mode
 from qwentune.data.templates.guard import message_texts
 from qwentune.data.tokenizing.tokenizer import Tokenizer
@@ -31,6 +33,7 @@ __all__ = ["RenderOptions", "Renderer"]
 
 CHUNK_SAMPLES = 256  # encoded together
 CHUNK_CHARACTERS = 2**22
+MOST_RENDERERS = 16  # by the arguments that rows give to the template: each learns what it writes
 CHECKED_SHARE = 256  # one dialogue of so many is rendered by the rule as well
 NUM_CHECKED_FIRST = 8  # and so many at the beginning
 NUM_CHECKED_TURNS = (
@@ -111,7 +114,10 @@ class Renderer:
 
     def _plan(self, sample: Sample, number: int, source_number: int) -> _Planned:
         planned = _Planned(sample, Outcome(sample.source), is_checked=_is_checked(sample.source, number))
-        if isinstance(sample, Text | Pair | Retrieval):
+        if isinstance(sample, Pair):
+            return planned
+        planned.outcome.unread = sample.unread
+        if isinstance(sample, Text | Retrieval):
             return planned
         try:
             if isinstance(sample, Code):
@@ -120,17 +126,39 @@ class Renderer:
             if self.template is None:
                 fix = "Give one with data.chat_template, or train on rows of the format text."
                 raise RowError("the checkpoint has no chat template to render messages with", fix)
-            dialogue = Dialogue.of(sample, self.template, self.options, self.encoder)
+            voice = self._with(sample.template_args)
+            assert voice.template is not None
+            offered = (one.path for one in sample.offered if not self.template.reads(one))
+            planned.outcome.unread = (*sample.unread, *offered)
+            dialogue = Dialogue.of(sample, voice.template, voice.options, self.encoder)
             dialogue.prove_guard(by_rendering=planned.is_checked)
             planned.outcome.forged_control_tokens = dialogue.count_forged()
             planned.outcome.unreachable_turns = len(dialogue.candidates) - len(dialogue.trained)
             unreachable = [UNREACHABLE] * planned.outcome.unreachable_turns
             planned.outcome.remarks = [*remarks(sample), *dialogue.remarks, *unreachable]
             planned.dialogue = dialogue
-            planned.turns = self._turns(dialogue, planned)
+            planned.turns = voice._turns(dialogue, planned)
         except RowError as error:
             planned.outcome.problems.append(Problem(str(sample.source), error.what, error.fix))
         return planned
+
+    def _with(self, args: Mapping[str, Json]) -> Renderer:
+        """The renderer of rows that give the template arguments of their own, which outweigh those of the recipe."""
+        if not args or self.template is None:
+            return self
+        key = json.dumps(args, sort_keys=True)
+        if key not in self._renderers:
+            if len(self._renderers) >= MOST_RENDERERS:
+                self._renderers.clear()
+            template = replace(self.template, args={**self.template.args, **args})
+            modes: dict[Json, Literal["on", "off"]] = {True: "on", False: "off"}
+            thinking = modes[args["enable_thinking"]] if "enable_thinking" in args else self.options.thinking
+            self._renderers[key] = replace(self, template=template, options=replace(self.options, thinking=thinking))
+        return self._renderers[key]
+
+    @cached_property
+    def _renderers(self) -> dict[str, Renderer]:
+        return {}
 
     def _turns(self, dialogue: Dialogue, planned: _Planned) -> list[Turn]:
         read = self.grammar.turns(dialogue) if self.grammar and dialogue.trained else None
@@ -208,6 +236,7 @@ class Renderer:
     def _add_pair(self, pair: Pair, outcome: Outcome) -> None:
         for name, conversation in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             end = self.render(conversation)
+            outcome.unread = (*outcome.unread, *end.unread)
             outcome.problems += [Problem(p.where, f"{name}: {p.what}", p.fix) for p in end.problems]
             outcome.dropped += end.dropped
             outcome.examples += end.examples
@@ -247,6 +276,7 @@ class Renderer:
             examples.add(fitting)
             outcome.modes.append(dialogue.mode(turn.index))
             outcome.turns_with_reasoning += dialogue.reasons(turn.index)
+            outcome.remarks += [NOT_THINKING] * dialogue.teaches_not_to_think(turn.index)
         outcome.examples = examples.finished()
 
     def _shortened(self, shortening: Shortening, turn: Turn) -> Turn | None:

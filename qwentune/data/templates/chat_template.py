@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import jinja2
 
-from qwentune.data.sample import Json, Message
+from qwentune.data.sample import Json, Message, Offered
 from qwentune.data.templates import sandbox
 from qwentune.data.templates.bars import ignores_bars
 from qwentune.data.templates.particulars import Particulars, particulars
+from qwentune.data.templates.reads import reads_argument, reads_key
 from qwentune.errors import Problem, RecipeError
 
 Mode = Literal["thinking", "non_thinking", "default"]
@@ -113,6 +114,21 @@ class ChatTemplate:
             return "question" in self.render([[{"role": "user", "content": parts}]])[0]
         except TemplateRefusalError:
             return False
+
+    def reads(self, offered: Offered) -> bool:
+        """Whether the template reads a key that rows give it; each is tried once."""
+        asked = (offered.reader, offered.key)
+        if asked not in self._reads:
+            self._reads[asked] = (
+                reads_argument(self.text, offered.key)
+                if offered.reader == "argument"
+                else reads_key(self.render, TemplateRefusalError, *asked)
+            )
+        return self._reads[asked]
+
+    @cached_property
+    def _reads(self) -> dict[tuple[str, str], bool]:
+        return {}
 
     @cached_property
     def thinks_by_default(self) -> bool:
