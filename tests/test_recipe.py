@@ -164,7 +164,10 @@ def test_off_is_a_word_for_thinking() -> None:
         ("data.max_tokens", "12.5", "the number 12.5 is given; a whole number >= 1 and <= 4,194,304 is needed"),
         ("data.max_tokens", "[1]", "a list of 1 is given; a whole number >= 1 and <= 4,194,304 is needed"),
         ("data.eval_fraction", "1.0", "the number 1.0 is given; a number >= 0 and < 1 is needed"),
-        ("data.train", "[]", "a list of 0 is given; a list of {path, format, repeat, max_rows, columns, tags} is needed"),
+        (
+            *("data.train", "[]"),
+            "a list of 0 is given; a list of {path, format, repeat, max_rows, columns, tags} is needed",
+        ),
         ("data.train", "''", "an empty text is given; text is needed"),
         ("data.system", "5", "the number 5 is given; text or null is needed"),
         ("optimizer.learning_rate", "'2e-4'", "the text '2e-4' is given; a number > 0 and <= 10 is needed"),
