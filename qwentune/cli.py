@@ -40,7 +40,7 @@ def gpus() -> None:
 
     for name, spec in GPUS.items():
         rate = "no bf16" if spec.bf16_tflops is None else f"{spec.bf16_tflops:g} bf16 TFLOP/s"
-        console.show(f"{name:<16} {spec.total_bytes / 2**30:>7.2f} GiB  {rate}")
+        console.show(f"{name:<18} {spec.total_bytes / 2**30:>7.2f} GiB  {rate}")
 
 
 @app.command()

@@ -1,33 +1,41 @@
-"""`qwentune init`: a first recipe for a model, a data file and a GPU, with settings that fit."""
+"""`qwentune init`: a first recipe for a model, a data file and a GPU, with settings that fit and suit."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from qwentune import console
-from qwentune.errors import EXIT_OK, DataError, DoesNotFitError, Problem, RecipeError, UsageError
+from qwentune.errors import EXIT_OK, DataError, DoesNotFitError, Problem, UsageError, UserError
 
 if TYPE_CHECKING:
     from qwentune.facts.architecture import ModelSpec
-    from qwentune.peers.translation import Translation
 
 TEMPLATE = Path(__file__).with_name("recipe.yaml.jinja")
-KINDS = ("full", "lora", "qlora")
+Kind = Literal["full", "lora", "qlora"]
+KINDS: tuple[Kind, ...] = ("full", "lora", "qlora")
 NUM_ROWS_LOOKED_AT = 20_000  # of each file
+# Below, adapters learn as much from the rows and keep more of what the model knew (Biderman et al. 2024, "LoRA Learns
+# Less and Forgets Less"); where the line is depends on the rows.
+FEWEST_ROWS_FOR_FULL = 10_000
 # Qwen's vocabulary takes 3 to 4.5 bytes of UTF-8 for a token of prose, code or Chinese; fewer bytes mean more tokens.
 BYTES_PER_TOKEN = 3.0
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-SHARES = (0.99, 0.95)  # of the rows that are not cut; the smaller only where the larger does not fit
-BATCHES = (16, 8, 4)
+LENGTH_STEP, LONGEST = 512, 32768
+SHARES = (1.0, 0.99, 0.95)  # of the examples that are not longer; a smaller one only where the larger does not fit
+BATCHES = (16, 8, 4, 2)
+# Up to so many parameters: of full tuning and of adapters; for the last see the QLoRA paper, for the rest what Qwen's
+# and peers' examples take.
+LEARNING_RATES = ((4e9, 2e-5, 2e-4), (20e9, 1e-5, 2e-4), (math.inf, 5e-6, 1e-4))
+RANDOM_LEARNING_RATE = 1e-3  # of weights that were never trained
+EVAL_FRACTIONS = ((2000, 0.02), (200, 0.05), (20, 0.1), (0, None))  # from so many rows on
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +50,20 @@ class Seen:
     @property
     def count(self) -> str:
         """How many rows, in words."""
-        rows = "1 row" if len(self.tokens) == 1 else f"{len(self.tokens)} rows"
-        return f"more than {rows}" if self.has_more else rows
+        return ("more than " if self.has_more else "") + _rows(len(self.tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens of each example, in ascending order; counted by the checkpoint's tokenizer, or guessed from bytes."""
+
+    tokens: list[int]
+    are_counted: bool
+
+    def within(self, share: float, most: int) -> int:
+        """The shortest round length that this share of the examples does not exceed, at most `most`."""
+        wanted = self.tokens[math.ceil(share * len(self.tokens)) - 1]
+        return min(math.ceil(wanted / LENGTH_STEP) * LENGTH_STEP, most, LONGEST)
 
 
 def init(
@@ -53,14 +73,15 @@ def init(
         Path | None, typer.Option("--from", help="A configuration of LLaMA-Factory, axolotl or ms-swift instead.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="A name that `qwentune gpus` lists, or cpu; else what is here.")
+        str | None, typer.Option(help="A name that `qwentune gpus` lists, 24GiB, or cpu; else what is here.")
     ] = None,
+    kind: Annotated[str | None, typer.Option(help="full, lora or qlora; else what suits the rows and fits.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
 ) -> None:
     """Look at data and GPU, write a commented recipe that fits; or turn a configuration of another tool into one."""
     if source is not None:
         console.end(console.run(lambda: run_from(source, model, data or [], gpu, output)))
-    console.end(console.run(lambda: run(model or "", data or [], gpu, output)))
+    console.end(console.run(lambda: run(model or "", data or [], gpu, output, kind)))
 
 
 def run_from(source: Path, model: str | None, paths: Sequence[str], gpu: str | None, output: Path) -> int:
@@ -68,63 +89,19 @@ def run_from(source: Path, model: str | None, paths: Sequence[str], gpu: str | N
 
     Raises UsageError with everything that has no counterpart and without which there is no recipe.
     """
+    from qwentune.conversion import recipe_from
     from qwentune.durable import write_text
-    from qwentune.peers.configuration import Given
-    from qwentune.peers.draft import draft, table
-    from qwentune.peers.translate import translate_file
-    from qwentune.recipe import describe_keys, parse_recipe
 
     if model or paths:
         option = "--model" if model else "--data"
         raise UsageError(Problem(option, "--from names model and data already", "Change them in the recipe."))
     _refuse_output(output)
-    translation = translate_file(source)
-    if gpu is not None:
-        translation.set("hardware.gpu", gpu, Given("--gpu", gpu, "--gpu"))
-    problems = [*translation.problems, *_problems_of_model(translation)]
-    defaults = {key.name: key.default for key in describe_keys()}
-    made = draft(translation, str(output), defaults)
-    try:
-        parse_recipe(made.text, str(output))
-    except RecipeError as error:
-        for problem in error.problems:
-            line = re.search(r":(\d+)(:\d+)?$", problem.where)
-            given = made.sources.get(int(line[1])) if line else None
-            if given is not None and given.where not in {one.where for one in problems}:
-                problem = replace(problem, where=given.where or problem.where, what=f"{given.key}: {problem.what}")
-                problems.append(problem)
-            elif given is None and not problems:
-                problems.append(problem)
-    if problems:
-        raise UsageError(list(dict.fromkeys(problems)), "Nothing was written.")
-    write_text(output, made.text)
-    for line in table(translation, defaults):
+    text, lines = recipe_from(source, str(output), gpu)
+    write_text(output, text)
+    for line in lines:
         console.say(line)
     console.say(f"\nwrote {output}; next: qwentune preview {output}")
     return EXIT_OK
-
-
-def _problems_of_model(translation: Translation) -> list[Problem]:
-    """Why a configuration's model is none to train here; a folder that is elsewhere becomes the hub id of its name."""
-    from qwentune.facts.models import MODELS, model_spec, refuse_untrainable
-
-    setting = translation.settings.get("model")
-    if setting is None:
-        return []
-    name, where = setting.value, setting.sources[0].where
-    last = Path(name).name
-    published = next((known for known in MODELS if known.lower() == f"qwen/{last}".lower()), None)
-    if published is not None and name != published and not Path(name).is_dir():
-        remark = "" if name.lower() == published.lower() else f"{name} is not here: the hub id of that name"
-        translation.set("model", published, *setting.sources, remark=remark)
-        name = published
-    try:
-        refuse_untrainable(model_spec(name))
-    except UsageError as error:
-        if not any(word in name.lower() for word in ("qwen", "qwq", "qvq")) and not Path(name).is_dir():
-            return [Problem(where, f"model: {name} is no Qwen, and only Qwen models are trained here")]
-        return [replace(problem, where=where) for problem in error.problems]
-    return []
 
 
 def _refuse_output(output: Path) -> None:
@@ -137,8 +114,8 @@ def _refuse_output(output: Path) -> None:
         raise UsageError(Problem(str(output), f"{what}; nothing is overwritten", "Name another file with -o."))
 
 
-def run(model: str, paths: Sequence[str], gpu: str | None, output: Path) -> int:
-    """Writes the recipe; the exit code. Raises UserError where data, model, GPU or file do not do."""
+def run(model: str, paths: Sequence[str], gpu: str | None, output: Path, kind: str | None = None) -> int:
+    """Writes the recipe; the exit code. Raises UserError where data, model, GPU, kind or file do not do."""
     from qwentune.bounded import refuse_name
     from qwentune.durable import write_text
     from qwentune.facts.models import model_spec, refuse_untrainable
@@ -150,10 +127,14 @@ def run(model: str, paths: Sequence[str], gpu: str | None, output: Path) -> int:
     _refuse_output(output)
     for option, name in (("--model", model), *(("--data", path) for path in paths)):
         refuse_name(option, name)
+    kinds: list[Kind] = [each for each in KINDS if each == kind]
+    if kind is not None and not kinds:
+        raise UsageError(Problem("--kind", f"'{kind}' is no kind of tuning", f"It is {', '.join(KINDS)}."))
     spec = model_spec(model)
     refuse_untrainable(spec)
     files = look_at(paths)
-    text = draft(model, spec, files, gpu, str(output))
+    gpu = which_gpu(gpu)
+    text = draft(model, spec, files, measured(model, files), gpu, str(output), kinds)
     write_text(output, text)
     console.say(f"wrote {output}; next: qwentune preview {output}")
     return EXIT_OK
@@ -183,60 +164,159 @@ def look_at(paths: Sequence[str]) -> list[Seen]:
     return found
 
 
-def draft(model: str, spec: ModelSpec, files: Sequence[Seen], gpu: str | None, path: str) -> str:
-    """The text of the recipe: the richest kind of tuning that the GPUs alone hold, at a length that few rows exceed.
+def which_gpu(gpu: str | None) -> str | None:
+    """The GPU to plan for, by its name in the table; None for the one that is here. On a terminal it is asked for.
 
     Raises:
-        DoesNotFitError: not even 4-bit weights fit.
+        UsageError: no GPU is here and none is named, or the name is not known.
+    """
+    from qwentune.facts.gpus import gpu_spec
+    from qwentune.facts.present import present_gpus
+
+    if gpu not in (None, "auto"):
+        return "cpu" if gpu == "cpu" else gpu_spec(gpu).name
+    if present_gpus() is not None:
+        return None
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        fix = "Name the one that will train: --gpu rtx-4090, --gpu 24GiB (any card by its memory), or --gpu cpu."
+        raise UsageError(Problem("--gpu", "no GPU is here, and what fits depends on it", fix))
+    while True:
+        try:
+            answer: str = typer.prompt(
+                "No GPU is here. Which one will train? (a name such as rtx-4090, its memory such as 24GiB, or cpu)",
+                err=True,
+            )
+        except typer.Abort:
+            raise KeyboardInterrupt from None
+        try:
+            return which_gpu(answer.strip())
+        except UsageError as error:
+            console.say(str(error.problems[0]))
+
+
+def measured(model: str, files: Sequence[Seen]) -> Lengths:
+    """How long the examples are, by the checkpoint's tokenizer and template where they are at hand.
+
+    What is to be said of the data is said: the warnings of the preview, and what it will refuse.
+    """
+    from qwentune.data.dataset import chat_template, prepare
+    from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
+    from qwentune.data.tokenizing.tokenizer import load_tokenizer
+    from qwentune.recipe import DataOptions, DataSource
+    from qwentune.recipe.schema import MOST_TOKENS
+
+    guessed = Lengths(sorted(number for file in files for number in file.tokens), are_counted=False)
+    try:
+        tokenizer = load_tokenizer(checkpoint_folder(model, None, fetches=False))
+    except UserError:  # it was not fetched yet
+        return guessed
+    sources = [DataSource.model_validate(_source(file) | {"max_rows": NUM_ROWS_LOOKED_AT}) for file in files]
+    data = DataOptions(train=sources, max_tokens=MOST_TOKENS, max_dropped_fraction=1.0)
+    try:
+        dataset = prepare(data, tokenizer, chat_template(data, tokenizer), 0)
+    except UserError as error:
+        console.say(f"The preview will refuse this data:\n{error}")
+        return guessed
+    for warning in dataset.report["warnings"]:
+        console.say(f"warning: {warning}")
+    return Lengths(sorted(map(int, dataset.examples.lengths)), are_counted=True)
+
+
+def draft(
+    model: str,
+    spec: ModelSpec,
+    files: Sequence[Seen],
+    lengths: Lengths,
+    gpu: str | None,
+    path: str,
+    kinds: Sequence[Kind] = (),
+) -> str:
+    """The text of the recipe: the richest kind of tuning that suits the rows and that the GPUs alone hold.
+
+    Of `kinds` it is, where any are given. The length is that of the longest example, or, where that does not fit, one
+    that few exceed.
+
+    Raises:
+        DoesNotFitError: not even 4-bit weights fit, or not the kind that is asked for.
     """
     from qwentune.facts.launch import offloads
     from qwentune.facts.packing import packing_problems
+    from qwentune.memory.device_remarks import rates_remark
     from qwentune.memory.judge import device_of, judge
+    from qwentune.memory.run_plan import plan_warnings
     from qwentune.memory.shortage import refusal
     from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
-    from qwentune.recipe.schema import EPOCHS, FULL_LEARNING_RATE, LEARNING_RATE
+    from qwentune.recipe.schema import EPOCHS
     from qwentune.row_formats import ROW_FORMATS
 
     can_pack = not packing_problems(spec.checkpoint_type)
-    tokens = sorted(number for file in files for number in file.tokens)
+    num_rows, has_more = sum(len(file.tokens) for file in files), any(file.has_more for file in files)
+    kinds, why = (kinds, "as asked for") if kinds else _suitable(spec, num_rows)
+    eval_fraction = next(fraction for fewest, fraction in EVAL_FRACTIONS if num_rows >= fewest)
     device, ranks, sharding = device_of(Hardware(gpu=gpu or "auto"), here=False)
     sharding = "none" if ranks == 1 else sharding
     folder = f"runs/{Path(path).stem}"
+    if remark := rates_remark(device):
+        console.say(remark)
     plan = None
-    for max_tokens in dict.fromkeys(_length(tokens, share, spec.max_positions) for share in SHARES):
-        kept = [number for number in tokens if number <= max_tokens]
-        packing, batch, steps = _batch(kept, max_tokens, ranks, EPOCHS, can_pack)
+    for max_tokens in dict.fromkeys(lengths.within(share, spec.max_positions) for share in SHARES):
+        kept = [number for number in lengths.tokens if number <= max_tokens]
+        packing, batch, steps = _batch(kept, max_tokens, ranks, EPOCHS * (1 - (eval_fraction or 0)), can_pack)
         needs: list[str] = []
-        for kind in KINDS:
+        for kind in kinds:
             plan = judge(
                 spec, tuning=Tuning(kind=kind), max_tokens=max_tokens, batch=BatchOptions(sequences_per_step=batch),
                 precision=Precision(), memory=MemoryOptions(), output=OutputOptions(dir=folder),
-                device=device, num_ranks=ranks, sharding=sharding,
+                device=device, num_ranks=ranks, sharding=sharding, optimizer_steps=None if has_more else steps,
                 learns_chat=any(file.format == "auto" or ROW_FORMATS[file.format].has_turns for file in files),
             )  # fmt: skip
             needs.append(f"{kind} ({plan.peak_bytes / 2**30:.1f} GiB)")
             if plan.fits and not offloads(plan.choices.sharding):
-                many = len(tokens)
+                for warning in plan_warnings(plan):
+                    console.say(f"warning: {warning}")
                 return _render(
-                    model=model, recipe=path, kind=kind, files=files, max_tokens=max_tokens, packing=packing,
-                    shorter=len(kept) / many, sequences_per_step=batch, steps=steps, gpu=gpu, folder=folder,
-                    device=plan.gpu if ranks == 1 else f"{ranks} × {plan.gpu}", needs=", ".join(needs),
+                    model=model, recipe=path, kind=kind, files=[(_source(file), file.count) for file in files],
+                    why=f"{why}; the first that fits of {', '.join(needs)}" if len(needs) > 1 else why,
+                    max_tokens=max_tokens, packing=packing, longest=lengths.tokens[-1], is_counted=lengths.are_counted,
+                    shorter=len(kept) / len(lengths.tokens), sequences_per_step=batch, steps=steps, has_more=has_more,
+                    gpu=gpu, folder=folder, device=plan.gpu if ranks == 1 else f"{ranks} × {plan.gpu}",
                     peak=f"{plan.peak_bytes / 2**30:.1f}", usable=f"{plan.usable_bytes / 2**30:.1f}",
-                    learning_rate=FULL_LEARNING_RATE if kind == "full" else LEARNING_RATE, epochs=EPOCHS,
-                    eval_fraction=0.02 if many >= 2000 else 0.05 if many >= 200 else None,
+                    learning_rate=_learning_rate(spec, kind), epochs=EPOCHS, eval_fraction=eval_fraction,
                 )  # fmt: skip
     assert plan is not None
     raise DoesNotFitError(refusal(plan))
 
 
+def _suitable(spec: ModelSpec, num_rows: int) -> tuple[Sequence[Kind], str]:
+    """The kinds of tuning that suit model and rows, the richest first, and why."""
+    if _is_random(spec):
+        return KINDS[:1], "its weights are random, and all are to learn"
+    if num_rows < FEWEST_ROWS_FOR_FULL:
+        return KINDS[1:], f"{_rows(num_rows)} are few for full tuning, which suits {FEWEST_ROWS_FOR_FULL:,} and more"
+    return KINDS, f"{_rows(num_rows)} suit full tuning"
+
+
+def _learning_rate(spec: ModelSpec, kind: Kind) -> float:
+    if _is_random(spec):
+        return RANDOM_LEARNING_RATE
+    of_full, of_adapters = next(rates for most, *rates in LEARNING_RATES if spec.parameters <= most)
+    return of_full if kind == "full" else of_adapters
+
+
+def _is_random(spec: ModelSpec) -> bool:
+    return spec.id.startswith("builtin:")
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
+
+
+def _source(file: Seen) -> dict[str, Any]:
+    return {"path": file.path, "format": file.format}
+
+
 def _guessed_tokens(sample: object) -> int:
     return math.ceil(len(json.dumps(sample, ensure_ascii=False).encode()) / BYTES_PER_TOKEN)
-
-
-def _length(tokens: Sequence[int], share: float, most: int) -> int:
-    """The shortest usual length that this share of the rows does not exceed."""
-    wanted = tokens[math.ceil(share * len(tokens)) - 1]
-    return min(next((length for length in LENGTHS if length >= wanted), LENGTHS[-1]), most)
 
 
 def _batch(tokens: Sequence[int], max_tokens: int, ranks: int, epochs: float, can_pack: bool) -> tuple[bool, int, int]:
@@ -261,4 +341,4 @@ def _render(**values: object) -> str:
     environment.filters["scalar"] = lambda value: yaml.safe_dump(
         [value], default_flow_style=True, width=10**6, allow_unicode=True
     )[1:-2]
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values) + "\n"
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values).rstrip() + "\n"

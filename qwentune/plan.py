@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as often as needed.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="A name that `qwentune gpus` lists, or cpu.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="A name that `qwentune gpus` lists, 24GiB, or cpu.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many of them.")] = None,
     trace: Annotated[bool, typer.Option(help="Trace the real step on meta tensors too; it has the last word.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,

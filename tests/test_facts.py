@@ -1,4 +1,4 @@
-"""The tables: dimensions give the published parameter counts, and a model or GPU is found or its nearest named."""
+"""The tables: dimensions give the published parameter counts, and a model is found or its nearest named."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from qwentune.errors import UsageError
-from qwentune.facts.gpus import GPUS, gpu_spec
 from qwentune.facts.models import MODELS, config_of, length_remark, model_spec
 from qwentune.facts.towers import tower_remark, training_problems
 from qwentune.model.loading import load_model
@@ -267,31 +266,6 @@ def test_a_config_that_is_no_qwen_config_is_refused_by_name(tmp_path: Path, text
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UsageError, match=r"config\.json"):
         model_spec(str(tmp_path))
-
-
-def test_every_gpu_that_people_buy_is_in_the_table() -> None:
-    wanted = (
-        "gtx-1650 rtx-3060 rtx-3080 rtx-3090 rtx-4070 rtx-4080 rtx-4080-super rtx-4090 rtx-5070-ti rtx-5080 rtx-5090 "
-        "a10g a6000 rtx-6000-ada l4 l40s t4 v100-16gb v100-32gb a100-40gb a100-80gb h100-80gb h20 h200 b200"
-    )
-    assert set(wanted.split()) <= set(GPUS)
-    assert all("data sheet" in gpu.source for gpu in GPUS.values())
-    assert [name for name, gpu in GPUS.items() if not gpu.has_bf16] == [
-        "gtx-1650",
-        "t4",
-        "v100-16gb",
-        "v100-32gb",
-    ]
-
-
-@pytest.mark.parametrize(("wrong", "right"), [("h100", "h100-80gb"), ("rtx4090", "rtx-4090"), ("A100", "a100-40gb")])
-def test_an_unknown_gpu_names_the_nearest(wrong: str, right: str) -> None:
-    with pytest.raises(UsageError, match=f"Did you mean '{right}'"):
-        gpu_spec(wrong)
-
-
-def test_a_gpu_is_found_in_any_case() -> None:
-    assert gpu_spec("RTX-4090").total_bytes == pytest.approx(23.51 * 2**30, abs=1)
 
 
 def test_facts_and_the_plan_are_free_of_torch() -> None:

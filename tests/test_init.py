@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from qwentune.cli import app
 from qwentune.data.dataset import chat_template, prepare
 from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
 from qwentune.data.tokenizing.tokenizer import load_tokenizer
-from qwentune.init import KINDS, look_at
+from qwentune.errors import Problem, UsageError
+from qwentune.facts import present
+from qwentune.facts.gpus import gpu_spec
+from qwentune.init import KINDS, look_at, which_gpu
 from qwentune.memory import judge
 from qwentune.recipe import load_recipe
+from tests.checkpoints import write_checkpoint
 from tests.dialogues import random_rows
 
 
@@ -47,18 +54,22 @@ def rows(folder: Path, *texts: str) -> Path:
     ("model", "gpu", "kind"),
     [
         ("Qwen/Qwen3-0.6B", "rtx-4090", "full"),
-        ("Qwen/Qwen3-8B", "rtx-4090", "lora"),
-        ("Qwen/Qwen3-4B", "rtx-4090", "lora"),  # its optimizer would fit into host memory, at a fraction of the speed
+        ("Qwen/Qwen3-8B", "RTX 4090", "lora"),
+        ("Qwen/Qwen3-4B", "24GiB", "lora"),  # its optimizer would fit into host memory, at a fraction of the speed
         ("Qwen/Qwen3-8B", "t4", "qlora"),
         ("Qwen/Qwen3-8B", "h200", "full"),
         ("Qwen/Qwen2.5-72B-Instruct", "h100-80gb", "qlora"),
     ],
 )
-def test_the_richest_tuning_that_fits_is_written_for_each_gpu(tmp_path: Path, model: str, gpu: str, kind: str) -> None:
+def test_with_many_rows_the_richest_tuning_that_fits_is_written_for_each_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, gpu: str, kind: str
+) -> None:
+    monkeypatch.setattr("qwentune.init.FEWEST_ROWS_FOR_FULL", 12)
     code, said, recipe = init(tmp_path, "--model", model, "--data", "data_templates/chat.jsonl", "--gpu", gpu)
     assert code == 0, said
     loaded = load_recipe(recipe).recipe
-    assert (loaded.model, loaded.tuning.kind, loaded.hardware.gpu) == (model, kind, gpu)
+    assert (loaded.model, loaded.tuning.kind, loaded.hardware.gpu) == (model, kind, gpu_spec(gpu).name)
+    assert ("assumed" in said) == (gpu == "24GiB")
     assert fits(recipe)
     text = re.sub(r"  (rank|alpha):.*\n", "", recipe.read_text())
     for richer in KINDS[: KINDS.index(kind)]:
@@ -66,11 +77,19 @@ def test_the_richest_tuning_that_fits_is_written_for_each_gpu(tmp_path: Path, mo
         assert not fits(recipe, "hardware.launch=single"), "on the GPU alone"
 
 
-def test_no_row_is_longer_than_the_length_that_was_guessed_from_its_bytes(tmp_path: Path) -> None:
+def not_at_hand(folder: Path) -> None:
+    raise UsageError(Problem(str(folder), "was not fetched yet"))
+
+
+def test_no_row_is_longer_than_the_length_that_was_guessed_from_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in random_rows(5, 300, hostile=False)))
-    code, said, recipe = init(tmp_path, "--model", "builtin:tiny-qwen3", "--data", str(data))
+    monkeypatch.setattr("qwentune.data.tokenizing.tokenizer.load_tokenizer", not_at_hand)
+    code, said, recipe = init(tmp_path, "--model", "builtin:tiny-qwen3", "--data", str(data), "--gpu", "cpu")
     assert code == 0, said
+    assert "by a guess from its bytes" in recipe.read_text()
     loaded = load_recipe(recipe).recipe
     tokenizer = load_tokenizer(checkpoint_folder(loaded.model, None))
     template = chat_template(loaded.data, tokenizer)
@@ -85,14 +104,97 @@ def test_settings_follow_the_amount_of_data(tmp_path: Path) -> None:
     assert code == 0
     loaded = load_recipe(recipe).recipe
     assert loaded.data.train[0].path == few[0].path
-    assert (loaded.data.max_tokens, loaded.data.packing, loaded.data.eval_fraction) == (512, False, 0)
-    assert loaded.batch.sequences_per_step == 4
+    assert (loaded.data.max_tokens, loaded.data.packing, loaded.data.eval_fraction) == (512, False, 0.1)
+    assert (loaded.batch.sequences_per_step, loaded.output.eval_every_epochs) == (2, 1)
     recipe.unlink()
     many = rows(tmp_path, *["word " * 2000] * 2000)
     code, _, recipe = init(tmp_path, "--model", "Qwen/Qwen3-8B", "--gpu", "h100-80gb", "--data", str(many))
     loaded = load_recipe(recipe).recipe
-    assert (loaded.data.max_tokens, loaded.data.packing, loaded.data.eval_fraction) == (4096, True, 0.02)
+    assert (loaded.data.max_tokens, loaded.data.packing, loaded.data.eval_fraction) == (3584, True, 0.02)
     assert loaded.batch.sequences_per_step == 16
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "learning_rate"),
+    [("Qwen/Qwen3-8B", "4090", 2e-4), ("Qwen/Qwen3-32B", "h100", 1e-4), ("builtin:tiny-qwen3", "cpu", 1e-3)],
+)
+def test_few_rows_are_for_adapters_unless_the_weights_are_random(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, gpu: str, learning_rate: float
+) -> None:
+    monkeypatch.setattr("qwentune.data.tokenizing.tokenizer.load_tokenizer", not_at_hand)
+    data = rows(tmp_path, *["word " * 50] * 59)
+    code, said, recipe = init(tmp_path, "--model", model, "--gpu", gpu, "--data", str(data))
+    assert code == 0, said
+    loaded = load_recipe(recipe).recipe
+    assert (loaded.tuning.kind == "full") == model.startswith("builtin:")
+    assert loaded.optimizer.learning_rate == learning_rate
+    assert "below 50 little is learned" not in said, "of a recipe that it chose itself"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kind_that_is_asked_for_is_written_with_a_learning_rate_of_its_own(tmp_path: Path, kind: str) -> None:
+    arguments = ("--model", "Qwen/Qwen3-8B", "--gpu", "h200", "--data", "data_templates/chat.jsonl", "--kind", kind)
+    code, said, recipe = init(tmp_path, *arguments)
+    assert code == 0, said
+    loaded = load_recipe(recipe).recipe
+    assert loaded.tuning.kind == kind
+    assert loaded.optimizer.learning_rate == (1e-5 if kind == "full" else 2e-4)
+
+
+def test_the_longest_example_is_measured_where_the_tokenizer_is_at_hand(tmp_path: Path, qwen3_folder: Path) -> None:
+    longest = "word " * 700
+    data = rows(tmp_path, *["word " * 50] * 30, longest)
+    num_tokens = len(load_tokenizer(qwen3_folder).encode([longest])[0]) + 1  # the end of the text
+    code, said, recipe = init(tmp_path, "--model", str(qwen3_folder), "--gpu", "cpu", "--data", str(data))
+    assert code == 0, said
+    assert load_recipe(recipe).recipe.data.max_tokens == math.ceil(num_tokens / 512) * 512
+    (line,) = (line for line in recipe.read_text().splitlines() if "max_tokens" in line)
+    assert line.endswith(f"the longest example has {num_tokens:,} tokens")
+    assert "warning: 29 rows train exactly what an earlier row trains" in said, "as the preview does"
+
+
+def test_what_the_preview_will_refuse_is_said_and_the_recipe_written(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", "qwen2")  # whose template knows no reasoning
+    data = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So.", "reasoning_content": "Hm."}]
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    code, said, recipe = init(tmp_path, "--model", str(model), "--gpu", "cpu", "--data", str(data))
+    assert code == 0, said
+    assert "The preview will refuse this data" in said
+    assert "rows.jsonl:1" in said
+    assert "data.unsupported_reasoning" in said
+    assert "by a guess" in recipe.read_text()
+
+
+def test_without_a_gpu_the_flag_is_named_with_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(present, "present_gpus", lambda: None)
+    arguments = ("--model", "Qwen/Qwen3-8B", "--data", "data_templates/chat.jsonl")
+    code, said, recipe = init(tmp_path, *arguments)
+    assert (code, recipe.exists()) == (2, False)
+    assert said.count("--gpu ") >= 3
+    for example in re.findall(r"--gpu ([\w-]+)", said.split("Name the one")[1]):
+        again = init(tmp_path, *arguments, "--gpu", example)
+        assert again[0] in (0, 4), again[1]  # this machine may be too small
+        recipe.unlink(missing_ok=True)
+
+
+def test_on_a_terminal_the_gpu_is_asked_for_until_it_is_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(present, "present_gpus", lambda: None)
+    for stream in ("stdin", "stderr"):
+        monkeypatch.setattr(getattr(sys, stream), "isatty", lambda: True, raising=False)
+    answers = iter(["a100", "4090"])
+    monkeypatch.setattr("typer.prompt", lambda *_, **__: next(answers))
+    assert which_gpu(None) == "rtx-4090"
+    assert "'a100-40gb' or 'a100-80gb'" in capsys.readouterr().err
+
+    def gone(*_: object, **__: object) -> str:
+        raise typer.Abort
+
+    monkeypatch.setattr("typer.prompt", gone)
+    with pytest.raises(KeyboardInterrupt):
+        which_gpu(None)
 
 
 def test_every_mistake_is_said_and_nothing_is_written(tmp_path: Path) -> None:
@@ -101,6 +203,12 @@ def test_every_mistake_is_said_and_nothing_is_written(tmp_path: Path) -> None:
     code, said, recipe = init(tmp_path, "--model", "Qwen/Qwen3-8B", "--data", str(bad), "--data", "missing.jsonl")
     assert (code, recipe.exists()) == (3, False)
     assert all(place in said for place in ("bad.jsonl:1", "bad.jsonl:2", "missing.jsonl"))
+    code, said, recipe = init(
+        tmp_path, "--model", "Qwen/Qwen3-8B", "--data", "data_templates/chat.jsonl", "--kind", "lorra"
+    )
+    assert (code, recipe.exists()) == (2, False)
+    assert "'lorra'" in said
+    assert "full, lora, qlora" in said
     code, said, recipe = init(tmp_path, "--model", "Qwen/Qwen3-80", "--data", "data_templates/chat.jsonl")
     assert (code, recipe.exists()) == (2, False)
     assert "Did you mean" in said

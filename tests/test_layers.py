@@ -25,6 +25,7 @@ LAYERS = (
     "peers",
     "recipe",
     "facts",
+    "conversion",
     "data",
     "model",
     "memory",

@@ -16,7 +16,7 @@ from qwentune.facts.gpus import GpuSpec, gpu_spec
 from qwentune.facts.models import model_spec
 from qwentune.facts.present import present_gpus
 from qwentune.memory import HostMemory
-from qwentune.memory.device_remarks import ecc_remark, spill_remark
+from qwentune.memory.device_remarks import ecc_remark, rates_remark, spill_remark
 from qwentune.memory.judge import device_of, judge
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
 
@@ -41,8 +41,9 @@ def test_free_memory_of_a_gpu_that_is_here_beats_the_table(monkeypatch: pytest.M
     found = present_gpus()
     assert found is not None
     assert (found.spec.name, found.spec.total_bytes, found.count) == ("rtx-4090", 9000 * 2**20, 2)
-    device, count, _ = device_of(Hardware(gpu="rtx-4090", count=1), here=False)
-    assert (device, count) == (found.spec, 1)
+    for name in ("rtx-4090", "RTX 4090"):
+        device, count, _ = device_of(Hardware(gpu=name, count=1), here=False)
+        assert (device, count) == (found.spec, 1)
     other, _, _ = device_of(Hardware(gpu="h200"), here=False)
     assert other == gpu_spec("h200")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
@@ -62,6 +63,7 @@ def test_a_gpu_that_shares_the_hosts_memory_is_judged_by_it(
     found = present_gpus()
     assert found is not None
     assert (found.spec.name, found.spec.total_bytes) == ("NVIDIA GB10", 100 * 2**30)
+    assert "those of rtx-4090 are assumed" in rates_remark(found.spec)
 
 
 LISTED = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-a)

@@ -19,11 +19,10 @@ from pathlib import Path
 
 import psutil
 
-from qwentune.facts.gpus import GPUS, GpuSpec, gpu_spec, weakest
+from qwentune.facts.gpus import GpuSpec, gpu_spec, named_by_driver, weakest
 from qwentune.facts.mig import first_visible, sliced, slices
 
 MIB = 2**20
-SIZES = {"80gb", "40gb", "32gb", "16gb", "12gb"}  # in names of the table that the driver's do not always hold
 KERNELS = ("fla", "causal_conv1d")  # that transformers takes for hybrids by itself: the delta rule, its convolution
 FEWEST = ("index", "uuid", "name", "memory.total", "memory.free")
 CAPABILITY, ECC, SLICES = "compute_cap", "ecc.mode.current", "mig.mode.current"
@@ -87,7 +86,7 @@ def present_gpus() -> PresentGpus | None:
     # A GPU that is cut into no slice yet is seen by nobody.
     seen = _visible([row for row in rows if row.get(SLICES) != "Enabled"], wanted)
     is_ordered = len(rows) < 2 or os.environ.get(ORDER, BY_BUS) == BY_BUS
-    is_told = rows and is_ordered and all(_known(row["name"]) or row.get(CAPABILITY) for row in seen)
+    is_told = rows and is_ordered and all(named_by_driver(row["name"]) or row.get(CAPABILITY) for row in seen)
     cards = tuple(replace(_spec(row), total_bytes=_bytes(row["memory.free"])) for row in seen)
     if not is_told:
         cards = _seen_by_torch(visible, os.environ.get(ORDER, BY_BUS)) or cards
@@ -216,15 +215,9 @@ def _spec(row: dict[str, str]) -> GpuSpec:
     return replace(found, has_ecc=row.get(ECC) == "Enabled", is_here=True)
 
 
-def _known(name: str) -> list[GpuSpec]:
-    """The table's rows whose words the driver's name holds."""
-    words = name.lower().replace("-", " ").split()
-    return [spec for spec in GPUS.values() if set(spec.name.split("-")) - SIZES <= set(words)]
-
-
 def _named(name: str, total_bytes: int, capability: str) -> GpuSpec:
     """The table's row for the driver's name: of those that fit, the one nearest in memory."""
-    if matching := _known(name):
+    if matching := named_by_driver(name):
         return min(matching, key=lambda spec: abs(spec.total_bytes - total_bytes))
     # An unknown card is judged by its own memory; its speed only orders the candidates, so any row of its kind serves.
     # One of which nobody tells the kind is taken for an old one, which leaves out what it may not have.
@@ -237,4 +230,5 @@ def _named(name: str, total_bytes: int, capability: str) -> GpuSpec:
         compute_capability=found if told else model.compute_capability,
         source="nvidia-smi",
         fp16_tflops=None,
+        rates_of=model.name,
     )

@@ -31,6 +31,7 @@ def remarks(
         kernel_remark(spec, device),
         attention_remark(spec, device) if attention == "auto" else "",
         dtype_remark(device) if weights != "bf16" else "",
+        rates_remark(device),
         ecc_remark(device),
         spill_remark(device),
     )
@@ -75,6 +76,17 @@ def dtype_remark(device: Device) -> str:
     if device.fp16_tflops is not None:
         rate = f" at {device.fp32_tflops:g} TFLOP/s, where fp16 would have {device.fp16_tflops:g}"
     return f"{who} in fp32: weights and activations take twice the bytes, and matrices are multiplied{rate}."
+
+
+def rates_remark(device: Device) -> str:
+    """Whose rates are taken for a card that is not in the table, in words; empty where it is there, or for a CPU."""
+    if isinstance(device, HostMemory) or device.rates_of is None:
+        return ""
+    rate = f"{device.fp32_tflops:g} fp32" if device.bf16_tflops is None else f"{device.bf16_tflops:g} bf16"
+    return (
+        f"The rates of {device.name} are not known: those of {device.rates_of} are assumed ({rate} TFLOP/s, "
+        f"{device.bandwidth_gb_per_second:g} GB/s). They decide the time, not whether it fits."
+    )
 
 
 def ecc_remark(device: Device) -> str:

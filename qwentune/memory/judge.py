@@ -244,8 +244,10 @@ def _devices(hardware: Hardware, here: bool) -> tuple[Device, int]:
     if count == "auto":
         count = 1 if present is None else present.count
     found = None if present is None else present.of_ranks(count)
-    if hardware.gpu not in ("auto", "cpu") and not here and (found is None or found.name != hardware.gpu):
-        return gpu_spec(hardware.gpu), 1 if hardware.count == "auto" else count
+    if hardware.gpu not in ("auto", "cpu") and not here:
+        named = gpu_spec(hardware.gpu)
+        if found is None or found.name != named.name:
+            return named, 1 if hardware.count == "auto" else count
     return HostMemory(free_host_bytes()) if found is None else found, count
 
 

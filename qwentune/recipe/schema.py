@@ -217,7 +217,9 @@ REASONS_AGAINST = {  # values that were taken once, or that look as if they were
 
 
 class Hardware(Section):
-    gpu: Name = _key("auto", "a name that `qwentune gpus` lists, cpu, or auto: what is present")
+    gpu: Name = _key(
+        "auto", "a name that `qwentune gpus` lists, a card's memory as in 24GiB, cpu, or auto: what is present"
+    )
     count: Auto | Annotated[int, Ge(1), Le(4096)] = _key("auto", "number of GPUs; auto: all that are present")
     launch: Name = _key("auto", "a file of launch/ without its ending, such as zero2-offload; auto: the plan's")
 
