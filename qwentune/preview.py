@@ -189,6 +189,11 @@ def show_report(terminal: Console, report: dict[str, Any], dropped: tuple[dict[s
     terminal.print(f"turns trained: {modes or 'none'} · trained ends: {stops or 'none'}")
     if report["fim"]:
         terminal.print("code: " + ", ".join(f"{count} {order}" for order, count in report["fim"].items()))
+    if report["logged_calls"]:
+        terminal.print(
+            f"logged calls: {report['logged_calls']}, of which {report['calls_going_on']} go on with the dialogue of "
+            "another; of each only its own response is trained"
+        )
     histogram = report["lengths"]["histogram"]
     most = max((bucket["examples"] for bucket in histogram), default=1)
     for bucket in histogram:

@@ -29,6 +29,13 @@ class RowFormat:
     is_trained: bool = True
 
 
+# Under which names logs keep the two halves of a call.
+CALLS = (
+    *(("request", "response"), ("request_body", "response_body"), ("req", "resp"), ("reqPayload", "respPayload")),
+    *(("input", "output"), ("inputs", "outputs"), ("body", "response"), ("params", "result"), ("messages", "response")),
+)
+
+
 def _keys(*keys: str) -> frozenset[str]:
     return frozenset(keys)
 
@@ -39,9 +46,11 @@ ROW_FORMATS: dict[str, RowFormat] = {
     "preference": RowFormat(
         ({"chosen", "rejected"}, {"messages", "rejected_response"}), _keys(*PREFERENCE, *BESIDE), is_trained=False
     ),
+    "request": RowFormat(tuple({*names} for names in CALLS), _keys(*(name for names in CALLS for name in names))),
     "chat": RowFormat(({"messages"},), _keys("messages", "choices", *BESIDE)),
     "sharegpt": RowFormat(({"conversations"}, {"conversation"}), _keys("conversations", "conversation", *BESIDE)),
     "instruction": RowFormat(({"instruction", "output"}, {"query", "response"}), _keys(*INSTRUCTION, *BESIDE)),
+    "completion": RowFormat(({"prompt", "completion"},), _keys("prompt", "completion", *BESIDE)),
     "retrieval": RowFormat(
         ({"query", "positive"},), _keys("query", "positive", "negatives", "instruction", *LOSS), is_trained=False
     ),

@@ -6,12 +6,10 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +17,7 @@ from qwentune.data.formats import FORMATS, detect
 from qwentune.data.formats.samples import read_samples, refuse_untrained
 from qwentune.data.formats.suggestion import suggestion
 from qwentune.data.reading.columns import Columns
-from qwentune.data.sample import Code, Conversation, Message, Pair, Retrieval, Source, Text, ToolCall
+from qwentune.data.sample import Code, Completion, Conversation, Message, Pair, Retrieval, Source, Text, ToolCall
 from qwentune.errors import DataError, Problem
 from qwentune.recipe import DataSource
 from qwentune.recipe.keys import describe_keys
@@ -245,8 +243,11 @@ near_rows = st.recursive(
 )
 
 
-PLACES = ("messages", "conversations", "tools", "text", "history", "prompt", "chosen", "rejected")
-SAMPLES = Conversation | Text | Code | Pair | Retrieval
+PLACES = (
+    *("messages", "conversations", "tools", "text", "history", "prompt", "chosen", "rejected"),
+    *("completion", "request", "response", "input", "output", "choices", "system"),
+)
+SAMPLES = Conversation | Text | Completion | Code | Pair | Retrieval
 
 
 @given(row=st.dictionaries(st.sampled_from(PLACES), near_rows))
@@ -357,18 +358,14 @@ def test_two_answers_that_are_the_same_are_no_preference() -> None:
             {"question": "q", "answer": "a"},
             "rename 'question' to 'instruction', 'answer' to 'output'",
         ),
-        ({"prompt": "q", "completion": "a"}, "format instruction: rename 'prompt' to 'instruction'"),
+        ({"prompt": "q", "answer": "a"}, "format instruction: rename 'prompt' to 'instruction'"),
         ({"dialogue": []}, "format chat: rename 'dialogue' to 'messages'"),
         ({"content": "t"}, "format text: rename 'content' to 'text'"),
         (
-            {"request": chat(USER), "response": {"choices": []}},
-            "As rows of the format chat: join them (jq -c '.request + {choices: .response.choices}'",
+            {"asked": chat(USER), "answered": {"choices": []}},
+            "As rows of the format request: rename 'asked' to 'request', 'answered' to 'response', in the recipe by",
         ),
         ({"input": "q", "output": "a"}, "format instruction: rename 'input' to 'instruction', in the recipe by `data:"),
-        (
-            {"prompt": [USER], "completion": [ANSWER]},
-            "format chat: join them (jq -c 'del(.prompt, .completion) + {messages: (.prompt + .completion)}'",
-        ),
         (
             {"data": [chat(USER, ANSWER)]},
             "The rows of 'data' are rows of the format chat: take them out (jq -c '.data[]'",
@@ -410,39 +407,6 @@ def mended(file: Path) -> list[Any]:
     samples = list(read_samples(str(file.with_name("renamed.jsonl")), "auto", problems))
     assert not problems
     return samples
-
-
-@pytest.mark.skipif(shutil.which("jq") is None, reason="no jq")
-def test_the_command_that_renames_loses_no_other_column(tmp_path: Path) -> None:
-    file = tmp_path / "my rows.jsonl"
-    for row, ours in (({"prompt": [USER], "completion": [ANSWER], "tools": TOOLS}, chat(USER, ANSWER, tools=TOOLS)),):
-        file.write_text(json.dumps(row) + "\n")
-        (sample,) = mended(file)
-        expected = parsed("chat", ours)
-        assert (sample.messages, sample.tools) == (expected.messages, expected.tools)
-
-
-@pytest.mark.parametrize(
-    ("row", "ours"),
-    [
-        ({"system": "s", "prompt": "q", "response": "a"}, {"system": "s", "instruction": "q", "output": "a"}),
-        ({"dialogue": [USER, ANSWER], "tools": TOOLS}, chat(USER, ANSWER, tools=TOOLS)),
-        ({"Question": "q", "Answer": "a"}, {"instruction": "q", "output": "a"}),
-        ({"true": 1, "content": "t"}, {"text": "t"}),
-    ],
-)
-def test_what_is_said_of_other_names_is_a_source_that_reads_them(
-    tmp_path: Path, row: dict[str, Any], ours: dict[str, Any]
-) -> None:
-    file = tmp_path / "my rows.jsonl"
-    file.write_text(json.dumps(row) + "\n")
-    with pytest.raises(DataError) as refused:
-        list(read_samples(str(file), "auto", []))
-    found = re.search(r"`data: (.*)`", str(refused.value))
-    assert found
-    (source,) = yaml.safe_load(found[1])["train"]
-    (sample,) = read_source(DataSource(**source))
-    assert replace(sample, source=SOURCE) == parsed(detect([ours]) or "", ours)
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="no jq")

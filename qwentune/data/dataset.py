@@ -23,7 +23,7 @@ from qwentune.console import say
 from qwentune.data.cache import alone, cache_folder
 from qwentune.data.formats.samples import read_samples
 from qwentune.data.layout.rows import Rows, Trie, packed_rows
-from qwentune.data.layout.split import copies, fates, split, untrained_sources
+from qwentune.data.layout.split import copies, dialogues, fates, split, untrained_sources
 from qwentune.data.layout.store import DamagedError, Examples, ExampleWriter, open_sealed, seal
 from qwentune.data.reading.columns import Columns
 from qwentune.data.reading.faults import Unread
@@ -260,6 +260,7 @@ def _build(
         too_long=data.too_long,
         unsupported_reasoning=data.unsupported_reasoning,
         system=data.system,
+        secrets=data.secrets,
         fim=data.fim,
         seed=seed,
     )
@@ -271,13 +272,20 @@ def _build(
     refused: list[Dropped] = []  # rows that are wrong
     versions = array("h")  # of the examples
     identities = array("q")  # of the samples that have examples
+    answers, before = array("Q"), array("Q")  # of logged calls: fingerprints with their answer, and with that before it
     for number, source in enumerate([*data.train, *(data.evaluation or ())]):
         begins = array("q", [writer.num_examples])
         faults: list[Problem] = []
         rows = RowCount()
         content, columns = contents[source.path], Columns.of(source)
         samples = read_samples(
-            source.path, source.format, faults, content=content, count=rows, columns=columns, max_rows=source.max_rows
+            source.path,
+            source.format,
+            faults,
+            content=content,
+            count=rows,
+            columns=columns,
+            max_rows=source.max_rows,
         )
         for outcome in renderer.render_all(samples, number):
             report.add(outcome)
@@ -288,6 +296,8 @@ def _build(
                 versions.extend(example.version for example in outcome.examples)
                 begins.append(writer.num_examples)
                 identities.append(outcome.identity)
+                answers.append(outcome.answers[-1] if outcome.answers else 0)
+                before.append(outcome.answers[-2] if outcome.answers[1:] else 0)
         groups.append(np.asarray(begins, dtype=np.int64))
         # Rows are read ahead of what is rendered.
         faults.sort(key=lambda problem: _source_of(problem, source.path).line)
@@ -299,7 +309,8 @@ def _build(
         raise DataError(problems)
     dropped += refused
     _refuse_losses(data, report, dropped, problems)
-    train, evaluation = split(data, groups, seed)
+    first_calls = dialogues(np.asarray(answers), np.asarray(before))
+    train, evaluation = split(data, groups, first_calls, seed)
     once = np.asarray(versions) <= 0
     evaluation = evaluation[once[evaluation]]
     if not len(train):
@@ -307,7 +318,9 @@ def _build(
         raise DataError(Problem(data.train[0].path, "no row is left to train on", fix))
     report.end(fates(groups, train, evaluation))
     counts = copies(np.asarray(identities), groups, evaluation)
-    finished = report.finish(int(once[train].sum()), len(evaluation), dropped, counts)
+    going_on = int((first_calls != np.arange(len(first_calls))).sum())
+    calls = {"logged_calls": int(np.count_nonzero(answers)), "calls_going_on": going_on}
+    finished = report.finish(int(once[train].sum()), len(evaluation), dropped, {**counts, **calls})
     finished["warnings"] += untrained_sources(data, groups, train, evaluation)
     return {
         "content": writer.finish(train, evaluation),

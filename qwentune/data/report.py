@@ -5,15 +5,17 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from qwentune.data.reading.files import RowCount
 from qwentune.data.reading.unread import UnreadKeys
+from qwentune.data.rendering.credentials import Credential
 from qwentune.data.rendering.outcome import Dropped, Outcome
 from qwentune.data.rendering.remarks import CHANGED_BY_NFC
+from qwentune.data.sample import Source
 from qwentune.data.templates.chat_template import ChatTemplate
 from qwentune.data.tokenizing.tokenizer import Tokenizer
 
@@ -39,7 +41,10 @@ class Report:
     lengths: array[int] = field(default_factory=lambda: array("q"))  # of the examples, in tokens
     remarks: Counter[str] = field(default_factory=Counter[str])
     unread: UnreadKeys = field(default_factory=UnreadKeys)
-    places: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # of remarks, the first few
+    credentials: Counter[Credential] = field(default_factory=Counter[Credential])
+    places: dict[str, list[Source]] = field(
+        default_factory=dict[str, list[Source]]
+    )  # of remarks and secrets: the first
     last_tokens: Counter[int] = field(default_factory=Counter[int])  # of trained spans
     rows: Counter[str] = field(default_factory=Counter[str])  # by what becomes of them
     num_rows: int = 0  # of the sources that were read to their end
@@ -48,10 +53,12 @@ class Report:
         """Counts one sample in."""
         self.rows[outcome.fate] += 1
         self.remarks.update(outcome.remarks)
-        for remark in {*outcome.remarks, *([FORGED] if outcome.forged_control_tokens else [])}:
+        self.credentials.update(outcome.credentials)
+        kinds = (credential.kind for credential in outcome.credentials)
+        for remark in {*outcome.remarks, *([FORGED] if outcome.forged_control_tokens else []), *kinds}:
             places = self.places.setdefault(remark, [])
             if len(places) < NUM_PLACES:
-                places.append(str(outcome.source))
+                places.append(outcome.source)
         self.unread.add(outcome.unread, outcome.source)
         self.modes.update(outcome.modes)
         self.counts["samples"] += 1
@@ -95,7 +102,7 @@ class Report:
     ) -> dict[str, Any]:
         """The report as JSON: numbers of the whole dataset as the first epoch sees it, no text of any row.
 
-        `copies` counts samples that train what another does: `duplicates` and `eval_overlap`.
+        `copies` counts samples that train what another does, `duplicates` and `eval_overlap`, and logged calls.
         """
         lengths = np.asarray(self.lengths, dtype=np.int64)
         tokens = int(lengths.sum())
@@ -119,6 +126,7 @@ class Report:
             "turns_with_reasoning": self.counts["turns_with_reasoning"],
             "unreachable_turns": self.counts["unreachable_turns"],
             "forged_control_tokens": self.counts["forged_control_tokens"],
+            "secrets": self._secrets(),
             **copies,
             "checked_turns": self.counts["checked_turns"],
             "stop_tokens": self._stop_tokens(),
@@ -148,6 +156,17 @@ class Report:
         names = {token_id: name for name, token_id in self.tokenizer.control_ids.items()}
         return {names[token]: count for token, count in self.last_tokens.most_common() if token in names}
 
+    def _secrets(self) -> dict[str, Any]:
+        """By kind: how many stand in the texts, how they begin, and where the first are."""
+        return {
+            kind: {
+                "count": sum(count for one, count in self.credentials.items() if one.kind == kind),
+                "shown": sorted(one.masked for one in self.credentials if one.kind == kind),
+                "first": [asdict(place) for place in self.places[kind]],
+            }
+            for kind in sorted({one.kind for one in self.credentials})
+        }
+
     def _template(self) -> dict[str, Any] | None:
         if self.template is None:
             return None
@@ -172,8 +191,14 @@ class Report:
                 f"{report['eval_overlap']} evaluation rows are trained as well: the evaluation loss says too little "
                 "about unseen data. Remove them from one side"
             )
+        for kind, found in report["secrets"].items():
+            places = ", ".join(map(str, self.places[kind]))
+            warnings.append(
+                f"{found['count']} × what looks like a secret, {kind} ({', '.join(found['shown'])}): a model may say "
+                f"what it was trained on. Put a placeholder there and revoke it. First: {places}"
+            )
         for remark, count in (self.remarks + Counter({FORGED: report["forged_control_tokens"]})).items():
-            places = ", ".join(self.places[remark])
+            places = ", ".join(map(str, self.places[remark]))
             warnings.append(f"{count} {remark}" + (f" First: {places}" if places else ""))
         return warnings + self.unread.warnings()
 

@@ -68,7 +68,7 @@ class Conversation:
     `turns` are the places of the messages among the turns of the row, which people are told: a system text beside the
     turns has none and is −1. Empty where they are 0, 1, 2, …. `template_args` outweigh those of the recipe. `unread`
     are the keys of the row that nothing reads, as in other samples; `offered`, those that only a template
-    may read.
+    may read. Of a logged call `answers` are fingerprints of the dialogue up to each answer, the last one its own.
     """
 
     source: Source
@@ -78,6 +78,7 @@ class Conversation:
     template_args: Mapping[str, Json] = field(default_factory=dict[str, "Json"])
     unread: tuple[str, ...] = field(default=(), compare=False)
     offered: tuple[Offered, ...] = field(default=(), compare=False)
+    answers: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,16 @@ class Text:
 
     source: Source
     text: str
+    unread: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A text and how it goes on: only the completion is trained."""
+
+    source: Source
+    prompt: str
+    completion: str
     unread: tuple[str, ...] = field(default=(), compare=False)
 
 
@@ -132,7 +143,7 @@ class Retrieval:
     unread: tuple[str, ...] = field(default=(), compare=False)
 
 
-Sample: TypeAlias = Conversation | Text | Code | Pair | Retrieval
+Sample: TypeAlias = Conversation | Text | Completion | Code | Pair | Retrieval
 
 
 class RowError(Exception):

@@ -144,6 +144,7 @@ class DataOptions(Section):
     turns: Literal["all", "last"] = _key("all", "which assistant turns of a dialogue are trained")
     template_args: dict[str, TemplateArgument] = _key({}, "arguments for the chat template")
     bad_rows: Literal["error", "skip"] = _key("error", "refuse the run, or leave wrong rows out with a record")
+    secrets: Literal["warn", "refuse"] = _key("warn", "keys and tokens of services in rows: count them, or refuse rows")
     unsupported_reasoning: Literal["refuse", "drop", "inline"] = _key(
         "refuse", "what happens to reasoning that the chat template cannot carry"
     )

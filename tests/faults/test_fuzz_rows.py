@@ -114,7 +114,39 @@ def retrieval(random: Random) -> dict[str, Any]:
     return row | {"negatives": [text(random)], "instruction": text(random)}
 
 
+def completion(random: Random) -> dict[str, Any]:
+    if random.random() < 0.5:
+        return {"prompt": text(random), "completion": text(random)}
+    messages = chat(random)["messages"]
+    return {"prompt": messages[:-1], "completion": messages[-1:]}
+
+
+def request(random: Random) -> dict[str, Any]:
+    """A logged call, of OpenAI's chat completions, its responses, or Anthropic's messages."""
+    question, answer = text(random), text(random)
+    asked = {"messages": [{"role": "user", "content": question}], "temperature": 0.5}
+    match random.randrange(4):
+        case 0:
+            row = chat(random)
+            message = {"message": row["messages"].pop(), "finish_reason": "stop"}
+            return {"request": row, "response": {"choices": [message]}}
+        case 1:
+            blocks = [{"type": "thinking", "thinking": text(random)}, {"type": "text", "text": answer}]
+            asked["messages"][0]["content"] = [
+                {"type": "tool_result", "content": question},
+                {"type": "text", "text": "x"},
+            ]
+            return {"request": asked, "response": {"role": "assistant", "content": blocks, "stop_reason": "end_turn"}}
+        case 2:
+            message = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": answer}]}
+            return {"request": {"input": [*asked["messages"]]}, "response": {"output": [message]}}
+        case _:
+            return {"input": json.dumps(asked), "output": json.dumps({"role": "assistant", "content": answer})}
+
+
 ROWS = {
+    "request": request,
+    "completion": completion,
     "chat": chat,
     "sharegpt": sharegpt,
     "instruction": instruction,
@@ -169,7 +201,9 @@ def mark(row: dict[str, Any]) -> None:
 
     for key in ("instruction", "input", "system", "prompt", "prefix", "suffix", "query"):
         marked(row, key)
-    listed = (row.get(key) for key in ("messages", "conversations", "prompt", "chosen", "rejected"))
+    whole = [row, asked] if isinstance(asked := row.get("request"), dict) else [row]
+    keys = ("messages", "conversations", "prompt", "chosen", "rejected", "input")
+    listed = (one.get(key) for one in whole for key in keys)
     for message in (message for messages in listed if isinstance(messages, list) for message in messages):
         if isinstance(message, dict):
             if message.get("role") in ("user", "system", "tool", "developer", "function"):

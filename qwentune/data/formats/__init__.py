@@ -12,7 +12,8 @@ from qwentune.row_formats import ROW_FORMATS
 
 Parse: TypeAlias = Callable[[dict[str, Json], Source], Sample | list[Problem]]
 
-FORMATS: dict[str, Parse] = {name: import_module(f"{__name__}.{name}").parse for name in ROW_FORMATS}
+_MODULES = {name: import_module(f"{__name__}.{name}") for name in ROW_FORMATS}
+FORMATS: dict[str, Parse] = {name: module.parse for name, module in _MODULES.items()}
 
 
 def detect(rows: Sequence[Json]) -> str | None:
@@ -22,6 +23,14 @@ def detect(rows: Sequence[Json]) -> str | None:
 
 
 def format_of(row: dict[str, Json]) -> str | None:
-    """The format whose keys a row has; None where it has those of none."""
+    """The format whose keys a row has; None where it has those of none.
+
+    A module whose format's keys are not its alone says with `fits` whether their values are those of such a row.
+    """
     keys = row.keys()
-    return next((name for name, format in ROW_FORMATS.items() if any(s <= keys for s in format.signatures)), None)
+    for name, format in ROW_FORMATS.items():
+        if any(signature <= keys for signature in format.signatures):
+            fits: Callable[[dict[str, Json]], bool] | None = getattr(_MODULES[name], "fits", None)
+            if fits is None or fits(row):
+                return name
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from qwentune.data.formats.apis.anthropic import read_tool
 from qwentune.data.reading.faults import described
 from qwentune.data.reading.row_reader import RowReader
 from qwentune.data.sample import Json, ToolCall
@@ -34,7 +35,7 @@ def _objects(values: list[Json], key: str, reader: RowReader) -> list[dict[str, 
     objects: list[dict[str, Json]] = []
     for i, tool in enumerate(values):
         if isinstance(tool, dict):
-            objects.append(tool)
+            objects.append(read_tool(tool, f"{key}[{i}]", reader))
         else:
             reader.refuse(f"{key}[{i}] is {described(tool)}", "A tool is an object with type and function.")
     return objects

@@ -1,13 +1,17 @@
 """The `chat` format: `{"messages": [...], "tools"?: [...]}`, as in the OpenAI and Hugging Face conventions.
 
 A logged request with its response, `{"messages": [...], "choices": [{"message": {...}}]}`, is the dialogue with its
-answer.
+answer, which alone is trained: earlier answers are trained where they were logged as such.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from qwentune.data.formats.apis.anthropic import unfolded, with_system_as_text
+from qwentune.data.formats.apis.fingerprints import answers_of
 from qwentune.data.formats.conversation import read_conversation
-from qwentune.data.formats.normalise import read_message, read_messages
+from qwentune.data.formats.normalise import as_context, read_message, read_messages
 from qwentune.data.reading.faults import described
 from qwentune.data.reading.row_reader import RowReader
 from qwentune.data.reading.strict_json import JsonFaultError, parse_json
@@ -20,12 +24,16 @@ WHOLE = ("stop", "tool_calls", "function_call", None)  # why an answer ended tha
 def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
     """The dialogue, or everything that is wrong with the row."""
     reader = RowReader(source)
+    row = with_system_as_text(row, reader)
     values = reader.read_list(row, "messages", required=True)
     messages, places = read_messages(values, "messages", read_message, reader)
     if logged := _logged_answer(row, messages, reader):
-        messages += logged
+        messages = [message and as_context(message) for message in messages] + logged
         places.append(len(values))
-    return read_conversation(row, "chat", messages, places, "messages", reader)
+    conversation = read_conversation(row, "chat", messages, places, "messages", reader)
+    if logged and not isinstance(conversation, list):
+        return replace(conversation, answers=answers_of(conversation.messages))
+    return conversation
 
 
 def _logged_answer(row: dict[str, Json], messages: list[Message | None], reader: RowReader) -> list[Message | None]:
@@ -46,7 +54,8 @@ def _logged_answer(row: dict[str, Json], messages: list[Message | None], reader:
             case {"message": {"role": "assistant"} as message}:
                 ended = choices[0].get("finish_reason")
                 if ended in WHOLE:
-                    return [read_message(message, "choices[0].message", reader)]
+                    path = "choices[0].message"
+                    return [read_message(one, path, reader) for one in unfolded(message, path, reader)]
                 fix = "The answer was cut off or filtered: leave the row out, or write the whole answer into messages."
                 reader.refuse(f"choices[0].finish_reason is {described(ended)}", fix)
             case _:

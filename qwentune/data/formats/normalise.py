@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from qwentune.data.formats.apis.anthropic import unfolded
 from qwentune.data.formats.calls import CALLERS, read_calls, read_only_calls
 from qwentune.data.reading.faults import described
 from qwentune.data.reading.loss import read_weight, refuse_loss
@@ -24,7 +25,7 @@ ROLES = {
     **dict.fromkeys(CALLERS, "assistant"),
 }
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-MESSAGE_KEYS = frozenset(("role", "content", *REASONING_KEYS, "tool_calls", "function_call", *LOSS))
+MESSAGE_KEYS = frozenset(("role", "content", *REASONING_KEYS, "tool_calls", "function_call", "refusal", *LOSS))
 _PART_KEYS = frozenset(("type", "text"))
 _OF_THE_ASSISTANT = (*REASONING_KEYS, "tool_calls", "function_call")
 _OTHER_ROLES = {"human": "user", "gpt": "assistant", "ai": "assistant", "model": "assistant", "bot": "assistant"}
@@ -38,6 +39,7 @@ def read_message(value: Json, path: str, reader: RowReader) -> Message | None:
         reader.refuse(f"{path} is {described(value)}", "A message is an object with role and content.")
         return None
     num_problems = len(reader.problems)
+    value = _with_refusal_as_content(value, path, reader)
     fields = {key: item for key, item in value.items() if item is not None}
     if fields.get("role") in CALLERS:
         fields = value = _as_calls(fields, path, reader)
@@ -58,7 +60,7 @@ def read_message(value: Json, path: str, reader: RowReader) -> Message | None:
     reader.offer(others, role, path)
     if len(reader.problems) > num_problems:
         return None
-    extra = {key: fields[key] for key in others}
+    extra = {key: fields[key] for key in (*others, "refusal") if fields.get(key) != "" and key in fields}
     return Message(role, "".join(texts), reasoning, calls, weight, extra, len(texts))
 
 
@@ -71,7 +73,8 @@ def read_messages(
     """
     messages: list[Message | None] = []
     places: list[int] = []
-    for i, value in enumerate(values):
+    whole = ((i, one) for i, value in enumerate(values) for one in unfolded(value, f"{key}[{i}]", reader))
+    for i, value in whole:
         message = read(value, f"{key}[{i}]", reader)
         before = messages[-1] if messages else None
         if message and before and _is_only_calls(value) and _goes_on(before, message):
@@ -81,6 +84,11 @@ def read_messages(
             messages.append(message)
             places.append(i)
     return messages, places
+
+
+def as_context(message: Message) -> Message:
+    """The message without loss."""
+    return replace(message, weight=0.0) if message.role == "assistant" else message
 
 
 def _is_only_calls(value: Json) -> bool:
@@ -133,6 +141,21 @@ def _read_content(message: Mapping[str, Json], path: str, reader: RowReader, *, 
         what = f"{path} is null" if "content" in message else f"{path.removesuffix('.content')} has no content"
         reader.refuse(what, "Give its text; only an assistant message with tool_calls goes without.")
     return [""]
+
+
+def _with_refusal_as_content(value: dict[str, Json], path: str, reader: RowReader) -> dict[str, Json]:
+    """The message of which OpenAI's `refusal`, beside the content or as its part, is what was said."""
+    content, refusal = value.get("content"), value.get("refusal")
+    match content:
+        case [{"type": "refusal", "refusal": refusal}]:
+            content = None
+        case _:
+            pass
+    if not refusal or not isinstance(refusal, str):
+        return value
+    if content:
+        reader.refuse(f"{path} has both content and refusal", "Keep what was said.")
+    return {**value, "content": refusal, "refusal": refusal}
 
 
 def _read_parts(content: list[Json], path: str, reader: RowReader) -> list[str]:

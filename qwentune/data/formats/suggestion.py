@@ -33,8 +33,7 @@ def suggestion(rows: Sequence[Json], path: str) -> str:
     row: Mapping[str, Json] = next((row for row in rows if isinstance(row, dict)), dict[str, Json]())
     holders = {part: key for part in ("messages", "choices") for key, value in row.items() if _holds(value, part)}
     if len(holders) == 2:
-        joined = _command(row, path, f".{holders['messages']} + {{choices: .{holders['choices']}.choices}}")
-        return f"As rows of the format chat: join them{joined}."
+        return _renamed("request", {"request": holders["messages"], "response": holders["choices"]}, path)
     for key, value in row.items():
         inner = value[0] if isinstance(value, list) and value else value
         format = format_of(inner) if isinstance(inner, dict) else None
@@ -47,9 +46,6 @@ def suggestion(rows: Sequence[Json], path: str) -> str:
         if format:
             command = _command(row, path, f".{key}")
             return f"The {key!r} of each row is one of the format {format}: take it out{command}."
-    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-        joined = _command(row, path, "del(.prompt, .completion) + {messages: (.prompt + .completion)}")
-        return f"As rows of the format chat: join them{joined}."
     return _renaming(row, path)
 
 
@@ -68,9 +64,12 @@ def renaming(row: Mapping[str, Json]) -> tuple[str, dict[str, str]] | None:
 
 
 def _renaming(row: Mapping[str, Json], path: str) -> str:
-    if (found := renaming(row)) is None:
-        return ""
-    format, columns = found
+    found = renaming(row)
+    return _renamed(*found, path) if found else ""
+
+
+def _renamed(format: str, columns: Mapping[str, str], path: str) -> str:
+    """How columns become those that the format has, by our names for theirs."""
     renamed = ", ".join(f"{theirs!r} to {ours!r}" for ours, theirs in columns.items())
     names = ", ".join(f"{ours}: {_scalar(theirs)}" for ours, theirs in columns.items())
     source = f"{{path: {_scalar(path)}, columns: {{{names}}}}}"

@@ -16,12 +16,15 @@ MOST_REPEATED = 10**8  # rows of a source in an epoch
 
 
 def split(
-    data: DataOptions, groups: Sequence[NDArray[np.int64]], seed: int
+    data: DataOptions, groups: Sequence[NDArray[np.int64]], dialogues: NDArray[np.int64], seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of training and evaluation examples; whole dialogues go to one side, before anything is repeated."""
+    """Indices of training and evaluation examples; whole dialogues go to one side, before anything is repeated.
+
+    `dialogues` has for each sample the first one of its dialogue.
+    """
     sizes = [len(begins) - 1 for begins in groups[: len(data.train)]]
     held_out = np.zeros(sum(sizes), dtype=bool)
-    held_out[_choice(sum(sizes), data.eval_fraction, seed)] = True
+    held_out[_choice(dialogues[: sum(sizes)], data.eval_fraction, seed)] = True
     train: list[NDArray[np.int64]] = []
     evaluation = [np.arange(begins[0], begins[-1], dtype=np.int64) for begins in groups[len(data.train) :]]
     for number, (source, begins, out) in enumerate(
@@ -50,6 +53,21 @@ def untrained_sources(
             cause = f"data.eval_fraction={data.eval_fraction:g} holds out all. Add rows, or name data.eval"
         warnings.append(f"no row of {source.path} is trained: {cause}")
     return warnings
+
+
+def dialogues(answers: NDArray[np.uint64], before: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """For each sample the first of its dialogue: itself, unless it is a logged call that goes on with another's answer.
+
+    `answers` are fingerprints of the dialogues with the answers trained, `before` of those with the answers before
+    them; 0 where there is none.
+    """
+    order = np.argsort(answers, kind="stable")
+    places = np.minimum(np.searchsorted(answers[order], before), len(order) - 1)
+    goes_on = (before != 0) & (answers[order[places]] == before) if len(order) else before != 0
+    first = np.where(goes_on, order[places], np.arange(len(answers))) if len(order) else order
+    for _ in range(len(first).bit_length()):  # each doubles the way back
+        first = first[first]
+    return first
 
 
 def copies(
@@ -84,9 +102,16 @@ def _examples_of(begins: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArr
     return np.repeat(begins[samples] - (ends - counts), counts) + np.arange(counts.sum(), dtype=np.int64)
 
 
-def _choice(count: int, fraction: float, seed: int) -> NDArray[np.int64]:
-    size = 0 if fraction == 0 or count < 2 else min(count - 1, max(1, round(fraction * count)))
-    return np.random.default_rng([seed, 0xE7A1]).permutation(count)[:size]
+def _choice(dialogues: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
+    """The samples of drawn dialogues, nearly so large a share of all, at least one dialogue and never all."""
+    first, members, sizes = np.unique(dialogues, return_inverse=True, return_counts=True)
+    count = len(dialogues)
+    if fraction == 0 or len(first) < 2:
+        return np.zeros(0, dtype=np.int64)
+    order = np.random.default_rng([seed, 0xE7A1]).permutation(len(first))
+    size = min(count - 1, max(1, round(fraction * count)))
+    num_drawn = max(1, int(np.searchsorted(np.cumsum(sizes[order]), size, side="right")))
+    return np.flatnonzero(np.isin(members, order[:num_drawn]))
 
 
 def _repeated(samples: NDArray[np.int64], repeat: float, seed: int) -> NDArray[np.int64]:

@@ -49,6 +49,7 @@ class RenderOptions:
     too_long: Literal["drop", "drop_old_turns", "error"] = "drop"
     unsupported_reasoning: Literal["refuse", "drop", "inline"] = "refuse"
     system: str | None = None
+    secrets: Literal["warn", "refuse"] = "warn"
     fim: Fim = field(default_factory=Fim)
     seed: int = 0
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qwentune.data.rendering.credentials import Credential
 from qwentune.data.rendering.example import Example
 from qwentune.data.rendering.fill_in_the_middle import Order
 from qwentune.data.sample import Source
@@ -40,7 +41,9 @@ class Outcome:
     orders: list[Order] = field(default_factory=list[Order])  # of code, one per example of the first epoch
     unread: Sequence[str] = ()  # keys of the row that nothing reads
     remarks: list[str] = field(default_factory=list[str])  # what deserves a second look
+    credentials: list[Credential] = field(default_factory=list[Credential])  # secrets that stand in its texts
     identity: int = 0  # a hash, the same for samples that train the same
+    answers: tuple[int, ...] = ()  # of a logged call, as its sample has them
     checked_turns: int = 0  # turns read off one rendering that the rule confirmed
 
     @property

@@ -27,6 +27,11 @@ CHANGED_BY_NFC = (
     "rows hold characters that the tokenizer composes, as it does when the model is served (Unicode's NFC): what is "
     "trained decodes to the composed ones."
 )
+WITHOUT_TEMPLATE = (
+    "rows of texts named prompt and completion are trained as they are, without the chat template. For a model that is "
+    "asked in chats, give their source columns: {instruction: prompt, output: completion}."
+)
+REFUSAL = "answers are refusals, trained as they are worded. Leave them out where the model is to answer."
 AFTER_THE_LAST = (
     "messages stand after the last answer of their dialogue: they train nothing. If one of them is an answer, its role "
     "is wrong."
@@ -46,6 +51,8 @@ def remarks(conversation: Conversation) -> Iterator[str]:
         is_answer = message.role == "assistant"
         if is_answer and not message.content.strip() and not message.tool_calls and not message.reasoning:
             yield SAYS_NOTHING
+        if message.extra.get("refusal") and message.weight:
+            yield REFUSAL
         for call in message.tool_calls:
             if not tools:
                 yield NO_TOOLS

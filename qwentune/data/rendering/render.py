@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+from qwentune.data.rendering.credentials import credentials
 from qwentune.data.rendering.dialogue import Dialogue, RenderOptions
 from qwentune.data.rendering.example import DialogueExamples, Example, Span, TurnIds
 from qwentune.data.rendering.fill_in_the_middle import FillInTheMiddle, Form
@@ -20,13 +21,32 @@ from qwentune.data.rendering.grammar import Grammar, prove
 from qwentune.data.rendering.outcome import Dropped, Outcome
 from qwentune.data.rendering.pieces import Encoder, Piece, ids_of
 from qwentune.data.rendering.probes import learn
-from qwentune.data.rendering.remarks import CHANGED_BY_NFC, FILE_LEFT_OUT, NOT_THINKING, UNREACHABLE, remarks
+from qwentune.data.rendering.remarks import (
+    CHANGED_BY_NFC,
+    FILE_LEFT_OUT,
+    NOT_THINKING,
+    UNREACHABLE,
+    WITHOUT_TEMPLATE,
+    remarks,
+)
 from qwentune.data.rendering.shorten import Shortening
 from qwentune.data.rendering.turn import Turn, renderings
-from qwentune.data.sample import Code, Conversation, Json, Message, Pair, Retrieval, RowError, Sample, Source, Text
+from qwentune.data.sample import (
+    Code,
+    Completion,
+    Conversation,
+    Json,
+    Message,
+    Pair,
+    Retrieval,
+    RowError,
+    Sample,
+    Source,
+    Text,
+)
 from qwentune.data.templates.chat_template import ChatTemplate, Mode
 from qwentune.data.templates.guard import message_texts
-from qwentune.data.tokenizing.tokenizer import Tokenizer
+from qwentune.data.tokenizing.tokenizer import END_OF_TEXT, Tokenizer
 from qwentune.errors import Problem
 
 __all__ = ["RenderOptions", "Renderer"]
@@ -56,6 +76,8 @@ class _Planned:
         """All pieces whose ids are needed."""
         if isinstance(self.sample, Text):
             yield (self.sample.text,)
+        if isinstance(self.sample, Completion):
+            yield (self.sample.prompt, self.sample.completion)
         yield from renderings(self.turns).values()
         for turn in self.turns:
             yield turn.context
@@ -117,7 +139,7 @@ class Renderer:
         if isinstance(sample, Pair):
             return planned
         planned.outcome.unread = sample.unread
-        if isinstance(sample, Text | Retrieval):
+        if isinstance(sample, Text | Completion | Retrieval):
             return planned
         try:
             if isinstance(sample, Code):
@@ -137,6 +159,7 @@ class Renderer:
             unreachable = [UNREACHABLE] * planned.outcome.unreachable_turns
             planned.outcome.remarks = [*remarks(sample), *dialogue.remarks, *unreachable]
             planned.dialogue = dialogue
+            planned.outcome.answers = sample.answers
             planned.turns = voice._turns(dialogue, planned)
         except RowError as error:
             planned.outcome.problems.append(Problem(str(sample.source), error.what, error.fix))
@@ -178,9 +201,12 @@ class Renderer:
                 for text in {piece for some in one.pieces() for piece in some if isinstance(piece, str)}:
                     self.tokenizer.prove(text, encoded[text], str(one.sample.source))
             try:
+                self._note_credentials(one)
                 if isinstance(one.sample, Text):
                     ids = [*encoded[one.sample.text], self.tokenizer.end_of_text_id]
                     self._add_text(one.sample.source, ids, one.outcome)
+                elif isinstance(one.sample, Completion):
+                    self._add_completion(one.sample, encoded, one.outcome)
                 elif isinstance(one.sample, Code):
                     self._add_code(one.sample, one.forms, encoded, one.outcome)
                 elif isinstance(one.sample, Pair):
@@ -199,6 +225,14 @@ class Renderer:
             one.outcome.identity = _identity(one.sample, one.outcome.examples)
             yield one.outcome
 
+    def _note_credentials(self, planned: _Planned) -> None:
+        """Notes the secrets in the texts of a sample; RowError where there are any and data.secrets is refuse."""
+        found = planned.outcome.credentials = list(credentials("\n".join(_texts(planned))))
+        if found and self.options.secrets == "refuse":
+            what = ", ".join(dict.fromkeys(f"{one.kind} ({one.masked})" for one in found))
+            fix = "Put a placeholder there and revoke it; data.secrets=warn trains the row as it is."
+            raise RowError(f"the row holds what looks like a secret: {what}", fix)
+
     def _add_text(self, source: Source, ids: list[int], outcome: Outcome, version: int = -1) -> None:
         # A document longer than a row continues in the next: nothing is lost but the first token's context.
         outcome.rendering_tokens += len(ids) if version <= 0 else 0
@@ -208,6 +242,28 @@ class Renderer:
             if len(piece) > 1:
                 span = Span(1, len(piece), 1.0, -1)
                 outcome.examples.append(Example(source, piece, (span,), version=version))
+
+    def _add_completion(self, sample: Completion, encoded: dict[str, list[int]], outcome: Outcome) -> None:
+        pattern = self.tokenizer.control_pattern
+        outcome.forged_control_tokens = len(pattern.findall(f"{sample.prompt}\n{sample.completion}"))
+        if self.template is not None and self.tokenizer.eos_token != END_OF_TEXT:  # it was taught to chat
+            outcome.remarks.append(WITHOUT_TEMPLATE)
+        context = encoded[sample.prompt]
+        ids = [*context, *encoded[sample.completion], self.tokenizer.end_of_text_id]
+        outcome.rendering_tokens = len(ids)
+        if self._fits(sample.source, len(ids), outcome):
+            span = Span(max(1, len(context)), len(ids), 1.0, -1)
+            outcome.examples.append(Example(sample.source, ids, (span,)))
+
+    def _fits(self, source: Source, num_tokens: int, outcome: Outcome) -> bool:
+        """Whether a text has room as a whole; where not, it is noted as dropped, or RowError."""
+        if num_tokens <= self.options.max_tokens:
+            return True
+        reason = f"{num_tokens} tokens, more than data.max_tokens={self.options.max_tokens}"
+        if self.options.too_long == "error":
+            raise RowError(f"the row needs {reason}", "Raise data.max_tokens, or set data.too_long to drop.")
+        outcome.dropped.append(Dropped(source, None, reason, num_tokens, "too long"))
+        return False
 
     def _add_code(self, sample: Code, forms: list[Form], encoded: dict[str, list[int]], outcome: Outcome) -> None:
         forged = self.tokenizer.control_pattern
@@ -221,17 +277,11 @@ class Renderer:
                 outcome.forged_control_tokens += sum(len(forged.findall(text)) for text in texts)
             if form.order == "plain":
                 self._add_text(sample.source, target, outcome, form.version)
-            elif num_tokens <= self.options.max_tokens:
+            elif self._fits(sample.source, num_tokens, outcome):
                 outcome.rendering_tokens += num_tokens if form.version <= 0 else 0
                 start = len(context) if self.options.fim.loss == "middle" else 1
                 span = Span(start, num_tokens, 1.0, -1)
                 outcome.examples.append(Example(sample.source, context + target, (span,), version=form.version))
-            elif self.options.too_long == "error":
-                what = f"the row needs {num_tokens} tokens, more than data.max_tokens={self.options.max_tokens}"
-                raise RowError(what, "Raise data.max_tokens, or set data.too_long to drop.")
-            else:
-                reason = f"{num_tokens} tokens, more than data.max_tokens={self.options.max_tokens}"
-                outcome.dropped.append(Dropped(sample.source, None, reason, num_tokens, "too long"))
 
     def _add_pair(self, pair: Pair, outcome: Outcome) -> None:
         for name, conversation in (("chosen", pair.chosen), ("rejected", pair.rejected)):
@@ -307,6 +357,8 @@ def _texts(planned: _Planned) -> Iterable[str]:
     match planned.sample:
         case Text(text=text):
             return (text,)
+        case Completion(prompt=prompt, completion=completion):
+            return (prompt, completion)
         case Code(files=files, cut=cut):
             return (*(file.text for file in files), *(cut or ()))
         case Pair(chosen=chosen, rejected=rejected):
