@@ -47,7 +47,8 @@ def run_chat(folder: Path, message: str | None, thinking: str | None, as_json: b
 
     if thinking not in (None, "on", "off"):
         raise UsageError(Problem("--thinking", f"{thinking!r} is neither on nor off"))
-    speaker = Speaker(open_run(folder), thinking)
+    with console.busy("loading"):
+        speaker = Speaker(open_run(folder), thinking)
     if message is not None:
         answer = speaker.answer([Message("user", message)])
         if as_json:
@@ -106,6 +107,7 @@ class Speaker:
             path = run.trained / GENERATION_CONFIG
             raise UsageError(Problem(f"{path}: eos_token_id", "names no token at which an answer ends", MEND))
 
+    @console.busy("answering")
     def answer(self, messages: list[Message]) -> Answer:
         """The greedy answer to a dialogue."""
         import torch

@@ -6,15 +6,19 @@ What is said, logged and shown passes here, and leaves its secrets.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shlex
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 
@@ -31,6 +35,28 @@ from qwentune.errors import (
 from qwentune.redaction import redact, redacted
 from qwentune.streams import run_program
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+T = TypeVar("T")
+COLUMNS = 80  # of a page, where no terminal says how wide it is
+FIRST_WORD_SECONDS, NEXT_WORD_SECONDS = 2.0, 30.0  # of what takes its time, where there is no terminal
+# Words that say how something stands are told apart by colour too, on a terminal that has any.
+STYLES = {
+    "bold red": r"^DOES NOT FIT\b",
+    "bold green": r"^FITS\b(?! TIGHTLY)",
+    "bold yellow": r"^FITS TIGHTLY\b|^\[!\]",
+    "yellow": r"^warning:",
+}
+# Loggers of libraries whose warnings no user can act on; what they report as errors passes.
+NOISY = (
+    "DeepSpeed",  # that it found no GPU
+    "bitsandbytes.backends.cpu.ops",
+    "transformers.distributed.tensor_parallel",  # of layers that it would not split, though nobody asked it to
+    "transformers.modeling_utils",  # of keys, which are proved by us
+    "transformers.trainer_utils",  # of new periods, which count all the same
+)
+
 _unlogged: list[str] = []  # said before there was a log
 _log: Path | None = None
 
@@ -40,13 +66,129 @@ def say(message: str, *, by_any_rank: bool = False) -> None:
     if by_any_rank or os.environ.get("RANK", "0") == "0":
         message = shown(message)
         with suppress(OSError, ValueError):  # the terminal may be gone; that is no reason to end a run
-            print(message, file=sys.stderr, flush=True)
+            _print(message, sys.stderr)
         log(message)
 
 
 def show(text: str) -> None:
     """Prints data on stdout."""
-    print(redact(text), flush=True)
+    _print(redact(text), sys.stdout)
+
+
+def say_next(*command: str) -> None:
+    """Says on a terminal which command is the next sensible one."""
+    if sys.stdout.isatty() and sys.stderr.isatty():
+        say(f"next: {shlex.join(command)}")
+
+
+def width(stream: Any) -> int:
+    """The columns of the terminal behind a stream; 80 where there is none."""
+    return max(40, terminal(stream).width) if stream.isatty() else COLUMNS
+
+
+def is_animated(stream: Any) -> bool:
+    """Whether a line on this stream can be drawn over."""
+    return stream.isatty() and not terminal(stream).is_dumb_terminal
+
+
+def terminal(stream: Any) -> Console:
+    """The stream as rich writes to it: in colour only where it is a terminal and NO_COLOR is not set."""
+    from rich.console import Console
+
+    return Console(file=stream, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def _print(text: str, stream: Any) -> None:
+    if not stream.isatty():
+        print(text, file=stream, flush=True)
+        return
+    from rich.text import Text
+
+    styled = Text(text)
+    for style, words in STYLES.items():
+        styled.highlight_regex(f"(?m){words}", style)
+    terminal(stream).print(styled)
+
+
+class Busy:
+    """What goes on at this moment, and how far it has come; told by `busy`."""
+
+    now: Busy | None = None
+
+    def __init__(self, what: str, total: int | None) -> None:
+        self.what, self.total = what, total
+        self.done = 0
+
+    def __str__(self) -> str:
+        if self.total is not None:
+            return f"{self.what} {self.done:,}/{self.total:,}"
+        return f"{self.what} {self.done:,}" if self.done else self.what
+
+
+@contextmanager
+def busy(what: str, total: int | None = None) -> Generator[Busy]:
+    """Shows on stderr that something goes on: a live line on a terminal, else a plain one after some seconds.
+
+    Who is busy may count `done` up, to `total` where it is known. Inside another the words of this one are shown.
+    """
+    state, outer = Busy(what, total), Busy.now
+    Busy.now = state
+    if outer is not None or os.environ.get("RANK", "0") != "0":
+        try:
+            yield state
+        finally:
+            if Busy.now is state:  # else the outer one has ended by an error, and took this along
+                Busy.now = outer
+        return
+    try:
+        with _live_line() if is_animated(sys.stderr) else _plain_lines():
+            yield state
+    finally:
+        Busy.now = None
+
+
+def told(what: str, items: Iterable[T]) -> Generator[T]:
+    """The items, while it is shown how many have come."""
+    with busy(what) as state:
+        for item in items:
+            state.done += 1
+            yield item
+
+
+@contextmanager
+def _live_line() -> Generator[None]:
+    from rich.live import Live
+    from rich.spinner import Spinner
+
+    spinner = Spinner("dots")
+
+    def drawn() -> Spinner:
+        spinner.update(text=shown(f"{Busy.now} …"))
+        return spinner
+
+    with Live(
+        get_renderable=drawn, console=terminal(sys.stderr), refresh_per_second=5, transient=True, redirect_stdout=False
+    ):
+        yield
+
+
+@contextmanager
+def _plain_lines() -> Generator[None]:
+    ended = Event()
+    thread = Thread(target=_tell, args=(ended,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _tell(ended: Event) -> None:
+    seconds = FIRST_WORD_SECONDS
+    while not ended.wait(seconds) and Busy.now is not None:
+        say(f"{Busy.now} …")
+        seconds = NEXT_WORD_SECONDS
 
 
 def show_json(value: Any, indent: int | None = 2) -> None:
@@ -104,6 +246,7 @@ def run(command: Callable[[], int]) -> int:
         say(str(error))
         return error.exit_code
     except KeyboardInterrupt:
+        say("stopped")
         return EXIT_INTERRUPTED
     except Exception as error:  # the one place where a bug becomes a message
         if os.environ.get("QWENTUNE_TRACEBACK"):
@@ -144,6 +287,10 @@ def main(command: Callable[..., None]) -> None:
 
 def program(app: typer.Typer) -> NoReturn:
     """Runs the command line; data that did not reach stdout is an error, unless nobody wanted to read more of it."""
+    if not sys.warnoptions:  # of libraries to programmers; who asks for them with -W or PYTHONWARNINGS gets them
+        warnings.simplefilter("ignore")
+    for name in NOISY:  # a filter, for its library may set the level anew
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
     code, error = run_program(app)
     if error is not None and not isinstance(error, BrokenPipeError):
         kind = DoesNotFitError if error.errno in FULL else UsageError

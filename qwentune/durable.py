@@ -141,6 +141,7 @@ def replace_file(written: Path, target: Path) -> None:
 
 def put(written: Path, target: Path) -> None:
     """Gives a finished folder, whose files are on disk, its name, which is free."""
+    _open_to_readers(written)
     os.rename(written, target)
     sync(target.parent)
 
@@ -173,6 +174,16 @@ def replace_folder(written: Path, target: Path) -> Path | None:
     put(written, target)
     remove(old)
     return aside
+
+
+def _open_to_readers(written: Path) -> None:
+    """Gives files that a library wrote for its user alone, as safetensors does, the mode that Python gives."""
+    usual = next((path for path in (written / MARK, written / MANIFEST) if path.is_file()), None)
+    if usual is not None:
+        mode = usual.stat().st_mode & 0o666
+        for path in written.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                path.chmod(path.stat().st_mode & 0o777 | mode)
 
 
 def sync(path: Path) -> None:

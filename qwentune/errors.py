@@ -6,12 +6,12 @@ import difflib
 import errno
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 LONGEST_WORDS = 5000  # characters, more than a path has: a value that is quoted may be a whole file
 
@@ -53,6 +53,11 @@ class UserError(Exception):
         lines.append(f"{count} problem{'s' if count != 1 else ''}. {self.closing if closing is None else closing}")
         super().__init__("\n".join(lines))
         self._made_of = (self.problems, closing)
+
+    def at(self, placed: Callable[[Problem], Problem]) -> Self:
+        """The same error with each problem where `placed` puts it."""
+        problems, closing = self._made_of
+        return type(self)([placed(problem) for problem in problems], closing)
 
     def __reduce__(self) -> tuple[type[UserError], tuple[object, ...]]:
         return type(self), self._made_of  # ranks tell each other of it

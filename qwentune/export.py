@@ -39,7 +39,8 @@ def run_export(folder: Path, merge: bool, verify: bool, output: Path | None) -> 
     from qwentune.exporting.finished import open_run
 
     refuse_name("-o", output or ".")
-    run = open_run(folder)
+    with console.busy("looking at the run"):
+        run = open_run(folder)
     target = output or folder / ("merged" if merge else "export")
     if os.path.lexists(target):
         raise UsageError(Problem(str(target), "exists already", "Remove it, or name another folder with -o."))
@@ -47,9 +48,11 @@ def run_export(folder: Path, merge: bool, verify: bool, output: Path | None) -> 
     remove(staging)
     mark(staging)
     try:
-        _write(run, merge, staging)
+        with console.busy("writing the package"):
+            _write(run, merge, staging)
         if verify:
-            _verify(run, staging)
+            with console.busy("verifying"):
+                _verify(run, staging)
         replace_folder(staging, target)
     finally:
         remove(staging)

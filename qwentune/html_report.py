@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,18 @@ NUM_FIRST = 4  # tokens of a trained span that count as its beginning
 NUM_LOOKED_AT = 20_000  # examples whose beginnings are counted
 NUM_ROWS = 20  # of the tables of beginnings
 NUM_DROPPED = 200
+LONG, REPEATED = 1500, 300  # characters of a message that is folded, and of one that stood in an example before
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """An example on the page: its text in spans, each with whether it is trained."""
+
+    source: str
+    title: str
+    format: str
+    turns: Sequence[int]
+    spans: Sequence[tuple[str, bool]]
 
 
 def html_report(
@@ -30,16 +44,18 @@ def html_report(
     report: Mapping[str, Any],
     dataset: Dataset,
     tokenizer: Tokenizer,
-    examples: Sequence[tuple[str, Sequence[tuple[str, bool]]]],
+    examples: Sequence[ShownExample],
     optimizer_steps: int,
 ) -> str:
-    """The page; `examples` are titles with the spans of the text, each with whether it is trained."""
+    """The page."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     dropped = [
         (f"{drop['source']['file']}:{drop['source']['line']}" + _turn(drop["turn"]), drop["reason"])
         for drop in dataset.dropped[:NUM_DROPPED]
     ]
+    warnings = _linked(report["warnings"], {example.source: k for k, example in reversed([*enumerate(examples)])})
+    seen: dict[str, str] = {}
     return page.render(
         recipe=shown(recipe),
         report=_shown(report),
@@ -50,21 +66,71 @@ def html_report(
         num_looked_at=min(len(dataset.first_epoch), NUM_LOOKED_AT),
         dropped=_shown(dropped),
         num_dropped=len(dataset.dropped),
-        examples=_shown([{"title": title, "spans": spans} for title, spans in examples]),
+        warnings=_shown(warnings),
+        formats=sorted({example.format for example in examples}),
+        turns=sorted({turn for example in examples for turn in example.turns}),
+        examples=_shown(
+            [
+                {
+                    "title": example.title,
+                    "format": example.format,
+                    "turns": example.turns,
+                    "warnings": [k for k, each in enumerate(warnings, 1) if example.source in each["places"]],
+                    "parts": [part for span in example.spans for part in _parts(*span, example.source, seen)],
+                }
+                for example in examples
+            ]
+        ),
     )
+
+
+def _linked(warnings: Sequence[str], examples: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Each warning in parts, those that name the row of an example with its number."""
+    places = "|".join(re.escape(place) for place in sorted(examples, key=len, reverse=True)) or "$^"
+    parts = [re.split(rf"({places})(?![\w:])", warning) for warning in warnings]
+    return [
+        {
+            "text": "".join(texts),
+            "parts": [(text, examples[text] if k % 2 else None) for k, text in enumerate(texts) if text],
+            "places": texts[1::2],
+        }
+        for texts in parts
+    ]
+
+
+def _parts(text: str, trained: bool, source: str, seen: dict[str, str]) -> list[dict[str, Any]]:
+    """A span in parts; messages of the context that are long, or stood in an earlier example, are to be folded.
+
+    `seen` has the messages that stood before and where, and takes those that stand here.
+    """
+    if trained:
+        return [{"text": text, "trained": True}]
+    parts: list[dict[str, Any]] = []
+    for message in re.split(r"(?=<\|im_start\|>)", text):
+        before = seen.setdefault(message, source)
+        fold = ""
+        if len(message) > REPEATED and before != source:
+            fold = f"as in {before}"
+        elif len(message) > LONG:
+            fold = "long"
+        role = re.match(r"<\|im_start\|>(\w+)", message)
+        if fold:
+            fold = f"{role[1] if role else 'text'}, {len(message):,} characters, {fold}"
+        parts.append({"text": message, "trained": False, "fold": fold})
+    return parts
 
 
 def _facts(report: Mapping[str, Any], optimizer_steps: int) -> list[tuple[str, str]]:
     packing, flags = report["packing"], serving_flags(report)
     filled = "" if packing["filled"] is None else f", {packing['filled']:.0%} full"
     facts = [
-        ("rows of the files", str(report["samples"])),
-        ("examples", f"{report['train_examples']} to train on, {report['eval_examples']} to evaluate on"),
-        ("tokens", f"{report['tokens']}, {report['trained_tokens'] / max(1, report['tokens']):.0%} trained"),
-        ("rows of an epoch", f"{packing['rows']} with {packing['tokens']} tokens{filled}"),
-        ("optimizer steps of the run", str(optimizer_steps)),
-        ("expansion factor", f"{report['expansion_factor']:.2f}"),
-        ("trained ends", _counts(report["stop_tokens"])),
+        ("rows of the files", f"{report['samples']:,}"),
+        ("examples", f"{report['train_examples']:,} to train on, {report['eval_examples']:,} to evaluate on"),
+        ("tokens", f"{report['tokens']:,}, {report['trained_tokens'] / max(1, report['tokens']):.0%} trained"),
+        ("rows of an epoch", f"{packing['rows']:,} with {packing['tokens']:,} tokens{filled}"),
+        ("optimizer steps of the run", f"{optimizer_steps:,}"),
+        ("work for each token", _expansion(report["expansion_factor"])),
+        ("what is trained ends with", _counts(report["stop_tokens"])),
     ]
     if report["modes"]:
         facts.append(("turns by mode", _counts({k.replace("_", "-"): v for k, v in report["modes"].items()})))
@@ -77,8 +143,15 @@ def _facts(report: Mapping[str, Any], optimizer_steps: int) -> list[tuple[str, s
     return facts
 
 
+def _expansion(factor: float) -> str:
+    if round(factor, 2) == 1:
+        return "once: each token of the dialogues is read one time"
+    why = "the chat template rewrites earlier turns, so their text stands in several examples"
+    return f"{factor:.2f} times: {why}" if factor > 1 else f"{factor:.2f} times: examples share their beginnings"
+
+
 def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} × {count}" for name, count in counts.items()) or "none"
+    return ", ".join(f"{name} × {count:,}" for name, count in counts.items()) or "none"
 
 
 def _beginnings(dataset: Dataset, tokenizer: Tokenizer) -> list[tuple[str, int]]:

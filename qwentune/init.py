@@ -67,16 +67,51 @@ class Lengths:
 
 
 def init(
-    model: Annotated[str, typer.Option(help="A hub id, a local folder, or builtin:tiny-qwen3.")],
-    data: Annotated[list[str], typer.Option(help="A data file; give it again for more.")],
+    model: Annotated[str | None, typer.Option(help="A hub id, a local folder, or builtin:tiny-qwen3.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="A data file; give it again for more.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="A configuration of LLaMA-Factory, axolotl or ms-swift instead.")
+    ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="A name that `qwentune gpus` lists, 24GiB, or cpu; else what is here.")
     ] = None,
     kind: Annotated[str | None, typer.Option(help="full, lora or qlora; else what suits the rows and fits.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
 ) -> None:
-    """Look at data and GPU, write a commented recipe that fits."""
-    console.end(console.run(lambda: run(model, data, gpu, output, kind)))
+    """Look at data and GPU, write a commented recipe that fits; or turn a configuration of another tool into one."""
+    if source is not None:
+        console.end(console.run(lambda: run_from(source, model, data or [], gpu, output)))
+    console.end(console.run(lambda: run(model or "", data or [], gpu, output, kind)))
+
+
+def run_from(source: Path, model: str | None, paths: Sequence[str], gpu: str | None, output: Path) -> int:
+    """Writes the recipe that a configuration of another tool means; the exit code.
+
+    Raises UsageError with everything that has no counterpart and without which there is no recipe.
+    """
+    from qwentune.conversion import recipe_from
+    from qwentune.durable import write_text
+
+    if model or paths:
+        option = "--model" if model else "--data"
+        raise UsageError(Problem(option, "--from names model and data already", "Change them in the recipe."))
+    _refuse_output(output)
+    text, lines = recipe_from(source, str(output), gpu)
+    write_text(output, text)
+    for line in lines:
+        console.say(line)
+    console.say(f"\nwrote {output}; next: qwentune preview {output}")
+    return EXIT_OK
+
+
+def _refuse_output(output: Path) -> None:
+    """Raises UsageError where no file can be written under that name."""
+    from qwentune.bounded import refuse_name
+
+    refuse_name("--output", output)
+    if output.exists() or not output.absolute().parent.is_dir():
+        what = "it exists" if output.exists() else "there is no such folder"
+        raise UsageError(Problem(str(output), f"{what}; nothing is overwritten", "Name another file with -o."))
 
 
 def run(model: str, paths: Sequence[str], gpu: str | None, output: Path, kind: str | None = None) -> int:
@@ -85,14 +120,16 @@ def run(model: str, paths: Sequence[str], gpu: str | None, output: Path, kind: s
     from qwentune.durable import write_text
     from qwentune.facts.models import model_spec, refuse_untrainable
 
-    for option, name in (("--output", output), ("--model", model), *(("--data", path) for path in paths)):
+    if not model or not paths:
+        missing = " and ".join(option for option, given in (("--model", model), ("--data", paths)) if not given)
+        fix = "Or --from FILE, a configuration of LLaMA-Factory, axolotl or ms-swift."
+        raise UsageError(Problem(missing, "it is needed", fix))
+    _refuse_output(output)
+    for option, name in (("--model", model), *(("--data", path) for path in paths)):
         refuse_name(option, name)
     kinds: list[Kind] = [each for each in KINDS if each == kind]
     if kind is not None and not kinds:
         raise UsageError(Problem("--kind", f"'{kind}' is no kind of tuning", f"It is {', '.join(KINDS)}."))
-    if output.exists() or not output.absolute().parent.is_dir():
-        what = "it exists" if output.exists() else "there is no such folder"
-        raise UsageError(Problem(str(output), f"{what}; nothing is overwritten", "Name another file with -o."))
     spec = model_spec(model)
     refuse_untrainable(spec)
     files = look_at(paths)

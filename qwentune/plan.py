@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qwentune import console
-from qwentune.errors import EXIT_OK, DoesNotFitError, UsageError
+from qwentune.errors import EXIT_OK, DoesNotFitError
 
 if TYPE_CHECKING:
     from qwentune.data.dataset import Dataset
-    from qwentune.recipe import Recipe
+    from qwentune.recipe import LoadedRecipe, Recipe
 
 
 def plan(
@@ -29,10 +30,6 @@ def plan(
 
 def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | None, as_json: bool, trace: bool) -> int:
     """Prints the plan; the exit code says whether it fits."""
-    from qwentune.facts.models import model_spec
-    from qwentune.memory import render_plan
-    from qwentune.memory.device_remarks import recipe_remarks
-    from qwentune.memory.judge import device_of, judge_recipe
     from qwentune.recipe import load_recipe
 
     # A mend that is pasted after the command counts: the last override of a key does.
@@ -42,59 +39,61 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
         *overrides,
     ]
     loaded = load_recipe(recipe_path, overrides)
+    with loaded.located():
+        code = _judge(loaded, as_json=as_json, trace=trace)
+    if code == EXIT_OK:
+        console.say_next("qwentune", "train", recipe_path, *overrides)
+    return code
+
+
+def _judge(loaded: LoadedRecipe, *, as_json: bool, trace: bool) -> int:
+    """Prints the plan of a recipe; the exit code."""
+    from qwentune.data.at_hand import rendered
+    from qwentune.facts.continued import continued
+    from qwentune.facts.models import model_spec
+    from qwentune.memory import render_plan
+    from qwentune.memory.device_remarks import recipe_remarks
+    from qwentune.memory.judge import device_of, judge_recipe
+
+    spec = model_spec(loaded.recipe.model, packing=loaded.recipe.data.packing)
+    loaded, remarks = continued(loaded, spec)
     recipe = loaded.recipe
     device, count, sharding = device_of(recipe.hardware, here=False)
-    spec = model_spec(recipe.model, packing=recipe.data.packing)
-    for remark in recipe_remarks(spec, device, loaded):
+    dataset = rendered(recipe)
+    longest_row = None if dataset is None else dataset.longest_row
+    for remark in (*remarks, *recipe_remarks(spec, device, loaded, longest_row)):
         console.say(remark)
-    steps, expansion_factor = _of_data(recipe)
     verdict = judge_recipe(
         spec,
         recipe,
         device=device,
         num_ranks=count,
         sharding=sharding,
-        optimizer_steps=steps,
+        longest_row=longest_row,
+        optimizer_steps=_num_steps(recipe, dataset),
         tell=console.say if trace else None,
     )
-    verdict = replace(verdict, expansion_factor=expansion_factor)
+    factor = None if dataset is None else dataset.report["expansion_factor"]
+    verdict = replace(verdict, expansion_factor=factor)
     if as_json:
         console.show_json(verdict.to_json())
     else:
         kind = recipe.tuning.kind + ("" if recipe.tuning.kind == "full" else f" r{recipe.tuning.rank}")
-        title = f"{recipe.model} · {kind} · {recipe.data.max_tokens} tokens"
-        console.show(render_plan(verdict, spec.num_layers, title))
+        title = f"{recipe.model} · {kind} · {verdict.row_tokens} tokens"
+        console.show(render_plan(verdict, spec.num_layers, title, columns=console.width(sys.stdout)))
     return EXIT_OK if verdict.fits else DoesNotFitError.exit_code
 
 
-def _of_data(recipe: Recipe) -> tuple[int | None, float | None]:
-    """The steps of the run and its expansion factor, where they are known without rendering the data."""
-    dataset = _rendered(recipe)
+def _num_steps(recipe: Recipe, dataset: Dataset | None) -> int | None:
+    """The optimizer steps of the run; None where only the data, which is not rendered, would tell."""
     if dataset is None:
-        return recipe.optimizer.max_steps, None
+        return recipe.optimizer.max_steps
     from qwentune.data.layout.schedule import Schedule
 
     schedule = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed)
     for remark in schedule.remarks(recipe.optimizer, recipe.output):
         console.say(remark)
-    return schedule.num_steps, dataset.report["expansion_factor"]
-
-
-def _rendered(recipe: Recipe) -> Dataset | None:
-    from qwentune.data.cache import cache_folder
-    from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
-
-    if not (cache_folder() / "data").is_dir():  # no data was rendered yet; the rest takes its time
-        return None
-    from qwentune.data.dataset import chat_template, prepared
-    from qwentune.data.tokenizing.tokenizer import load_tokenizer
-
-    try:
-        tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision, fetches=False))
-    except UsageError:  # it was not fetched yet
-        return None
-    template = chat_template(recipe.data, tokenizer)
-    return prepared(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=recipe.memory.shares_prefixes)
+    return schedule.num_steps
 
 
 if __name__ == "__main__":

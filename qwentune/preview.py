@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwentune import console
-from qwentune.errors import EXIT_OK, DataError, Problem, UsageError
+from qwentune.errors import EXIT_OK, DataError, Problem, RecipeError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     from qwentune.data.dataset import Dataset
     from qwentune.data.rendering.example import Example
     from qwentune.data.tokenizing.tokenizer import Tokenizer
+    from qwentune.recipe import LoadedRecipe, Recipe
 
 BAR_WIDTH = 40
-NUM_SHOWN, NUM_IN_HTML = 5, 200  # examples
+NUM_SHOWN, NUM_IN_HTML, NUM_LOOKED_THROUGH = 5, 200, 20_000  # examples
 
 
 def preview(
@@ -50,69 +52,115 @@ def run(
     strict: bool,
 ) -> int:
     """Renders the data and prints it; the exit code."""
-    from rich.console import Console
-
-    from qwentune.bounded import refuse_name
-    from qwentune.data.dataset import chat_template, prepare
-    from qwentune.data.layout.schedule import Schedule
-    from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
-    from qwentune.data.tokenizing.tokenizer import load_tokenizer
-    from qwentune.facts.models import refuse_packing
-    from qwentune.html_report import html_report
     from qwentune.recipe import load_recipe
 
-    outputs = [(option, file) for option, file in (("--jsonl", jsonl), ("--html", html)) if file is not None]
-    for option, file in outputs:
-        refuse_name(option, file)
-    unwritable = [
-        Problem(option, f"{str(file)!r} cannot be written", "Name a file in a folder that exists.")
-        for option, file in outputs
-        if file.is_dir() or not file.absolute().parent.is_dir()
-    ]
-    if unwritable:
-        raise UsageError(unwritable)
-    recipe = load_recipe(recipe_path, overrides).recipe
+    loaded = load_recipe(recipe_path, overrides)
+    _refuse_outputs(recipe_path, loaded.recipe, {"--jsonl": jsonl, "--html": html})
+    with loaded.located():
+        _refuse_what_no_model_has(loaded.recipe)
+        code = _show(loaded, limit, jsonl, html, as_json=as_json, strict=strict)
+    if code == EXIT_OK:
+        console.say_next("qwentune", "plan", recipe_path, *overrides)
+    return code
+
+
+def _refuse_outputs(recipe_path: str, recipe: Recipe, outputs: Mapping[str, Path | None]) -> None:
+    """Raises UsageError for every file, by its option, that cannot be written or would overwrite what is read."""
+    from qwentune.bounded import refuse_name
+
     sources = [*recipe.data.train, *(recipe.data.evaluation or ())]
-    read = {
-        Path(name).resolve() for name in (recipe_path, recipe.data.chat_template, *(s.path for s in sources)) if name
-    }
-    overwriting = [
-        Problem(option, f"{str(file)!r} is what the preview reads, and would be overwritten", "Name another file.")
-        for option, file in outputs
-        if file.resolve() in read
-    ]
-    if overwriting:
-        raise UsageError(overwriting)
-    if recipe.data.packing:
-        refuse_packing(recipe.model)
+    names = (recipe_path, recipe.data.chat_template, *(source.path for source in sources))
+    read = {Path(name).resolve() for name in names if name}
+    problems: list[Problem] = []
+    for option, file in outputs.items():
+        if file is None:
+            continue
+        refuse_name(option, file)
+        if file.is_dir() or not file.absolute().parent.is_dir():
+            problems.append(Problem(option, f"{str(file)!r} cannot be written", "Name a file in a folder that exists."))
+        elif file.resolve() in read:
+            what = f"{str(file)!r} is what the preview reads, and would be overwritten"
+            problems.append(Problem(option, what, "Name another file."))
+    if problems:
+        raise UsageError(problems)
+
+
+def _refuse_what_no_model_has(recipe: Recipe) -> None:
+    """Raises UserError where the recipe names a checkpoint or modules that cannot be trained so."""
+    from qwentune.facts.models import previewed_spec
+    from qwentune.facts.modules import unknown_targets
+
+    spec = previewed_spec(recipe.model, packing=recipe.data.packing)
+    if spec is not None and recipe.tuning.kind != "full" and (problems := unknown_targets(spec, recipe.tuning.targets)):
+        raise RecipeError(problems)
+
+
+def _show(
+    loaded: LoadedRecipe, limit: int | None, jsonl: Path | None, html: Path | None, *, as_json: bool, strict: bool
+) -> int:
+    """Writes the files that are asked for and prints the rest; the exit code.
+
+    What the data makes one say stands on stderr in every mode; a terminal, which shows both, gets it once.
+    """
+    from rich.console import Console
+
+    from qwentune.data.dataset import chat_template, prepare
+    from qwentune.data.formats.samples import detected
+    from qwentune.data.layout.schedule import Schedule
+    from qwentune.data.reading.columns import Columns
+    from qwentune.data.summary import summary
+    from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
+    from qwentune.data.tokenizing.tokenizer import load_tokenizer
+    from qwentune.html_report import ShownExample, html_report
+
+    recipe = loaded.recipe
     tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))
     template = chat_template(recipe.data, tokenizer)
     shares = recipe.memory.shares_prefixes
     dataset = prepare(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=shares)
+    report, is_terminal = whole_report(dataset), sys.stdout.isatty()
     if jsonl is not None:
         with jsonl.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in example_rows(dataset))
     if html is not None:
+        formats = {
+            source.path: detected(source.path, columns=Columns.of(source)) if source.format == "auto" else source.format
+            for source in (*recipe.data.train, *(recipe.data.evaluation or ()))
+        }
         shown = [
-            (title(dataset.examples.example(i), tokenizer), masked_spans(dataset.examples.example(i), tokenizer))
-            for i in dict.fromkeys(dataset.first_epoch[: NUM_IN_HTML if limit is None else limit].tolist())
+            ShownExample(
+                str(example.source),
+                title(example, tokenizer),
+                formats[example.source.file],
+                example.turns,
+                masked_spans(example, tokenizer),
+            )
+            for example in _examples_of_page(dataset, NUM_IN_HTML if limit is None else limit)
         ]
         steps = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed).num_steps
-        page = html_report(recipe_path, whole_report(dataset), dataset, tokenizer, shown, steps)
+        page = html_report(loaded.path, report, dataset, tokenizer, shown, steps)
         html.write_text(page, encoding="utf-8")
     if as_json:
-        console.show_json(whole_report(dataset))
-    elif (jsonl is None and html is None) or sys.stdout.isatty():
+        console.show_json(report)
+    elif (jsonl is None and html is None) or is_terminal:
         terminal = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         for i in dict.fromkeys(dataset.first_epoch[: NUM_SHOWN if limit is None else limit].tolist()):
             show_example(terminal, dataset.examples.example(i), tokenizer)
-        show_report(terminal, whole_report(dataset), dataset.dropped)
-    if strict and dataset.report["warnings"]:
-        console.say(f"{len(dataset.report['warnings'])} warnings, and --strict allows none:")
-        for warning in dataset.report["warnings"]:
-            console.say(f"    {warning}")
+        show_report(terminal, report, [] if is_terminal else summary(dataset))
+    for line in summary(dataset):
+        console.say(line)
+    if strict and (count := len(report["warnings"])):
+        console.say(f"{count} warning{'s' if count > 1 else ''}, and --strict allows none.")
         return DataError.exit_code
     return EXIT_OK
+
+
+def _examples_of_page(dataset: Dataset, limit: int) -> Iterator[Example]:
+    """The first examples, and of those behind them the ones that a warning names."""
+    named = set(re.findall(r"\S+:\d+", " ".join(dataset.report["warnings"]))) if limit else set[str]()
+    for place, i in enumerate(dict.fromkeys(dataset.first_epoch[:NUM_LOOKED_THROUGH].tolist())):
+        if place < limit or str(dataset.examples.source(i)) in named:
+            yield dataset.examples.example(i)
 
 
 def example_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
@@ -123,6 +171,7 @@ def example_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
         plain = all(weight == 1 for weight in example.weights if weight)
         yield {
             "source": {"file": example.source.file, "line": example.source.line},
+            **({"part": example.part} if example.part else {}),
             "turns": list(example.turns),
             "input_ids": example.input_ids,
             "labels": [token if on else -100 for token, on in zip(example.input_ids, trained, strict=True)],
@@ -169,18 +218,13 @@ def title(example: Example, tokenizer: Tokenizer) -> str:
     what = f"turns {', '.join(map(str, example.turns))}" if example.turns else "text"
     if not example.turns and tokenizer.control_ids.get("<|fim_middle|>") in example.input_ids:
         what = "fill in the middle"
-    return f"{example.source} · {what} · {len(example.input_ids)} tokens, {trained} trained"
+    part = f"{example.part} · " if example.part else ""
+    return f"{example.source} · {part}{what} · {len(example.input_ids)} tokens, {trained} trained"
 
 
-def show_report(terminal: Console, report: dict[str, Any], dropped: tuple[dict[str, Any], ...]) -> None:
-    """Prints the numbers of the whole dataset."""
+def show_report(terminal: Console, report: dict[str, Any], said: Sequence[str]) -> None:
+    """Prints the numbers of the whole dataset, and what was said of it."""
     terminal.print("── the whole dataset")
-    share = report["trained_tokens"] / max(1, report["tokens"])
-    terminal.print(
-        f"{report['samples']} rows → {report['examples']} examples "
-        f"({report['train_examples']} train, {report['eval_examples']} eval) · "
-        f"{report['tokens']} tokens, {report['trained_tokens']} trained ({share:.0%})"
-    )
     packing = report["packing"]
     filled = "" if packing["filled"] is None else f", {packing['filled']:.0%} full"
     terminal.print(f"{packing['rows']} rows per epoch{filled} · expansion factor {report['expansion_factor']:.2f}")
@@ -199,14 +243,8 @@ def show_report(terminal: Console, report: dict[str, Any], dropped: tuple[dict[s
     for bucket in histogram:
         bar = "█" * round(BAR_WIDTH * bucket["examples"] / most)
         terminal.print(f"  ≤ {bucket['up_to']:>6} tokens  {bar} {bucket['examples']}")
-    for drop in dropped[:20]:
-        turn = "" if drop["turn"] is None else f" messages[{drop['turn']}]"
-        line = f"dropped {drop['source']['file']}:{drop['source']['line']}{turn}: {drop['reason']}"
+    for line in said:
         terminal.print(console.shown(line))
-    if len(dropped) > 20:
-        terminal.print(f"… and {len(dropped) - 20} more dropped; `--json` counts them all")
-    for warning in report["warnings"]:
-        terminal.print(console.shown(f"warning: {warning}"))
 
 
 if __name__ == "__main__":

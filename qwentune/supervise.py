@@ -33,9 +33,11 @@ from qwentune.training.hangs import HangWatch
 from qwentune.training.signals import ORPHAN_GRACE_SECONDS, stoppable, take_over
 
 if TYPE_CHECKING:
+    from qwentune.recipe import LoadedRecipe
     from qwentune.training.run_folder import RunFolder
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.2
+QUIET = {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # the launcher too, unless the user says else
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 MAP_LOST = (
     "A file was cut short or cannot be read any more while it was in use: most often the rendered data of the cache "
@@ -71,37 +73,57 @@ def run(
 
     The plan of an earlier start is judged again, not made anew, unless `replan` says so.
     """
-    from qwentune.facts.launch import launch_file, uses_deepspeed
-    from qwentune.facts.models import model_spec, refuse_untrainable
     from qwentune.facts.present import count_cards_by_bus
-    from qwentune.memory import render_plan
-    from qwentune.memory.device_remarks import recipe_remarks
-    from qwentune.memory.judge import device_of, judge_recipe
-    from qwentune.memory.shortage import refusal
     from qwentune.recipe import load_recipe
     from qwentune.training.run_folder import RunFolder
 
     count_cards_by_bus()
     loaded = load_recipe(recipe_path, overrides)
-    recipe = loaded.recipe
-    folder = RunFolder(Path(recipe.output.dir))
+    folder = RunFolder(Path(loaded.recipe.output.dir))
     folder.refuse_other_things()
+    with loaded.located():
+        launch, count = _planned(loaded, folder, force_memory=force_memory, replan=replan, fresh=fresh)
+    return supervise(arguments, launch, count, folder)
+
+
+def _planned(
+    loaded: LoadedRecipe, folder: RunFolder, *, force_memory: bool, replan: bool, fresh: bool
+) -> tuple[Path, int]:
+    """The launch file of a run whose plan fits, and the number of processes."""
+    from qwentune.data.at_hand import longest_row
+    from qwentune.facts.continued import continued
+    from qwentune.facts.launch import launch_file, uses_deepspeed
+    from qwentune.facts.models import model_spec, refuse_untrainable
+    from qwentune.memory import render_plan, verdict
+    from qwentune.memory.device_remarks import recipe_remarks
+    from qwentune.memory.judge import device_of, judge_recipe
+    from qwentune.memory.shortage import refusal
+
+    spec = model_spec(loaded.recipe.model, packing=loaded.recipe.data.packing)
+    refuse_untrainable(spec)
+    loaded, remarks = continued(loaded, spec)
+    recipe = loaded.recipe
     device, count, sharding = device_of(recipe.hardware, here=True)
     launch = recipe.hardware.launch
-    spec = model_spec(recipe.model, packing=recipe.data.packing)
-    refuse_untrainable(spec)
-    for remark in recipe_remarks(spec, device, loaded):
+    longest = longest_row(recipe)
+    for remark in (*remarks, *recipe_remarks(spec, device, loaded, longest)):
         console.say(remark)
+    stored = None if replan else folder.stored_plan()
     plan = judge_recipe(
         spec,
         recipe,
         device=device,
         num_ranks=count,
         sharding=sharding,
-        stored=None if replan else folder.stored_plan(),
+        longest_row=longest,
+        stored=stored,
         fresh=fresh,
     )
-    console.say(render_plan(plan, spec.num_layers, f"{recipe.model} · {recipe.tuning.kind}"))
+    if stored is not None and plan.fits:
+        console.say(f"the plan of the earlier start: {verdict(plan)}")
+    else:
+        title = f"{recipe.model} · {recipe.tuning.kind}"
+        console.say(render_plan(plan, spec.num_layers, title, columns=console.width(sys.stderr)))
     if not plan.fits and not force_memory:
         raise DoesNotFitError(refusal(plan))
     if launch == "auto":
@@ -109,7 +131,7 @@ def run(
     if uses_deepspeed(plan.choices.sharding) and find_spec("deepspeed") is None:
         what = f"launch/{launch}.yaml needs DeepSpeed, which is not installed"
         raise UsageError(Problem("hardware.launch", what, "pip install 'qwentune[deepspeed]'"))
-    return supervise(arguments, launch_file(launch), count, folder)
+    return launch_file(launch), count
 
 
 @dataclass
@@ -132,12 +154,13 @@ def supervise(arguments: list[str], launch: Path, num_processes: int, folder: Ru
             *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)),
             *("--num_processes", str(num_processes), "--quiet", "-m", "qwentune.train", *arguments),
         ]
-        environment = {**os.environ, reports.FOLDER: str(scratch)}
+        environment = {**QUIET, **os.environ, reports.FOLDER: str(scratch)}
         received: list[int] = []
         previous = take_over(lambda number, _: received.append(number))
         launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_supervisor)
         watched = _Watched()
         try:
+            _wait_for_trainers(launcher, received, scratch)
             launcher_code = _watch(launcher, received, HangWatch(scratch, num_processes), watched)
             _end_orphans(launcher.pid, watched.trainers)
         finally:
@@ -158,6 +181,16 @@ def _die_with_supervisor() -> None:
     # A killed supervisor takes the launcher with it, and trainers that have lost their launcher save and end.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _wait_for_trainers(launcher: subprocess.Popen[bytes], received: list[int], scratch: Path) -> None:
+    """Returns once a trainer speaks for itself, or there will be none."""
+    with console.busy("starting accelerate and torch"):
+        while launcher.poll() is None and not reports.has_begun(scratch):
+            if received:
+                console.say("stopping; nothing has begun yet")
+                return
+            time.sleep(0.05)
 
 
 def _watch(launcher: subprocess.Popen[bytes], received: list[int], hangs: HangWatch, watched: _Watched) -> int:

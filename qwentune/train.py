@@ -20,7 +20,6 @@ from qwentune import console
 from qwentune.errors import (
     DoesNotFitError,
     Problem,
-    RecipeError,
     RunInUseError,
     UsageError,
     UserError,
@@ -85,7 +84,8 @@ def run(request: Request) -> int:
     folder.refuse_other_things()
     exit_code_is_lost = _exit_code_is_lost()
     try:
-        return _walk(request, loaded, folder)
+        with loaded.located():
+            return _walk(request, loaded, folder)
     except RunInUseError:
         raise
     except UserError as error:
@@ -105,12 +105,15 @@ def _exit_code_is_lost() -> bool:
 
 def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     """From a loaded recipe to a trained model; the exit code."""
+    from qwentune.data.at_hand import longest_row
     from qwentune.data.dataset import chat_template, prepare
     from qwentune.data.formats.samples import refuse_untrained
     from qwentune.data.layout.schedule import Schedule
+    from qwentune.data.summary import summary
     from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
     from qwentune.data.tokenizing.tokenizer import load_tokenizer
     from qwentune.exporting.publish import publish
+    from qwentune.facts.continued import continued
     from qwentune.facts.gpus import GpuSpec
     from qwentune.facts.models import model_spec, refuse_untrainable
     from qwentune.facts.present import count_cards_by_bus, may_have_gpu
@@ -121,25 +124,30 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     from qwentune.recipe import load_recipe
     from qwentune.training.device import refuse_other_device
     from qwentune.training.once import once
-    from qwentune.training.ranks import Ranks, expand_segments
+    from qwentune.training.ranks import Ranks, expand_segments, launch_remarks
     from qwentune.training.relaunch import relaunched
     from qwentune.training.run import Run
 
     expand_segments()
     count_cards_by_bus()
+    spec = model_spec(loaded.recipe.model, packing=loaded.recipe.data.packing)
+    refuse_untrainable(spec)
+    loaded, remarks = continued(loaded, spec)
     recipe = loaded.recipe
-    if recipe.objective.kind != "sft":
-        raise RecipeError(Problem(request.recipe, f"objective.kind: {recipe.objective.kind} cannot be trained yet"))
     ranks = Ranks.of_environment(on_cpu=recipe.hardware.gpu == "cpu")
     replan = request.fresh or changes_the_plan(request.allow_change)
-    device, _, _ = device_of(recipe.hardware.model_copy(update={"count": ranks.num_here}), here=True)
+    launched = {"count": ranks.num_here, "launch": "auto"}
+    device, _, _ = device_of(recipe.hardware.model_copy(update=launched), here=True)
     stored = None if replan else folder.stored_plan()
-    spec = model_spec(recipe.model, packing=recipe.data.packing)
-    refuse_untrainable(spec)
+    longest = longest_row(recipe)
     if reports.FOLDER not in os.environ:  # a supervisor has said them
-        for remark in recipe_remarks(spec, device, loaded):
+        for remark in (
+            *remarks,
+            *recipe_remarks(spec, device, loaded, longest),
+            *launch_remarks(recipe.hardware, ranks),
+        ):
             console.say(remark)
-    judged = partial(judge_recipe, spec, device=device, fresh=request.fresh)
+    judged = partial(judge_recipe, spec, device=device, fresh=request.fresh, longest_row=longest)
     judged_here = partial(judged, recipe, num_ranks=ranks.num_ranks, sharding=ranks.sharding, stored=stored)
 
     def traced() -> dict[str, Any]:
@@ -147,7 +155,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
         return {"plan": judged_here(tell=said.append).to_json(), "said": said}
 
     if stored is None and isinstance(device, GpuSpec):  # the first start on a GPU: seconds of work for every rank alike
-        asked = ["plan", loaded.text, *request.overrides, ranks.sharding, str(ranks.num_ranks)]
+        asked = ["plan", loaded.text, *request.overrides, ranks.sharding, str(ranks.num_ranks), str(longest)]
         found = once("\n".join(asked), traced)
         plan = RunPlan.from_json(found["plan"])
         for words in found["said"]:
@@ -160,8 +168,8 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
         arguments = [*request.command[2:], *["--fresh"] * request.fresh]
 
         def mended(overrides: Sequence[str], num_ranks: int, sharding: Sharding | Auto) -> RunPlan:
-            changed = load_recipe(request.recipe, [*request.overrides, *overrides]).recipe
-            return judged(changed, num_ranks=num_ranks, sharding=sharding)
+            changed, _ = continued(load_recipe(request.recipe, [*request.overrides, *overrides]), spec)
+            return judged(changed.recipe, num_ranks=num_ranks, sharding=sharding)
 
         raise DoesNotFitError(refusal(plan, lambda mend: relaunched(mend, arguments, ranks.num_ranks, mended)))
     _refuse_what_is_not_here(recipe, plan)
@@ -175,15 +183,16 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     sources = [*recipe.data.train, *(recipe.data.evaluation or ())]
     refuse_untrained(sources)
     dataset = prepare(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=shares)
-    for warning in dataset.report["warnings"]:
-        console.say(f"warning: {warning}")
+    for line in summary(dataset):
+        console.say(line)
     schedule = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed)
     for remark in schedule.remarks(recipe.optimizer, recipe.output):
         console.say(remark)
     text = None if template is None else template.text
-    refuse_other_device(device, ranks)
-    ranks.join(plan.choices.weights)  # only now: no rank may wait for another that still renders
-    plan = ranks.agree(lambda: plan)  # each judged by the memory that it saw
+    with console.busy("loading torch"):
+        refuse_other_device(device, ranks)
+        ranks.join(plan.choices.weights)  # only now: no rank may wait for another that still renders
+        plan = ranks.agree(lambda: plan)  # each judged by the memory that it saw
     return Run(request, loaded, ranks, folder, spec, device, plan, tokenizer, text, dataset, schedule, publish).run()
 
 

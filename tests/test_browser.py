@@ -6,6 +6,7 @@ Skipped where Chromium and its driver are not installed: `apt-get install chromi
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from selenium.webdriver import Chrome, ChromeOptions, ChromeService, Keys
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.select import Select
 
 from tests.test_html_report import HOSTILE, rows
 from tests.test_preview import preview, write_recipe, write_rows
@@ -77,7 +79,7 @@ def press(browser: Chrome, *keys: str) -> None:
 
 def test_the_page_loads_nothing_and_reports_no_error(browser: Chrome) -> None:
     assert len(shown(browser)) == len(ANSWERS)
-    assert "control tokens are spelled" in browser.find_element(By.CSS_SELECTOR, "main > ul").text
+    assert "control tokens are spelled" in browser.find_element(By.CSS_SELECTOR, "main > ul.warnings").text
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert browser.get_log("browser") == []
 
@@ -94,6 +96,47 @@ def test_search_shows_what_holds_the_text_in_any_case(browser: Chrome) -> None:
     assert found.text == f"{len(ANSWERS)} found"
     search.send_keys(*erase)
     assert (len(shown(browser)), found.text) == (len(ANSWERS), "")
+
+
+def test_filters_and_links_lead_to_the_rows(browser: Chrome) -> None:
+    options = {name: Select(browser.find_element(By.ID, name)) for name in ("warning", "format", "turn")}
+    assert [option.text for option in options["format"].options] == ["all", "chat"]
+    assert [option.text for option in options["turn"].options] == ["all", "messages[1]"]
+    link = browser.find_element(By.CSS_SELECTOR, ".warnings a")
+    number = next(
+        k
+        for k, warning in enumerate(browser.find_elements(By.CSS_SELECTOR, ".warnings li"), 1)
+        if warning.find_elements(By.TAG_NAME, "a")
+    )
+    options["warning"].select_by_index(number)
+    named = [article.find_element(By.TAG_NAME, "h3").text.split(" ")[0] for article in shown(browser)]
+    assert 0 < len(named) <= len(ANSWERS)
+    assert link.text in named
+    assert browser.find_element(By.ID, "found").text == f"{len(named)} found"
+    browser.execute_script("scrollTo(0, 0)")
+    link.click()
+    assert len(shown(browser)) == len(ANSWERS), "a link shows its row whatever was filtered"
+    target = browser.find_element(By.CSS_SELECTOR, "article:target")
+    assert target.text.startswith(link.text)
+    top = browser.execute_script("return arguments[0].getBoundingClientRect().top", target)
+    tools = browser.find_element(By.CSS_SELECTOR, ".tools").size["height"]
+    assert top >= tools - 1, "the row is not under the search"
+
+
+def test_long_messages_that_return_are_folded(browser: Chrome, tmp_path: Path, qwen3_folder: Path) -> None:
+    system = {"role": "system", "content": "Be brief. " * 60}
+    file = write_rows(tmp_path, *({"messages": [system, *row["messages"]]} for row in rows("one", "two")))
+    write_recipe(tmp_path, qwen3_folder, file)
+    assert preview(tmp_path, "--html", "page.html").returncode == 0
+    browser.get((tmp_path / "page.html").as_uri())
+    first, second = shown(browser)
+    assert not first.find_elements(By.TAG_NAME, "details")
+    folded, summary = (second.find_element(By.TAG_NAME, name) for name in ("details", "summary"))
+    height = second.size["height"]
+    assert re.match(r"▸? ?system, [\d,]+ characters, as in \S+:1$", summary.text)
+    summary.click()
+    assert folded.get_property("open")
+    assert second.size["height"] > height
 
 
 def test_keys_lead_to_the_search_and_from_example_to_example(browser: Chrome) -> None:
@@ -125,7 +168,7 @@ def test_tables_say_what_they_hold(browser: Chrome) -> None:
         for row in tables[0].find_elements(By.TAG_NAME, "tr")
     }
     assert facts["examples"] == f"{len(ANSWERS)} to train on, 0 to evaluate on"
-    assert facts["trained ends"] == f"<|im_end|> × {len(ANSWERS)}"
+    assert facts["what is trained ends with"] == f"<|im_end|> × {len(ANSWERS)}"
     bars = [bar.size["width"] for bar in tables[1].find_elements(By.CSS_SELECTOR, ".bar span")]
     assert max(bars) > 100
     assert "你" in tables[2].text
@@ -133,7 +176,7 @@ def test_tables_say_what_they_hold(browser: Chrome) -> None:
     assert "tokens" in tables[3].find_elements(By.TAG_NAME, "td")[1].text
 
 
-@pytest.mark.parametrize("width", [1200, 360])
+@pytest.mark.parametrize("width", [1200, 390, 320])
 def test_nothing_stands_beyond_the_edge(browser: Chrome, width: int) -> None:
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)

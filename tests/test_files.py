@@ -159,6 +159,8 @@ def test_frames_of_compressed_data_may_follow_each_other(tmp_path: Path) -> None
         ('{"a": None}', 7, "None is Python, not JSON"),
         ('{"a": "x\ty"}', 9, "a raw control character '\\t' inside a text"),
         ('{"a": 1', 8, "the value ends before it is complete"),
+        ('{"a": 1, "b', 10, "the value ends before it is complete: the row is cut"),
+        ('{"a": [1, {"a": 2}', 11, "the row is cut, and the next one begins in the same line"),
         ("plain words", 1, "expecting value"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",

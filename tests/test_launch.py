@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwentune import supervise
 from qwentune.errors import UsageError
+from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.launch import sharding_of
+from qwentune.facts.models import model_spec
+from qwentune.facts.present import PresentGpus
+from qwentune.memory import HostMemory, judge
+from qwentune.memory.judge import device_of
+from qwentune.recipe import Hardware, load_recipe
 from qwentune.shipped import shipped_files
-from qwentune.training.ranks import ALLOCATOR, Ranks, expand_segments
+from qwentune.training.ranks import ALLOCATOR, Ranks, expand_segments, launch_remarks
 from tests.runs import write_recipe
 
 
@@ -38,6 +45,57 @@ def test_the_plan_knows_what_a_launch_file_does(name: str, sharding: str) -> Non
 def test_an_unknown_launch_file_is_named_with_the_nearest() -> None:
     with pytest.raises(UsageError, match=r"(?s)'zerro2'.*Did you mean 'zero2'"):
         sharding_of("zerro2")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "num_gpus", "count"),
+    [
+        ({"launch": "cpu-2"}, 0, 2),
+        ({"launch": "cpu-2", "count": 3}, 0, 3),  # what the recipe says outweighs the file
+        ({"launch": "zero2"}, 0, 2),
+        ({"launch": "zero2"}, 8, 8),  # it takes all that are here
+        ({"launch": "mine"}, 8, 4),
+        ({"launch": "mine", "count": 2}, 8, 2),
+        ({"launch": "single"}, 8, 1),
+        ({}, 8, 8),
+        ({}, 0, 1),
+    ],
+)
+def test_the_number_of_processes_is_the_recipe_s_else_the_launch_file_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hardware: dict[str, Any], num_gpus: int, count: int
+) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "mine.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 4\n")
+    monkeypatch.chdir(tmp_path)
+    cards = PresentGpus((gpu_spec("h200"),) * num_gpus) if num_gpus else None
+    monkeypatch.setattr(judge, "present_gpus", lambda: cards)
+    assert device_of(Hardware(**hardware), here=True)[1] == count
+
+
+def test_one_process_and_a_number_of_several_contradict_each_other() -> None:
+    with pytest.raises(UsageError, match=r"4, but launch/single\.yaml runs one process"):
+        device_of(Hardware(gpu="cpu", launch="single", count=4), here=True)
+
+
+@pytest.mark.parametrize("number", ["0", "many", "true", "-1", "1000000000"])
+def test_a_number_of_processes_that_is_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
+) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "mine.yaml").write_text(f"distributed_type: MULTI_GPU\nnum_processes: {number}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="num_processes is"):
+        sharding_of("mine")
+
+
+def test_a_launcher_that_does_otherwise_than_the_recipe_is_named() -> None:
+    one = Ranks(0, 1, "none")
+    assert launch_remarks(Hardware(), one) == []
+    assert launch_remarks(Hardware(launch="cpu-2"), Ranks(0, 2, "ddp")) == []
+    (said,) = launch_remarks(Hardware(launch="cpu-2"), one)
+    assert said.startswith("warning: hardware.launch is cpu-2, but this run was launched with none")
+    (said,) = launch_remarks(Hardware(count=4), Ranks(0, 2, "ddp"))
+    assert said.startswith("warning: hardware.count is 4, but this run was launched with 2")
 
 
 def test_a_launch_file_of_ones_own_that_says_nothing_known_is_refused(
@@ -99,3 +157,12 @@ def test_what_the_user_tells_the_allocator_stays(monkeypatch: pytest.MonkeyPatch
     expand_segments()
     assert [os.environ.get(variable) for variable in ALLOCATOR if variable != name] == [None]
     assert os.environ[name] == "garbage_collection_threshold:0.8"
+
+
+def test_a_stored_plan_of_two_processes_is_judged_for_the_one_that_is_started(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, "builtin:tiny-qwen3")).recipe
+    spec, host = model_spec(recipe.model), HostMemory(2**36)
+    two = judge.judge_recipe(spec, recipe, device=host, num_ranks=2, sharding="auto")
+    one = judge.judge_recipe(spec, recipe, device=host, num_ranks=1, sharding="auto", stored=two.to_json())
+    again = judge.judge_recipe(spec, recipe, device=host, num_ranks=2, sharding="auto", stored=one.to_json())
+    assert [plan.choices.sharding for plan in (two, one, again)] == ["ddp", "none", "ddp"]

@@ -22,8 +22,10 @@ LAYERS = (
     "console",
     "shipped",
     "row_formats",
+    "peers",
     "recipe",
     "facts",
+    "conversion",
     "data",
     "model",
     "memory",
@@ -40,6 +42,7 @@ TORCH_FREE = (
     "streams",
     "shipped",
     "row_formats",
+    "peers",
     "recipe",
     "facts",
     "memory",
@@ -59,6 +62,8 @@ STAGES = (
     "report",
     "blocks",
     "dataset",
+    "at_hand",
+    "summary",
 )
 MOST_FILES = 16  # of a folder in data/ and memory/: more are no longer seen at once
 BOTH_A_VERB_AND_A_THING = {"chat"}  # a command and a row format, both named by the contract

@@ -151,8 +151,8 @@ def test_what_this_machine_does_not_have_is_named_all_at_once(tmp_path: Path, qw
     asked = ("tuning.kind=lora", "tuning.start_from=nowhere", "output.report_to=[trackio]", "hardware.gpu=cpu")
     refused = run(tmp_path, "qwentune.train", "recipe.yaml", *asked)
     assert_is_refused(refused, 2)
-    assert "tuning.start_from  'nowhere' holds no adapter" in refused.stderr
-    assert "output.report_to  trackio is not installed" in refused.stderr
+    assert "tuning.start_from: 'nowhere' holds no adapter" in refused.stderr
+    assert "output.report_to: trackio is not installed" in refused.stderr
 
 
 @pytest.mark.parametrize("command", ["plan", "train in this process"])
@@ -164,7 +164,7 @@ def test_half_of_what_experts_hold_as_one_is_answered_with_the_other(
     write_recipe(tmp_path, qwen3_moe_folder, tuning={"kind": "lora", "targets": ["q_proj", "gate_proj"]})
     finished = run(tmp_path, *RECIPE_COMMANDS[command], "recipe.yaml")
     assert_is_refused(finished, 2)
-    assert "tuning.targets  gate_proj without up_proj, but the experts of qwen3_moe" in finished.stderr
+    assert "tuning.targets: gate_proj without up_proj, but the experts of qwen3_moe" in finished.stderr
     mend = "tuning.targets=[q_proj,gate_proj,up_proj]"
     assert mend in finished.stderr
     assert run(tmp_path, *RECIPE_COMMANDS["plan"], "recipe.yaml", mend, "--json").returncode == 0

@@ -164,7 +164,7 @@ def test_packing_is_refused_with_the_reason_where_examples_would_not_stay_apart(
 
     refused = run()
     assert refused.returncode == 2
-    assert "data.packing  qwen3_next cannot train on packed rows: its linear attention reads on" in refused.stderr
+    assert "data.packing: qwen3_next cannot train on packed rows: its linear attention reads on" in refused.stderr
     assert "\n    data.packing=false\n" in refused.stderr
     if command != "train":  # these weights are another model's
         mended = run("data.packing=false")

@@ -16,13 +16,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from qwentune.errors import ResumeError, UsageError
+from qwentune.errors import RecipeError, ResumeError, UsageError
 from qwentune.facts.architecture import ModelSpec, MoeSpec
 from qwentune.facts.gpus import GPUS, GpuSpec, gpu_spec
 from qwentune.facts.models import MODELS, model_spec
+from qwentune.facts.modules import ATTENTION, FEED_FORWARD
 from qwentune.memory import HostMemory, PlanRequest, RunPlan, make_plan, pinned, plan_warnings, render_plan
 from qwentune.memory.closed_form.activations import layer_activations
-from qwentune.memory.closed_form.adapter_sizes import ATTENTION, FEED_FORWARD, adapter_parameters
+from qwentune.memory.closed_form.adapter_sizes import adapter_parameters
 from qwentune.memory.closed_form.phases import (
     PIECE_VALUES,
     base_weight_bytes,
@@ -46,8 +47,9 @@ from qwentune.memory.settings import (
     Sharding,
     device_overheads,
 )
-from qwentune.memory.shortage import ran_out
+from qwentune.memory.shortage import ran_out, refusal
 from qwentune.plan import run as run_plan
+from qwentune.preview import run as run_preview
 from qwentune.recipe import BatchOptions, MemoryOptions, OutputOptions, Precision, Tuning
 
 QWEN3_8B = model_spec("Qwen/Qwen3-8B")
@@ -716,39 +718,6 @@ def test_a_mixture_of_235_billion_is_tuned_on_eight_gpus(sharding: Sharding) -> 
 
 
 @pytest.mark.parametrize(
-    ("targets", "parameters", "expected"),
-    [
-        (["q_proj", "v_proj"], None, ["q_proj", "v_proj"]),
-        (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], None, "all-linear"),
-        (["q_proj", "k_proj", "v_proj", "o_proj"], ["gate.weight", "down_proj", "gate_up_proj"], "all-linear"),
-    ],
-)
-def test_an_adapter_that_is_continued_is_judged_by_its_own_rank_and_targets(
-    tmp_path: Path, targets: list[str], parameters: list[str] | None, expected: list[str] | str
-) -> None:
-    adapter = {"r": 64, "target_modules": targets, "target_parameters": parameters}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
-    terms: list[int] = []
-    for tuning in (
-        {"kind": "lora", "rank": 8, "start_from": str(tmp_path)},
-        {"kind": "lora", "rank": 64, "targets": expected},
-    ):
-        plan = judge(
-            QWEN3_8B,
-            tuning=Tuning.model_validate(tuning),
-            max_tokens=2048,
-            batch=BatchOptions(),
-            precision=Precision(),
-            memory=MemoryOptions(),
-            output=OutputOptions(dir=str(tmp_path)),
-            device=H200,
-            num_ranks=1,
-        )
-        terms.append(plan.phases["train_step"].terms["adapters"])
-    assert terms[0] == terms[1]
-
-
-@pytest.mark.parametrize(
     ("model", "learns_chat", "adapter", "counted"),
     [
         ("Qwen/Qwen3-8B-Base", True, None, True),
@@ -889,19 +858,110 @@ def test_totals_are_the_sums_of_their_terms_and_the_peak_is_the_worst_of_them(
     assert plan.allocated_peak_bytes == plan.peak_bytes - worst["allocator"] - worst["context"]
 
 
+def test_a_tight_fit_is_said() -> None:
+    request = PlanRequest("qlora", 2048, 16)
+    need = make_plan(QWEN3_8B, RTX_4090, pinned(request, make_plan(QWEN3_8B, RTX_4090, request).choices)).peak_bytes
+    for spare, is_tight in ((0.02, True), (0.05, False)):
+        card = replace(RTX_4090, total_bytes=int(need / (1 - spare) / (1 - request.headroom)))
+        plan = make_plan(QWEN3_8B, card, pinned(request, make_plan(QWEN3_8B, RTX_4090, request).choices))
+        assert (plan.fits, plan.is_tight, plan.to_json()["tight"]) == (True, is_tight, is_tight)
+        assert ("FITS TIGHTLY, " in render_plan(plan, 36)) == is_tight
+        assert any("are spare" in warning for warning in plan_warnings(plan)) == is_tight
+    assert not make_plan(QWEN3_8B, gpu_spec("t4"), PlanRequest("full", 2048, 16)).is_tight, "it does not fit"
+
+
+@pytest.mark.parametrize(
+    ("spec", "request_", "words"),
+    [
+        (MOE, PlanRequest("qlora", 1024, 4, targets=ATTENTION), "Experts stay in 16 bits, 54.0 GiB of the 55.6 GiB"),
+        (model_spec("Qwen/Qwen3-0.6B"), PlanRequest("qlora", 1024, 4), "Embedding and head stay in 16 bits"),
+        (MOE, PlanRequest("lora", 1024, 4), "Adapters on experts hold a copy of a layer's experts, 1.1 GiB"),
+        (QWEN3_8B, PlanRequest("qlora", 1024, 4, num_gpus=2), "4-bit weights are not shared"),
+        (QWEN3_8B, PlanRequest("lora", 8192, 4, targets=("q_proj", "lm_head")), "an adapter on lm_head makes them"),
+        (QWEN3_8B, PlanRequest("lora", 8192, 4, loss="full"), "memory.loss is full"),
+        (QWEN3_8B, PlanRequest("lora", 1024, 4), None),
+        (MOE, PlanRequest("lora", 1024, 4, targets=ATTENTION), None),
+    ],
+)
+def test_a_cost_that_surprises_has_a_reason(spec: ModelSpec, request_: PlanRequest, words: str | None) -> None:
+    plan = make_plan(spec, RTX_4090, request_)
+    if words is None:
+        assert plan.reasons == ()
+        return
+    (reason,) = (reason for reason in plan.reasons if words in reason)
+    assert reason.split(":")[0] in " ".join(render_plan(plan, spec.num_layers).split())
+    assert plan.fits or reason in refusal(plan)[0].fix
+
+
+@pytest.mark.parametrize(("num_gpus", "offered"), [(1, 4), (4, 4), (2, 4)])
+def test_a_mixture_that_4_bits_do_not_shrink_is_mended_by_sharing_it(num_gpus: int, offered: int) -> None:
+    request = PlanRequest("qlora", 1024, 16, targets=ATTENTION, num_gpus=num_gpus)
+    plan = make_plan(MOE, RTX_4090, request)
+    assert not plan.fits
+    mend = plan.mends[0]
+    assert mend.overrides == ("tuning.kind=lora", f"hardware.count={offered}", "hardware.launch=fsdp2")
+    assert make_plan(MOE, RTX_4090, apply_overrides(request, mend.overrides)).fits
+
+
+def test_rows_that_are_not_packed_are_judged_by_the_longest_example(
+    tmp_path: Path, qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QWENTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "word " * 300}]
+    Path("rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    recipe: dict[str, Any] = {
+        "model": str(qwen3_folder),
+        "tuning": {"kind": "full"},
+        "hardware": {"gpu": "h200", "count": 1},
+    }
+    recipe["data"] = {"train": "rows.jsonl", "max_tokens": 32768, "packing": False}
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+
+    def planned(*overrides: str) -> tuple[dict[str, Any], str]:
+        assert run_plan("recipe.yaml", [*overrides], None, None, as_json=True, trace=False) == 0
+        said = capsys.readouterr()
+        return json.loads(said.out), said.err
+
+    before, said = planned()
+    assert before["row_tokens"] == 32768
+    assert "`qwentune preview` renders the data; then its longest example counts" in said
+    run_preview("recipe.yaml", [], None, None, None, as_json=True, strict=False)
+    longest = json.loads(capsys.readouterr().out)["lengths"]["max"]
+    after, said = planned()
+    assert after["row_tokens"] == longest
+    assert f"Memory is judged by the longest example, {longest} tokens (data.max_tokens=32768)." in said
+    assert after["peak_bytes"] < before["peak_bytes"]
+    packed, _ = planned("data.packing=true", "data.max_tokens=4096")
+    assert packed["row_tokens"] == 4096
+
+
+def test_an_objective_that_cannot_be_trained_is_not_planned(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "model: Qwen/Qwen3-0.6B\ntuning: {kind: lora}\nobjective: {kind: dpo}\ndata: {train: rows.jsonl}\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        run_plan(str(tmp_path / "r.yaml"), [], "h200", None, as_json=True, trace=False)
+    (problem,) = caught.value.problems
+    assert (problem.where, caught.value.exit_code) == (f"{tmp_path / 'r.yaml'}:3:13", 2)
+    assert "objective.kind: dpo cannot be trained yet" in problem.what
+
+
 def test_a_plan_survives_json() -> None:
     plan = make_plan(QWEN3_8B, RTX_4090, PlanRequest("full", 4096, 16, optimizer_steps=100))
     values = json.loads(json.dumps(plan.to_json()))
     assert RunPlan.from_json(values) == plan
     contract = "schema fits gpu gpus usable_bytes peak_bytes allocated_peak_bytes limiting_phase phases choices"
     contract += " optimizer_steps gpu_hours host_bytes host_phases disk_bytes mends profile expansion_factor"
+    contract += " row_tokens reasons tight"
     assert set(values) == set(contract.split())
     assert set(values["mends"][0]) == {"change", "saves_bytes", "overrides"}
 
 
 def test_a_plan_that_an_earlier_version_stored_is_read() -> None:
     values = make_plan(QWEN3_8B, RTX_4090, PlanRequest("qlora", 2048, 16)).to_json()
-    del values["host_phases"]
+    for name in ("host_phases", "row_tokens", "reasons", "tight"):
+        del values[name]
     assert RunPlan.from_json(values).host_phases == {}
 
 

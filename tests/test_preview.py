@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from qwentune import preview as preview_command
 from qwentune.data.dataset import chat_template, prepare
 from qwentune.data.layout.batch import TrainBatches
 from qwentune.data.layout.schedule import Schedule
@@ -425,7 +426,10 @@ def test_rows_that_are_not_trained_yet_are_previewed(
         wanted = [example for end in ends for example in expected("", [end], tokenizer)]
         assert [e["input_ids"] for e in examples] == [e["input_ids"] for e in wanted]
         assert [e["labels"] for e in examples] == [e["labels"] for e in wanted]
+        assert [e["part"] for e in examples] == ["chosen", "rejected"] * len(rows)
     else:
+        parts = [["query", "positive", *["negative"] * len(row.get("negatives", []))] for row in rows]
+        assert [e["part"] for e in examples] == [part for row in parts for part in row]
         texts = [
             text
             for row in rows
@@ -463,7 +467,9 @@ def test_without_colour_the_masks_stand_in_brackets(
     assert "⟦四" not in finished.stdout
     assert "⟦一年有四个季节。<|im_end|>⟧" in finished.stdout
     assert "\x1b" not in finished.stdout + finished.stderr
-    assert finished.stderr == ""
+    counts, *warnings = finished.stderr.splitlines()
+    assert counts.startswith(f"{len(rows)} rows → ")
+    assert all(line.startswith("warning: ") for line in warnings)
 
 
 def test_limit_says_how_many_examples_are_shown(tmp_path: Path, qwen3_folder: Path) -> None:
@@ -507,7 +513,7 @@ def test_on_a_terminal_the_only_escapes_are_colours_of_our_own(tmp_path: Path, q
         cwd=tmp_path,
         env=ENVIRONMENT | {"QWENTUNE_CACHE": str(tmp_path / "cache"), "TERM": "xterm-256color"},
         stdout=theirs,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.DEVNULL,
     )
     os.close(theirs)
     printed = read_terminal(ours)
@@ -545,3 +551,45 @@ def test_what_is_dropped_is_named_with_its_reason(
     assert f"dropped rows.jsonl:2 messages[1]: {num_tokens} tokens, more than data.max_tokens=128" in printed
     assert "dropped rows.jsonl:3: messages[1] has the unknown role 'assitant'" in printed
     assert "dropped rows.jsonl:1" not in printed
+
+
+def in_this_process(
+    capsys: pytest.CaptureFixture[str], jsonl: str = "", html: str = "", *, as_json: bool = False, strict: bool = False
+) -> tuple[int, str]:
+    """The exit code of a preview and what it said on stderr."""
+    files = (Path(name) if name else None for name in (jsonl, html))
+    code = preview_command.run("recipe.yaml", [], None, *files, as_json=as_json, strict=strict)
+    return code, capsys.readouterr().err
+
+
+def test_what_deserves_a_look_is_said_in_every_mode(
+    tmp_path: Path, qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QWENTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    wrong = {"messages": [{"role": "user", "content": "hi"}, {"role": "assitant", "content": "hello"}]}
+    options = {"bad_rows": "skip", "max_dropped_fraction": 0.99}
+    write_recipe(tmp_path, qwen3_folder, write_rows(tmp_path, row, row, wrong), **options)
+    code, said = in_this_process(capsys)
+    counts, dropped, warning = said.splitlines()
+    assert code == 0
+    assert counts.startswith("2 rows → 2 examples (2 train, 0 eval) · ")
+    assert dropped.startswith("dropped rows.jsonl:3: messages[1] has the unknown role 'assitant'")
+    assert warning.startswith("warning: 1 rows train exactly what an earlier row trains")
+    assert in_this_process(capsys, as_json=True) == (0, said)
+    assert in_this_process(capsys, "out.jsonl") == (0, said)
+    assert in_this_process(capsys, "", "out.html") == (0, said)
+    code, strict = in_this_process(capsys, as_json=True, strict=True)
+    assert (code, strict) == (3, f"{said}1 warning, and --strict allows none.\n")
+
+
+def test_the_ends_of_a_preference_are_labelled(
+    tmp_path: Path, qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QWENTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path, qwen3_folder, "data_templates/preference.jsonl", max_tokens=2048)
+    preview_command.run("recipe.yaml", [], 4, None, None, as_json=False, strict=False)
+    titles = [line for line in capsys.readouterr().out.splitlines() if line.startswith("── data_templates")]
+    assert [title.split(" · ")[1] for title in titles] == ["chosen", "rejected"] * 2

@@ -513,7 +513,7 @@ def test_any_text_and_number_survives_the_resolved_recipe(text: str, number: flo
     optimizer = recipe.optimizer.model_copy(update={"learning_rate": number})
     changed = recipe.model_copy(update={"data": data, "optimizer": optimizer})
     origins = {**load(MINIMAL).origins, "data.template_args.x": "default", "data.template_args.y": "default"}
-    assert reload(LoadedRecipe(changed, origins, "r.yaml", "")).recipe == changed
+    assert reload(LoadedRecipe(changed, origins, {}, "r.yaml", "")).recipe == changed
 
 
 YAML_PIECES = [*"abc:-[]{},#&*!|>'\"%@`~?\n\t 01.e", "\n  ", ": ", "data", "tuning", "seed"]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from qwentune.console import busy
 from qwentune.data.formats.samples import detected, sample_of, source_rows
 from qwentune.data.layout.store import ExampleColumns, ExampleWriter
 from qwentune.data.reading.columns import Columns
@@ -51,6 +52,7 @@ class Rendered:
 
     begins: array[int] = field(default_factory=lambda: array("q"))  # of each sample that has examples, its first one
     identities: array[int] = field(default_factory=lambda: array("q"))  # of the same samples
+    lines: array[int] = field(default_factory=lambda: array("q"))  # of the same samples
     answers: array[int] = field(default_factory=lambda: array("Q"))  # of logged calls, as their sample has them
     before: array[int] = field(default_factory=lambda: array("Q"))  # of the calls that they go on with
     versions: array[int] = field(default_factory=lambda: array("h"))  # of the examples
@@ -67,6 +69,7 @@ class Rendered:
         if outcome.examples:
             self.begins.append(len(self.versions))
             self.identities.append(outcome.identity)
+            self.lines.append(outcome.source.line)
             self.answers.append(outcome.answers[-1] if outcome.answers else 0)
             self.before.append(outcome.answers[-2] if outcome.answers[1:] else 0)
             self.versions.extend(example.version for example in outcome.examples)
@@ -75,7 +78,7 @@ class Rendered:
         """Counts in the samples of the next block."""
         num_before = len(self.versions)
         self.begins.extend(num_before + begin for begin in later.begins)
-        for name in ("identities", "answers", "before", "versions", "problems", "dropped"):
+        for name in ("identities", "lines", "answers", "before", "versions", "problems", "dropped"):
             getattr(self, name).extend(getattr(later, name))
         self.tally.merge(later.tally)
         self.num_refused += later.num_refused
@@ -160,11 +163,13 @@ def render_source(
     """
     whole, count = Rendered(), RowCount()
     blocks = read_blocks(source, number, content, count, by_rule=by_rule)
-    for examples, rendered in workers.results(blocks):
-        writer.add(examples, source.path)
-        whole.merge(rendered)
-        if any(isinstance(one, Unread) for one in rendered.problems) or too_many(source.path, whole.problems):
-            break
+    with busy(f"rendering {source.path}, row") as state:
+        for examples, rendered in workers.results(blocks):
+            writer.add(examples, source.path)
+            whole.merge(rendered)
+            state.done = whole.tally.counts["samples"] + whole.num_refused
+            if any(isinstance(one, Unread) for one in rendered.problems) or too_many(source.path, whole.problems):
+                break
     count.refused += whole.num_refused
     whole.problems.sort(key=lambda problem: source_of(problem, source.path).line)  # the reader's come block by block
     return whole, count

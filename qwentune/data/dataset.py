@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwentune.bounded import UnreadableError, read_text
-from qwentune.console import say
+from qwentune.console import busy, say
 from qwentune.data.blocks import READ_OTHERWISE, BlockRenderer, render_source, source_of
 from qwentune.data.cache import alone, cache_folder
 from qwentune.data.layout.rows import Rows, Trie, packed_rows
@@ -30,7 +30,7 @@ from qwentune.data.reading.files import Content, content_of, is_at_hand
 from qwentune.data.rendering.grammar import ReadOtherwiseError
 from qwentune.data.rendering.outcome import Dropped
 from qwentune.data.rendering.render import Renderer, RenderOptions
-from qwentune.data.report import Report, with_separate_examples
+from qwentune.data.report import NUM_PLACES, Report, with_separate_examples
 from qwentune.data.templates.chat_template import ChatTemplate, refuse_broken_template
 from qwentune.data.tokenizing.tokenizer import Tokenizer
 from qwentune.data.workers import Workers
@@ -39,7 +39,7 @@ from qwentune.errors import FULL, DataError, DoesNotFitError, Problem, RecipeErr
 from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES
 from qwentune.recipe import DataOptions
 
-CACHE_FORMAT = 12  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 15  # raise it whenever rendering or storing changes what stands in the cache
 ANOTHER_CACHE = "Name another cache folder with the variable QWENTUNE_CACHE."
 
 
@@ -84,6 +84,14 @@ class Dataset:
         rows = self._rows(self.examples.evaluation)
         return Rows(self.examples, tuple(rows), (len(rows),))
 
+    @property
+    def longest_row(self) -> int:
+        """The most tokens that a row may have: as many as are packed into one, else those of the longest example."""
+        if self.packing:
+            return self.tokens_per_row
+        used = np.concatenate([self.examples.train, self.examples.evaluation])
+        return int(self.examples.lengths[used].max())
+
     def _rows(self, indices: NDArray[np.int64]) -> list[tuple[Trie, ...]]:
         chosen = [int(i) for i in indices]
         if not self.packing:
@@ -91,6 +99,7 @@ class Dataset:
         return packed_rows(self.examples, chosen, self.tokens_per_row, self.shares_prefixes)
 
 
+@busy("looking at the data")
 def prepare(
     data: DataOptions,
     tokenizer: Tokenizer,
@@ -130,6 +139,7 @@ def prepare(
         raise (DoesNotFitError if full else UsageError)(problem) from None
 
 
+@busy("looking at the data")
 def prepared(
     data: DataOptions,
     tokenizer: Tokenizer,
@@ -270,11 +280,12 @@ def _build(
     dropped: list[Dropped] = []
     refused: list[Dropped] = []  # rows that are wrong
     versions = array("h")  # of the examples
-    identities = array("q")  # of the samples that have examples
+    identities, lines = array("q"), array("q")  # of the samples that have examples
     warnings: list[str] = []
     answers, before = array("Q"), array("Q")  # of logged calls: fingerprints with their answer, and with that before it
+    sources = [*data.train, *(data.evaluation or ())]
     with Workers(BlockRenderer(Renderer(tokenizer, template, options))) as workers:
-        for number, source in enumerate([*data.train, *(data.evaluation or ())]):
+        for number, source in enumerate(sources):
             mark, content = writer.mark(), contents[source.path]
             try:
                 rendered, count = render_source(source, number, content, workers, writer)
@@ -285,6 +296,7 @@ def _build(
             groups.append(mark.num_examples + np.asarray([*rendered.begins, len(rendered.versions)], dtype=np.int64))
             versions.extend(rendered.versions)
             identities.extend(rendered.identities)
+            lines.extend(rendered.lines)
             answers.extend(rendered.answers)
             before.extend(rendered.before)
             report.merge(rendered.tally)
@@ -305,10 +317,14 @@ def _build(
         fix = "Give rows with a turn that is trained, or raise `repeat` where it takes no row."
         raise DataError(Problem(data.train[0].path, "no row is left to train on", fix))
     report.end(fates(groups, train, evaluation))
-    counts = copies(np.asarray(identities), groups, evaluation)
+    files = np.repeat(np.arange(len(sources)), [len(begins) - 1 for begins in groups])
+    same = {
+        name: (len(samples), [f"{sources[files[k]].path}:{lines[k]}" for k in samples[:NUM_PLACES].tolist()])
+        for name, samples in copies(np.asarray(identities), groups, evaluation).items()
+    }
     going_on = int((first_calls != np.arange(len(first_calls))).sum())
     calls = {"logged_calls": int(np.count_nonzero(answers)), "calls_going_on": going_on}
-    finished = report.finish(int(once[train].sum()), len(evaluation), dropped, {**counts, **calls})
+    finished = report.finish(int(once[train].sum()), len(evaluation), dropped, same, calls)
     finished["warnings"] += [*untrained_sources(data, groups, train, evaluation), *warnings]
     return {
         "content": writer.finish(train, evaluation),

@@ -113,11 +113,17 @@ class Report(Tally):
         return sum(self.modes.values()) + self.counts["texts"]
 
     def finish(
-        self, num_train: int, num_evaluation: int, dropped: Sequence[Dropped], copies: Mapping[str, int]
+        self,
+        num_train: int,
+        num_evaluation: int,
+        dropped: Sequence[Dropped],
+        copies: Mapping[str, tuple[int, Sequence[str]]],
+        calls: Mapping[str, int],
     ) -> dict[str, Any]:
         """The report as JSON: numbers of the whole dataset as the first epoch sees it, no text of any row.
 
-        `copies` counts samples that train what another does, `duplicates` and `eval_overlap`, and logged calls.
+        `copies` counts samples that train what another does, and names the first: `duplicates` and `eval_overlap`.
+        `calls` counts logged calls.
         """
         lengths = np.asarray(self.lengths, dtype=np.int64)
         tokens = int(lengths.sum())
@@ -142,14 +148,15 @@ class Report(Tally):
             "unreachable_turns": self.counts["unreachable_turns"],
             "forged_control_tokens": self.counts["forged_control_tokens"],
             "secrets": self._secrets(),
-            **copies,
+            **{kind: count for kind, (count, _) in copies.items()},
+            **calls,
             "checked_turns": self.counts["checked_turns"],
             "stop_tokens": self._stop_tokens(),
             "unread_keys": self.unread.report(),
             "dropped": dict(Counter(drop.kind for drop in dropped)),
             "template": self._template(),
         }
-        report["warnings"] = self._warnings(report)
+        report["warnings"] = self._warnings(report, copies)
         return report
 
     def _expansion(self, num_tokens: int) -> float:
@@ -192,19 +199,19 @@ class Report(Tally):
             "args": dict(self.template.args),
         }
 
-    def _warnings(self, report: dict[str, Any]) -> list[str]:
+    def _warnings(self, report: dict[str, Any], copies: Mapping[str, tuple[int, Sequence[str]]]) -> list[str]:
         warnings: list[str] = []
         if self.thinking != "auto" and self.template and not self.template.has_thinking_switch:
             warnings.append(f"data.thinking={self.thinking} has no effect: the chat template has no thinking switch")
         if report["duplicates"]:
             warnings.append(
                 f"{report['duplicates']} rows train exactly what an earlier row trains; leave them out, or weigh whole "
-                "files with repeat"
+                f"files with repeat. First: {', '.join(copies['duplicates'][1])}"
             )
         if report["eval_overlap"]:
             warnings.append(
                 f"{report['eval_overlap']} evaluation rows are trained as well: the evaluation loss says too little "
-                "about unseen data. Remove them from one side"
+                f"about unseen data. Remove them from one side. First: {', '.join(copies['eval_overlap'][1])}"
             )
         for kind, found in report["secrets"].items():
             places = ", ".join(map(str, self.places[kind]))

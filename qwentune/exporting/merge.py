@@ -10,12 +10,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qwentune.console import busy
 from qwentune.facts.documents import read_object
 from qwentune.facts.weight_files import read_weights
 from qwentune.model.hollow import refuse_other_weights
 from qwentune.model.loading import decoder_config
 
 
+@busy("loading the weights")
 def load_tuned(base: Path, adapter: Path | None, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The tuned model in the dtype of its files or another: adapters, where there are any, on the unquantised base.
 
@@ -37,6 +39,7 @@ def merge_bytes(base: Path) -> int:
     return 4 * (sum(sizes) + max(sizes, default=0))
 
 
+@busy("merging the adapter")
 def merge(base: Path, adapter: Path, target: Path) -> None:
     """Writes the base with the adapters merged in, as safetensors in the base's dtype.
 

@@ -244,7 +244,7 @@ def gpu_spec(name: str) -> GpuSpec:
     if meant:
         offered = " or ".join(f"'{spec.name}'" for spec in meant[:6])
         what += f" Did you mean {offered}?"
-    raise UsageError(Problem("", what, f"`qwentune gpus` lists all; {ANY_CARD}."))
+    raise UsageError(Problem("hardware.gpu", what, f"`qwentune gpus` lists all; {ANY_CARD}."))
 
 
 def named_by_driver(name: str) -> list[GpuSpec]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,6 +15,7 @@ from qwentune.errors import Problem, UsageError, nearest
 from qwentune.shipped import shipped, shipped_files
 
 MAX_BYTES = 100_000
+MOST_PROCESSES = 4096
 
 Sharding = Literal["none", "ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "fsdp2"]
 # By the stage, and where the optimizer's states are.
@@ -37,10 +39,36 @@ def launch_file(name: str) -> Path:
     return file
 
 
-def sharding_of(name: str) -> Sharding:
-    """What the launch file of that name shares among its processes; UsageError where it says nothing known."""
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What a launch file says: what its processes share, and how many there are.
+
+    Where it `takes_all_gpus`, there are as many as the machine has GPUs, and `num_processes` counts on a CPU alone.
+    """
+
+    sharding: Sharding
+    num_processes: int
+    takes_all_gpus: bool
+
+
+def read_launch(name: str) -> Launch:
+    """What the launch file of that name says; UsageError where it says nothing known."""
     file = launch_file(name)
     config = _mapping(_content(file), str(file))
+    sharding = _sharding(config, file)
+    number = 1 if sharding == "none" else config.get("num_processes", 1)
+    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= MOST_PROCESSES:
+        what = f"num_processes is {str(number)[:40]!r}"
+        raise UsageError(Problem(str(file), what, f"It is a whole number from 1 to {MOST_PROCESSES}."))
+    return Launch(sharding, number, config.get("gpu_ids") == "all")
+
+
+def sharding_of(name: str) -> Sharding:
+    """What the launch file of that name shares among its processes; UsageError where it says nothing known."""
+    return read_launch(name).sharding
+
+
+def _sharding(config: Mapping[str, Any], file: Path) -> Sharding:
     kind = config.get("distributed_type")
     deepspeed = _mapping(config.get("deepspeed_config") or {}, f"{file}: deepspeed_config")
     if kind == "DEEPSPEED":

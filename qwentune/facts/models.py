@@ -13,6 +13,7 @@ from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES, LARGEST_TOKENIZER_B
 from qwentune.facts.generation_config import read_generation_config
 from qwentune.facts.packing import packing_problems
 from qwentune.facts.published import MODELS
+from qwentune.facts.quantised import quantised_config, quantised_name
 from qwentune.facts.towers import DECODERS, training_problems
 
 __all__ = [
@@ -22,7 +23,7 @@ __all__ = [
     "MoeSpec",
     "config_of",
     "model_spec",
-    "refuse_packing",
+    "previewed_spec",
     "refuse_untrainable",
 ]
 
@@ -55,19 +56,25 @@ def model_spec(model: str, *, packing: bool = False) -> ModelSpec:
         return _from_folder(Path(model), packing)
     if model.startswith(("/", ".", "~")):
         raise UsageError(Problem(model, "There is no such folder.", "Give a folder that holds a config.json."))
-    raise UsageError(
-        Problem("", f"'{model}' is not a known model.{_did_you_mean(model)}", "`qwentune models` lists all.")
-    )
+    if problem := quantised_name(model, MODELS):
+        raise UsageError(problem)
+    what = f"'{model}' is not a known model.{_did_you_mean(model)}"
+    raise UsageError(Problem("model", what, "`qwentune models` lists all."))
 
 
-def refuse_packing(model: str) -> None:
-    """Raises UsageError where a listed model, or the folder of one, cannot be given packed rows."""
-    if (spec := _listed(model)) is not None:
-        model_type = spec.checkpoint_type
-    else:
-        model_type = str(read_object(Path(model) / "config.json", optional=True).get("model_type"))
-    if problems := packing_problems(model_type):
+def previewed_spec(model: str, *, packing: bool) -> ModelSpec | None:
+    """As `model_spec`, for what needs no weights: None of a folder that says nothing of a model that can be planned."""
+    path = Path(model) / "config.json"
+    if _listed(model) is not None or not Path(model).is_dir():
+        return model_spec(model, packing=packing)
+    values = read_object(path, optional=True)
+    model_type = str(values.get("model_type"))
+    if DECODERS.get(model_type, model_type) in _MODEL_TYPES:
+        return model_spec(model, packing=packing)
+    problem = quantised_config(str(path), values, None, MODELS)
+    if problems := [*(packing_problems(model_type) if packing else []), *([problem] if problem else [])]:
         raise UsageError(problems)
+    return None
 
 
 def refuse_untrainable(spec: ModelSpec) -> None:
@@ -154,7 +161,8 @@ class _Config:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.problems: list[Problem] = []
-        self.values = read_object(path)
+        self.file = read_object(path)
+        self.values = self.file
         self.tower_of = str(self.values.get("model_type"))
         self.model_type = DECODERS.get(self.tower_of, self.tower_of)
         text = self.values.get("text_config")
@@ -212,17 +220,6 @@ class _Config:
         # transformers 5 writes rope_parameters, older versions rope_theta.
         return self.positive("rope_theta", self.positive("rope_theta", 1e4), "rope_parameters")
 
-    def refuse_quantised(self) -> None:
-        """Notes that the weights are held in fewer bits than can be trained."""
-        quantised = self.values.get("quantization_config")
-        if quantised is None:
-            return
-        method = cast("dict[str, object]", quantised).get("quant_method") if isinstance(quantised, dict) else quantised
-        name = str(method).upper()[:40]
-        what = f"the weights are quantised ({name}): a gradient through them is wrong, or there is none."
-        fix = "Take the 16-bit checkpoint of that name; tuning.kind=qlora quantises it while it loads."
-        self.problems.append(Problem(f"{self.path}: quantization_config", what, fix))
-
     def refuse(self, key: str, value: object, needed: str) -> None:
         """Notes a value of another kind than is needed."""
         found = "is missing" if value is None else f"is {shown(value)}"
@@ -232,6 +229,9 @@ class _Config:
 
 
 def _from_folder(folder: Path, packing: bool) -> ModelSpec:
+    file = None if (folder / "config.json").exists() else next(folder.glob("*.gguf"), None)
+    if file is not None and (problem := quantised_name(str(file), MODELS)):
+        raise UsageError(problem)
     config = _Config(folder / "config.json")
     model_type = config.model_type
     if packing:
@@ -284,7 +284,8 @@ def _from_folder(folder: Path, packing: bool) -> ModelSpec:
         linear_attention=_linear_attention(config) if is_hybrid else None,
         tower_of=config.tower_of if config.tower_of in DECODERS else None,
     )
-    config.refuse_quantised()
+    if problem := quantised_config(str(config.path), config.file, None if config.problems else spec, MODELS):
+        config.problems.append(problem)
     for key in ("dtype", "torch_dtype"):
         if config.values.get(key) not in (None, *_DTYPES):
             config.refuse(key, config.values[key], f"one of {', '.join(_DTYPES)} is needed")

@@ -38,11 +38,22 @@ def remarks(
     return [remark for remark in every if remark]
 
 
-def recipe_remarks(spec: ModelSpec, device: Device, loaded: LoadedRecipe) -> list[str]:
-    """What is to be said beside the plan of a recipe on the device."""
+def recipe_remarks(spec: ModelSpec, device: Device, loaded: LoadedRecipe, longest_row: int | None) -> list[str]:
+    """What is to be said beside the plan of a recipe on the device; `longest_row` is None of data not rendered yet."""
     recipe, where = loaded.recipe, loaded.origins["data.max_tokens"]
     choices = {"attention": recipe.memory.attention, "weights": recipe.precision.weights}
-    return remarks(spec, device, recipe.data.max_tokens, where, **choices)
+    found = remarks(spec, device, recipe.data.max_tokens, where, **choices)
+    return found if recipe.data.packing else [*found, row_remark(recipe.data.max_tokens, longest_row)]
+
+
+def row_remark(max_tokens: int, longest_row: int | None) -> str:
+    """By which length memory is judged where rows are not packed."""
+    if longest_row is None:
+        return (
+            f"Memory is judged by data.max_tokens={max_tokens}. `qwentune preview` renders the data; then its longest "
+            "example counts."
+        )
+    return f"Memory is judged by the longest example, {longest_row} tokens (data.max_tokens={max_tokens})."
 
 
 def kernel_remark(spec: ModelSpec, device: Device) -> str:

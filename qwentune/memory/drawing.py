@@ -1,4 +1,4 @@
-"""A plan drawn as text for 80 columns."""
+"""A plan drawn as text, as wide as it is asked for."""
 
 from __future__ import annotations
 
@@ -10,52 +10,58 @@ from qwentune.memory.run_plan import RunPlan, plan_warnings
 from qwentune.memory.settings import GIB
 
 _COLUMNS = 80
-_BAR_COLUMNS = 50
+_LABEL_COLUMNS = 30  # before a bar
+_GAUGE_COLUMNS = 20
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
-def render_plan(plan: RunPlan, num_layers: int, title: str = "") -> str:
-    """The verdict as text: a bar per term against the device, the choices, then the mends; no line over 80 columns.
+def render_plan(plan: RunPlan, num_layers: int, title: str = "", *, columns: int = _COLUMNS) -> str:
+    """The verdict as text: a bar per term against the device, the choices, then the mends; no line over `columns`.
 
     Args:
         num_layers: How many layers the model has.
         title: A line that names the model and the tuning, such as "Qwen3-8B · qlora r32 · 4096 tokens".
     """
     device = f"{plan.gpu} × {plan.gpus}" if plan.gpus > 1 else plan.gpu
-    lines = [*_wrap(f"{title} · {device}" if title else device), ""]
-    on_device = max(plan.phases, key=lambda name: plan.phases[name].total)
-    for term, num_bytes in plan.phases[on_device].terms.items():
+    lines = [f"{title} · {device}" if title else device, ""]
+    largest = max(plan.phases.values(), key=lambda phase: phase.total)
+    whole = max(plan.usable_bytes, *largest.terms.values())  # two terms that are larger than the device differ still
+    for term, num_bytes in largest.terms.items():
         if num_bytes:
-            lines.append(f"{term:<12} {_gib(num_bytes):>8} GiB  {_bar(num_bytes, plan.usable_bytes)}".rstrip())
+            lines.append(f"{term:<12} {_gib(num_bytes):>8} GiB  {_bar(num_bytes / whole, columns - _LABEL_COLUMNS)}")
     totals = " · ".join(f"{name} {_gib(phase.total)}" for name, phase in plan.phases.items() if phase.total)
-    lines += ["", *_wrap(f"GiB by phase: {totals}"), *_wrap(_total(plan)), "", *_wrap(_verdict(plan))]
-    lines += [line for sentence in _explanation(plan, num_layers) for line in _wrap(sentence)]
-    lines += [line for warning in plan_warnings(plan) for line in _wrap(f"[!] {warning}")]
+    lines += ["", f"GiB by phase: {totals}", _total(plan), "", verdict(plan), *_explanation(plan, num_layers)]
+    lines += plan.reasons
+    lines += [f"[!] {warning}" for warning in plan_warnings(plan)]
     if not plan.fits:
         lines += ["", *_mends(plan)]
-    return "\n".join(lines)
+    return "\n".join(part for line in lines for part in _wrapped(line, columns))
 
 
 def _mends(plan: RunPlan) -> list[str]:
     if not plan.mends:
-        return _wrap("No change that qwentune knows makes it fit; use a smaller model or a larger GPU.")
+        return ["No change that qwentune knows makes it fit; use a smaller model or a larger GPU."]
     lines = ["These changes fit, cheapest first:"]
     for mend in plan.mends:
-        lines += _wrap(f"{mend.change} (-{_gib(mend.saves_bytes)} GiB)", "  ")
-        lines += _wrap(" ".join(mend.overrides), "      ")
+        lines += [f"  {mend.change} (-{_gib(mend.saves_bytes)} GiB)", f"      {' '.join(mend.overrides)}"]
     return lines
 
 
 def _total(plan: RunPlan) -> str:
-    filled = min(20, round(20 * plan.peak_bytes / plan.usable_bytes)) if plan.usable_bytes else 20
-    gauge = "█" * filled + "░" * (20 - filled)
+    """The peak beside what there is; what is too much stands beyond a mark."""
+    whole = max(plan.peak_bytes, plan.usable_bytes, 1)
+    peak, usable = (round(_GAUGE_COLUMNS * part / whole) for part in (plan.peak_bytes, plan.usable_bytes))
+    gauge = "█" * min(peak, usable) + ("░" * (usable - peak) if peak < usable else "")
+    gauge += "" if plan.peak_bytes <= plan.usable_bytes else "|" + "█" * max(1, peak - usable)
     return f"peak {_gib(plan.peak_bytes)} of {_gib(plan.usable_bytes)} GiB usable  [{gauge}]"
 
 
-def _verdict(plan: RunPlan) -> str:
+def verdict(plan: RunPlan) -> str:
+    """Whether the plan fits, in one sentence."""
     spare = plan.usable_bytes - plan.peak_bytes
     if plan.fits:
-        return f"FITS, {_gib(spare)} GiB spare; the peak is in {plan.limiting_phase}."
+        word = "FITS TIGHTLY" if plan.is_tight else "FITS"
+        return f"{word}, {_gib(spare)} GiB spare; the peak is in {plan.limiting_phase}."
     if plan.limiting_phase == "host":
         return f"DOES NOT FIT: {_gib(plan.host_bytes)} GiB of host memory are needed."
     if plan.limiting_phase == "disk":
@@ -108,9 +114,8 @@ def _basis(profile: Profile | None) -> str:
     return f"calibrated by {profile.num_steps} measured steps of {profile.model} on this card"
 
 
-def _bar(num_bytes: int, whole_bytes: int) -> str:
-    eighths = round(8 * _BAR_COLUMNS * min(1.0, num_bytes / whole_bytes)) if whole_bytes else 8 * _BAR_COLUMNS
-    full, rest = divmod(eighths, 8)
+def _bar(share: float, columns: int) -> str:
+    full, rest = divmod(round(8 * columns * share), 8)
     return ("█" * full + _EIGHTHS[rest].strip()) or "▏"
 
 
@@ -118,5 +123,16 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f}"
 
 
-def _wrap(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, _COLUMNS, initial_indent=indent, subsequent_indent=indent + "  ", break_long_words=False)
+def _wrapped(line: str, columns: int) -> list[str]:
+    """A line in parts of at most `columns`, the later ones further in; a bar is never too long."""
+    indent = line[: len(line) - len(line.lstrip(" "))]
+    if len(line) <= columns:
+        return [line]
+    return textwrap.wrap(
+        line.strip(),
+        columns,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from qwentune.data.sample import Json
-from qwentune.errors import Problem, UsageError
+from qwentune.errors import Problem, RecipeError, UsageError
 from qwentune.facts.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from qwentune.facts.flex import flex_problem
 from qwentune.facts.gpus import gpu_spec
-from qwentune.facts.launch import Sharding, sharding_of
+from qwentune.facts.launch import Launch, Sharding, read_launch
 from qwentune.facts.models import ModelSpec
 from qwentune.facts.present import free_disk_bytes, free_host_bytes, installed_kernels, present_gpus
-from qwentune.memory.closed_form.adapter_sizes import ATTENTION, KNOWN
 from qwentune.memory.plan_request import Auto, Device, PlanRequest
 from qwentune.memory.profile import find_profile
 from qwentune.memory.run_plan import RunPlan, calibrated, make_plan, pinned
 from qwentune.memory.settings import Attention, HostMemory, Settings
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Recipe, Tuning
 
+TRAINED_OBJECTIVES = ("sft",)
 PLAN_KEYS = ("plan", "batch", "memory", "precision", "tuning")
 
 
@@ -77,6 +77,8 @@ def judge(
         request = pinned(request, RunPlan.from_json(stored).choices)
         if sharding != "auto":
             request = replace(request, sharding=sharding)
+        elif request.sharding in ("none", "ddp"):  # which differ in the number of processes alone
+            request = replace(request, sharding="none" if num_ranks == 1 else "ddp")
     plan = make_plan(spec, device, request)
     if tell is not None:
         from qwentune.memory.trace.cross_check import cross_checked
@@ -93,13 +95,24 @@ def judge_recipe(
     device: Device,
     num_ranks: int,
     sharding: Sharding | Auto,
+    longest_row: int | None = None,
     **options: Any,
 ) -> RunPlan:
-    """The plan of a recipe on so many devices that share so much; `options` are those of `judge`."""
+    """The plan of a recipe on so many devices that share so much; `options` are those of `judge`.
+
+    Args:
+        longest_row: The most tokens of a row of the rendered data; None judges by `data.max_tokens`.
+
+    Raises RecipeError for an objective that cannot be trained.
+    """
+    if recipe.objective.kind not in TRAINED_OBJECTIVES:
+        what = f"{recipe.objective.kind} cannot be trained yet"
+        fix = f"What is trained: {', '.join(TRAINED_OBJECTIVES)}. `qwentune preview` shows such rows."
+        raise RecipeError(Problem("objective.kind", what, fix))
     return judge(
         spec,
         tuning=recipe.tuning,
-        max_tokens=recipe.data.max_tokens,
+        max_tokens=min(recipe.data.max_tokens, longest_row or recipe.data.max_tokens),
         batch=recipe.batch,
         precision=recipe.precision,
         memory=recipe.memory,
@@ -131,8 +144,6 @@ def _request(
     spec: ModelSpec, tuning: Tuning, max_tokens: int, batch: BatchOptions, device: Device, learns_chat: bool
 ) -> PlanRequest:
     """What the tuning fixes of a step on that device, with every choice of the plan still open."""
-    trains_rows = _trains_rows(spec, tuning, learns_chat)
-    tuning = _continued(tuning)
     has_adapters = tuning.kind != "full"
     return PlanRequest(
         kind=tuning.kind,
@@ -142,7 +153,7 @@ def _request(
         targets=tuning.targets if isinstance(tuning.targets, str) else tuple(tuning.targets),
         drops=has_adapters and tuning.dropout > 0,
         dora=has_adapters and tuning.variant == "dora",
-        trains_rows=trains_rows,
+        trains_rows=_trains_rows(spec, tuning, learns_chat),
         branches=learns_chat and _rewrites_history(spec),
         kernels=kernels_beside(device),
     )
@@ -151,14 +162,6 @@ def _request(
 def kernels_beside(device: Device) -> frozenset[str]:
     """What is installed here is taken to be installed where another GPU runs too."""
     return frozenset() if isinstance(device, HostMemory) else installed_kernels()
-
-
-def _started_from(tuning: Tuning) -> dict[str, Any] | None:
-    """The configuration of the adapter that a tuning starts from, where that is to be had."""
-    folder = Path(tuning.start_from or "")
-    if tuning.kind == "full" or tuning.start_from is None or not (folder / ADAPTER_CONFIG).is_file():
-        return None
-    return read_adapter_config(folder)
 
 
 def _rewrites_history(spec: ModelSpec) -> bool:
@@ -173,22 +176,11 @@ def _rewrites_history(spec: ModelSpec) -> bool:
 
 def _trains_rows(spec: ModelSpec, tuning: Tuning, learns_chat: bool) -> bool:
     """Whether rows of embedding and head are trained beside adapters; which tokens' is known with the data alone."""
-    if (adapter := _started_from(tuning)) is not None:
-        return bool(adapter.get("trainable_token_indices"))
-    return tuning.kind != "full" and spec.kind == "base" and learns_chat
-
-
-def _continued(tuning: Tuning) -> Tuning:
-    """The tuning with the shape of the adapter that it starts from, where that is to be had."""
-    if (adapter := _started_from(tuning)) is None:
-        return tuning
-    targets, parameters = adapter["target_modules"] or (), adapter.get("target_parameters") or ()
-    if not isinstance(targets, str):
-        names = {*targets, *parameters}
-        targets = "all-linear" if names >= {*ATTENTION, "down_proj"} else sorted(names & {*KNOWN})
-    variant = "dora" if adapter.get("use_dora") else "plain"
-    dropout = adapter.get("lora_dropout") or 0.0
-    return tuning.model_copy(update={"rank": adapter["r"], "targets": targets, "dropout": dropout, "variant": variant})
+    if tuning.kind == "full":
+        return False
+    if tuning.start_from is not None and Path(tuning.start_from, ADAPTER_CONFIG).is_file():
+        return bool(read_adapter_config(Path(tuning.start_from)).get("trainable_token_indices"))
+    return spec.kind == "base" and learns_chat
 
 
 def _attention(memory: MemoryOptions, device: Device) -> Attention | Auto:
@@ -231,24 +223,29 @@ def device_of(hardware: Hardware, *, here: bool) -> tuple[Device, int, Sharding 
     `here` asks for what this machine has, as a run that starts now does; else the recipe's GPU counts, and the
     machine's own only where the recipe leaves it open. A GPU that is present is judged by its free memory.
     """
-    sharding: Sharding | Auto = "auto" if hardware.launch == "auto" else sharding_of(hardware.launch)
-    if sharding == "none":  # one process, which has the first card
-        hardware = hardware.model_copy(update={"count": 1})
-    device, count = _devices(hardware, here)
-    return device, count, sharding
-
-
-def _devices(hardware: Hardware, here: bool) -> tuple[Device, int]:
+    launch = None if hardware.launch == "auto" else read_launch(hardware.launch)
+    sharding: Sharding | Auto = "auto" if launch is None else launch.sharding
+    if sharding == "none" and hardware.count not in ("auto", 1):
+        what = f"{hardware.count}, but launch/{hardware.launch}.yaml runs one process"
+        fix = "Leave out one of hardware.count and hardware.launch."
+        raise UsageError(Problem("hardware.count", what, fix))
     present = None if hardware.gpu == "cpu" else present_gpus()
-    count = hardware.count
-    if count == "auto":
-        count = 1 if present is None else present.count
+    count = _num_processes(hardware, launch, 0 if present is None else present.count)
     found = None if present is None else present.of_ranks(count)
     if hardware.gpu not in ("auto", "cpu") and not here:
         named = gpu_spec(hardware.gpu)
         if found is None or found.name != named.name:
-            return named, 1 if hardware.count == "auto" else count
-    return HostMemory(free_host_bytes()) if found is None else found, count
+            return named, _num_processes(hardware, launch, 1), sharding
+    return HostMemory(free_host_bytes()) if found is None else found, count, sharding
+
+
+def _num_processes(hardware: Hardware, launch: Launch | None, num_gpus: int) -> int:
+    """As many as the recipe says, else the launch file, else one for each GPU; one on a CPU."""
+    if hardware.count != "auto":
+        return hardware.count
+    if launch is not None and not (num_gpus and launch.takes_all_gpus):
+        return launch.num_processes
+    return max(1, num_gpus)
 
 
 def _is_here(device: Device) -> bool:

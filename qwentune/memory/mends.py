@@ -15,6 +15,7 @@ from qwentune.memory.search import Candidate, leanest, needed_host_bytes, shorta
 
 _MAX_MENDS = 6
 _FEWEST_TOKENS = 256
+NUM_GPUS = (2, 4, 8, 16)  # that are offered
 _OFFLOADING: tuple[Sharding, ...] = ("zero2-offload", "zero3-offload")
 
 
@@ -177,7 +178,9 @@ def _costly_changes(device: Device, request: PlanRequest) -> Iterator[list[_Chan
     if shorter := [tokens for tokens in shorter if tokens >= _FEWEST_TOKENS]:
         yield [_shorter(tokens) for tokens in shorter]
     if isinstance(device, GpuSpec) and request.kind != "qlora":
-        yield [_more_gpus(count) for count in (2, 4, 8, 16) if count > request.num_gpus]
+        yield [_more_gpus(count) for count in NUM_GPUS if count > request.num_gpus]
+    if isinstance(device, GpuSpec) and request.kind == "qlora":  # whose weights are not shared
+        yield [_unquantised(count) for count in NUM_GPUS if count >= request.num_gpus]
 
 
 def _shorter(max_tokens: int) -> _Change:
@@ -193,6 +196,14 @@ def _offloaded(launch: Sharding) -> _Change:
         "hold the optimizer's states in host memory",
         (f"hardware.launch={launch}",),
         lambda asked: replace(asked, sharding=launch),
+    )
+
+
+def _unquantised(count: int) -> _Change:
+    return _Change(
+        f"train adapters on 16-bit weights (LoRA) that {count} GPUs share",
+        ("tuning.kind=lora", f"hardware.count={count}", "hardware.launch=fsdp2"),
+        lambda asked: replace(asked, kind="lora", num_gpus=count, sharding="fsdp2"),
     )
 
 

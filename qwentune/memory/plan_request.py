@@ -9,6 +9,7 @@ from qwentune.errors import Problem
 from qwentune.facts.architecture import FUSED_ADAPTED_EXPERTS, ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.facts.launch import Sharding, uses_deepspeed
+from qwentune.facts.modules import FEED_FORWARD, unknown_targets
 from qwentune.memory.settings import (
     Attention,
     Dtype,
@@ -125,9 +126,13 @@ def request_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
 
 
 def _target_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
-    fused = ("gate_proj", "up_proj")
-    if request.kind == "full" or request.targets == "all-linear" or spec.model_type not in FUSED_ADAPTED_EXPERTS:
+    if request.kind == "full" or request.targets == "all-linear":
         return []
+    if problems := unknown_targets(spec, request.targets):
+        return problems
+    if spec.model_type not in FUSED_ADAPTED_EXPERTS:
+        return []
+    fused = FEED_FORWARD[:2]
     given = [name.rpartition(".")[2] for name in request.targets]
     named = [name for name in fused if name in given]
     if len(named) != 1:
@@ -140,8 +145,8 @@ def _target_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
 
 def _expert_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
     """PEFT 0.21 adapts fused experts neither with dropout nor with DoRA."""
-    names = ("gate_proj", "up_proj", "down_proj")
-    adapts = request.targets == "all-linear" or any(name.rpartition(".")[2] in names for name in request.targets)
+    names = request.targets
+    adapts = names == "all-linear" or any(name.rpartition(".")[2] in FEED_FORWARD for name in names)
     if request.kind == "full" or spec.model_type not in FUSED_ADAPTED_EXPERTS or not adapts:
         return []
     fix = "Leave it out, or adapt attention alone: tuning.targets=[q_proj,k_proj,v_proj,o_proj]"

@@ -19,10 +19,12 @@ from qwentune.memory.closed_form.roofline import step_seconds
 from qwentune.memory.mends import Mend, find_mends
 from qwentune.memory.plan_request import Device, PlanRequest, usable_bytes
 from qwentune.memory.profile import Profile
+from qwentune.memory.reasons import cost_reasons
 from qwentune.memory.search import burden, candidates, fastest, host_phases, needed_host_bytes, shortages
-from qwentune.memory.settings import MOST_BF16_SUMS, Attention, Dtype, Loss, Settings, StateDtype
+from qwentune.memory.settings import GIB, MOST_BF16_SUMS, Attention, Dtype, Loss, Settings, StateDtype
 
 FEWEST_USEFUL_STEPS = 50
+FEWEST_SPARE = 0.03  # of the usable bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ class RunPlan:
     `gpu` is "cpu" for a run on the CPU. `host_bytes` is what a run needs of the machine's memory, all ranks together;
     `host_phases` are its phases, where a merge beside GPUs may take more. `gpu_hours` are the roofline's, times the
     factor of a `profile`. `expansion_factor` says how many tokens the model is given for each of one rendering of the
-    data, None where that has not been counted.
+    data, None where that has not been counted. `row_tokens` are those of the longest row that memory is judged by, and
+    `reasons` say of large costs why they are.
     """
 
     schema: int
@@ -77,10 +80,17 @@ class RunPlan:
     profile: Profile | None = None
     host_phases: dict[str, int] = field(default_factory=dict[str, int])
     expansion_factor: float | None = None
+    row_tokens: int | None = None
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether the run fits with so little spare that anything unforeseen ends it."""
+        return self.fits and self.usable_bytes - self.peak_bytes < FEWEST_SPARE * self.usable_bytes
 
     def to_json(self) -> dict[str, Json]:
         """The plan as JSON values."""
-        return cast("dict[str, Json]", _adapter().dump_python(self, mode="json"))
+        return {**cast("dict[str, Json]", _adapter().dump_python(self, mode="json")), "tight": self.is_tight}
 
     @staticmethod
     def from_json(values: Mapping[str, Json]) -> RunPlan:
@@ -144,6 +154,8 @@ def make_plan(spec: ModelSpec, gpu: Device, request: PlanRequest) -> RunPlan:
         disk_bytes=disk_bytes(spec, chosen.settings, request.keep),
         mends=find_mends(spec, gpu, request, chosen) if missing else (),
         host_phases=host_phases(spec, gpu, chosen),
+        row_tokens=request.max_tokens,
+        reasons=cost_reasons(spec, chosen.settings, chosen.phases[limiting]),
     )
 
 
@@ -173,6 +185,12 @@ def pinned(request: PlanRequest, choices: Choices) -> PlanRequest:
 def plan_warnings(plan: RunPlan) -> tuple[str, ...]:
     """What the user should change although the run fits."""
     found: list[str] = []
+    if plan.is_tight:
+        spare = plan.usable_bytes - plan.peak_bytes
+        found.append(
+            f"Only {spare / GIB:.2f} GiB are spare, {spare / plan.usable_bytes:.1%} of what is usable: whatever else "
+            "takes memory there may end the run. A higher memory.headroom leaves more."
+        )
     if plan.optimizer_steps is not None and plan.optimizer_steps < FEWEST_USEFUL_STEPS:
         found.append(
             f"The data makes {plan.optimizer_steps} optimizer steps; below {FEWEST_USEFUL_STEPS} little is learned. "

@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from qwentune.errors import Problem, UserError
 from qwentune.memory.mends import Mend
-from qwentune.memory.run_plan import RunPlan
-
-FEWEST_SPARE = 0.03  # of the usable bytes
+from qwentune.memory.run_plan import FEWEST_SPARE, RunPlan
 
 
 def _overrides(mend: Mend) -> str:
@@ -24,7 +22,7 @@ def refusal(plan: RunPlan, pasted: Callable[[Mend], str] = _overrides) -> list[P
         "disk": f"needs {plan.disk_bytes / 2**30:.1f} GiB of disk",
     }.get(plan.limiting_phase, f"needs {needed:.1f} of {usable:.1f} GiB in the phase {plan.limiting_phase}")
     fixes = [f"{mend.change}: {pasted(mend)}" for mend in plan.mends[:3]]
-    return [Problem(plan.gpu, f"the run does not fit: it {shortage}", "\n    ".join(fixes))]
+    return [Problem(plan.gpu, f"the run does not fit: it {shortage}", "\n    ".join([*plan.reasons, *fixes]))]
 
 
 def compared(plan: RunPlan, measured: Mapping[str, int]) -> str:

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from qwentune.errors import Problem, RecipeError
-from qwentune.facts.architecture import FUSED_ADAPTED_EXPERTS
 from qwentune.model.hollow import refuse_other_adapter
 from qwentune.model.loading import DTYPES
 from qwentune.model.sharded import Shards
@@ -32,10 +29,8 @@ def add_adapters(
     """The model with new adapters; `trained_tokens` are ids whose embedding and head rows are trained too.
 
     A base model never learnt the rows of its chat tokens, and adapters on the projections alone leave them so: it
-    would never stop. Raises RecipeError where a target names no module.
+    would never stop.
     """
-    if isinstance(tuning.targets, list):
-        _check_targets(model, tuning.targets)
     tied = bool(model.config.tie_word_embeddings)
     tokens = list(trained_tokens)
     config = LoraConfig(
@@ -65,6 +60,9 @@ def load_adapters(model: PreTrainedModel, folder: Path, dtype: str, tuning: Tuni
         refuse_other_adapter(model.config, folder)
     config: Any = LoraConfig.from_pretrained(str(folder))
     if tuning is not None:
+        scale = tuning.alpha / config.lora_alpha if config.lora_alpha else 1
+        if scale != 1:  # experts' adapters, of which two are fused, have an alpha of their own
+            config.alpha_pattern = {name: alpha * scale for name, alpha in config.alpha_pattern.items()}
         config.lora_alpha, config.lora_dropout = tuning.alpha, tuning.dropout
     adapted = PeftModel.from_pretrained(
         model, str(folder), config=config, is_trainable=True, autocast_adapter_dtype=False
@@ -95,23 +93,3 @@ def _ready(model: PeftModel, dtype: str) -> PeftModel:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[dtype])
     return model
-
-
-def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
-    # PEFT accepts a list of which only some match, and the rest is never trained.
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if model.config.model_type in FUSED_ADAPTED_EXPERTS:
-        names |= {"gate_proj", "up_proj", "down_proj"}  # parameters of the experts, no modules
-    problems = [
-        Problem("tuning.targets", f"no module is called {target!r}", f"The model has {', '.join(_linear(model))}.")
-        for target in targets
-        if target.rpartition(".")[2] not in names
-    ]
-    if problems:
-        raise RecipeError(problems)
-
-
-def _linear(model: PreTrainedModel) -> list[str]:
-    return sorted(
-        {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import tempfile
 import warnings
@@ -215,11 +214,8 @@ def _keep_rotary_exact(model: PreTrainedModel) -> None:
 
 
 def silence_loading() -> None:
-    """Keeps libraries' loading bars and kernel notices off the user's screen."""
+    """Keeps libraries' loading bars off the user's screen."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # what it reports of keys, we refuse
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)  # of new periods, which count all the same
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT asks for it

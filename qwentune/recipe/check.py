@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from qwentune.bounded import name_fault
 from qwentune.errors import Problem, nearest
+from qwentune.peers.key_tables import counterpart, reason_against
 from qwentune.recipe.contradictions import contradictions
 from qwentune.recipe.keys import bare, choices, describe_keys, fields, hint, in_words, is_section
 from qwentune.recipe.schema import REASONS_AGAINST, Recipe, Section
@@ -105,12 +106,16 @@ def _problem(spot: _Spot, *, is_explained: bool) -> Problem:
 def _unknown(spot: _Spot, *, is_explained: bool) -> Problem:
     """With what may be meant for the first ones: a file of another kind may have thousands."""
     prefix, _, key = spot.name.rpartition(".")
-    known = spot.known or tuple(fields(spot.section))
-    what = f"{spot.name}: '{key}' is not a key of {prefix or 'a recipe'}.{nearest(key, known) if is_explained else ''}"
-    if what.endswith("?") or not is_explained:
+    what = f"{spot.name}: '{key}' is not a key of {prefix or 'a recipe'}."
+    if not is_explained:
         return Problem(spot.place.where, what)
-    elsewhere = [other.name for other in describe_keys() if other.name.rpartition(".")[2] == key]
-    fix = f"Is it {' or '.join(elsewhere)}?" if elsewhere else f"The keys are {', '.join(known)}."
+    known = spot.known or tuple(fields(spot.section))
+    elsewhere = [other.name for other in describe_keys() if other.name.rpartition(".")[2] == key and not spot.known]
+    is_ours = elsewhere or spot.known
+    taken, dropped = ("", "") if is_ours else (counterpart(spot.name), reason_against(spot.name))
+    if not taken and (near := nearest(key, known)):
+        return Problem(spot.place.where, what + near)
+    fix = f"Is it {' or '.join(elsewhere)}?" if elsewhere else taken or dropped or f"The keys are {', '.join(known)}."
     return Problem(spot.place.where, what, fix)
 
 

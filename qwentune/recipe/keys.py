@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
@@ -35,6 +37,16 @@ class Key:
 def describe_keys() -> list[Key]:
     """Every key of a recipe, in the order of the schema; `[]` stands for the number of a list's item."""
     return list(_keys(Recipe, ""))
+
+
+def is_key(name: str) -> bool:
+    """Whether a dotted name is a key of the recipe with a value of its own; items of lists are numbered."""
+    return re.sub(r"\.[0-9]+(?=\.|$)", "", name) in _names()
+
+
+@cache
+def _names() -> frozenset[str]:
+    return frozenset(key.name.replace("[]", "") for key in describe_keys())
 
 
 def render_keys(keys: Sequence[Key]) -> list[str]:

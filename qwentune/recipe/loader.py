@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwentune.bounded import UnreadableError, name_fault, read_bytes
-from qwentune.errors import Problem, RecipeError, nearest
+from qwentune.errors import Problem, RecipeError, UserError, nearest
 from qwentune.recipe.check import validate
+from qwentune.recipe.keys import is_key
 from qwentune.recipe.overrides import apply_override
 from qwentune.recipe.resolved import origins_of
 from qwentune.recipe.schema import DECAY_FRACTION, EITHER, FULL_LEARNING_RATE, OptimizerOptions, OutputOptions, Recipe
-from qwentune.recipe.syntax import Node, Place, read_file_text
+from qwentune.recipe.syntax import Node, Place, places, read_file_text
 from qwentune.shipped import shipped, shipped_files
 
 MAX_BYTES = 1_000_000
@@ -24,14 +26,34 @@ MAX_BYTES = 1_000_000
 class LoadedRecipe:
     """A recipe and its history.
 
-    `origins` maps dotted keys (`data.train.0.path`) to `file:line`, `override` or `default`. `path` is as
-    given, `text` is the file as it stands.
+    `origins` maps dotted keys (`data.train.0.path`) to `file:line`, `override` or `default`, `places` those that are
+    given to `file:line:column` or the override. `path` is as given, `text` is the file as it stands.
     """
 
     recipe: Recipe
     origins: Mapping[str, str]
+    places: Mapping[str, str]
     path: str
     text: str
+
+    @contextmanager
+    def located(self) -> Generator[None]:
+        """Puts in front of a problem that names a key of the recipe where that key is said.
+
+        A key that the recipe leaves out is sought where its section stands.
+        """
+        try:
+            yield
+        except UserError as error:
+            raise error.at(self._located) from None
+
+    def _located(self, problem: Problem) -> Problem:
+        key = problem.where
+        if not is_key(key):
+            return problem
+        parts = key.split(".")
+        said = (self.places.get(".".join(parts[:count])) for count in range(len(parts), 0, -1))
+        return replace(problem, where=next(filter(None, said), self.path), what=f"{key}: {problem.what}")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -65,7 +87,7 @@ def parse_recipe(text: str, path: str, overrides: Sequence[str] = ()) -> LoadedR
         found = [] if isinstance(checked, Recipe) else checked
         raise RecipeError(sorted([*problems, *found], key=_position))
     recipe = _settle(checked, Path(path).stem)
-    return LoadedRecipe(recipe, origins_of(recipe, root), path, text)
+    return LoadedRecipe(recipe, origins_of(recipe, root), dict(places(root)), path, text)
 
 
 def expand_sources(root: Node) -> None:

@@ -89,7 +89,10 @@ class Tuning(Section):
         "all-linear", "which linear modules get adapters, by name (q_proj, up_proj, ...)"
     )
     variant: Literal["plain", "rslora", "dora"] = _key("plain", "how the adapters are parametrised")
-    start_from: Name | None = _key(None, "an adapter folder to continue from (a new run, not a resume)")
+    start_from: Name | None = _key(
+        None,
+        "an adapter folder to continue from (a new run, no resume); keys that are left out are its",
+    )
 
 
 ADAPTER_KEYS = tuple(name for name in Tuning.model_fields if name != "kind")
@@ -221,7 +224,9 @@ class Hardware(Section):
     gpu: Name = _key(
         "auto", "a name that `qwentune gpus` lists, a card's memory as in 24GiB, cpu, or auto: what is present"
     )
-    count: Auto | Annotated[int, Ge(1), Le(4096)] = _key("auto", "number of GPUs; auto: all that are present")
+    count: Auto | Annotated[int, Ge(1), Le(4096)] = _key(
+        "auto", "number of GPUs; auto: what the launch file says, else all that are present"
+    )
     launch: Name = _key("auto", "a file of launch/ without its ending, such as zero2-offload; auto: the plan's")
 
 

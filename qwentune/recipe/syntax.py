@@ -71,6 +71,16 @@ def plain(node: Node) -> object:
     return node.value
 
 
+def places(node: Node, key: str = "") -> Iterator[tuple[str, str]]:
+    """Where each dotted key of a tree is said; items of lists are numbered from 0."""
+    value = node.value
+    children = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
+    for name, child in children.items():
+        inner = f"{key}.{name}" if key else str(name)
+        yield inner, node.keys.get(str(name), child.place).where
+        yield from places(child, inner)
+
+
 def read_file_text(text: str, path: str, problems: list[Problem]) -> Node | None:
     """The tree of a recipe file, None where there is none; problems are added with `path:line:column`."""
 

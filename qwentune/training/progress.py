@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qwentune import console
 from qwentune.training.run_folder import EVALUATIONS, METRICS, RunFolder
 
 MetricsRow = dict[str, float | int | None]
+HEIGHTS = "▁▂▃▄▅▆▇█"
+LIVE_SECONDS = 1.0  # between two states of status.json
 
 
 class Recorder:
@@ -21,21 +26,25 @@ class Recorder:
     def __init__(self, folder: RunFolder, num_steps: int, first_step: int) -> None:
         self.folder = folder
         self.num_steps = num_steps
+        self.first_step = first_step
         self.latest: deque[MetricsRow] = deque(maxlen=1000)  # of this process, which earlier ones may not be like
-        terminal = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.began = self.last_live = time.monotonic()
         self.bar = None
-        if terminal.is_terminal:
+        if console.is_animated(sys.stderr):
             self.bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]} · {task.fields[speed]} tokens/s · left"),
-                TimeRemainingColumn(),
-                console=terminal,
+                TextColumn("{task.fields[facts]}"),
+                TimeRemainingColumn(compact=True),
+                console=console.terminal(sys.stderr),
+                expand=True,
+                redirect_stdout=False,
             )
-            self.task = self.bar.add_task("training", total=num_steps, completed=first_step, loss="-", speed="-")
+            self.task = self.bar.add_task("training", total=num_steps, completed=first_step, facts="")
 
     def __enter__(self) -> Recorder:
+        self.began = time.monotonic()
         if self.bar is not None:
             self.bar.start()
         return self
@@ -51,18 +60,42 @@ class Recorder:
         """Takes the metrics of one logged step."""
         self.folder.append(METRICS, row)
         self.latest.append(row)
-        loss, speed = f"{row['loss']:.4f}", f"{row['tokens_per_second']:.0f}"
-        line = f"step {row['step']}/{self.num_steps}  loss {loss}  lr {row['learning_rate']:.2e}"
+        step, loss, speed = row["step"], row["loss"], f"{row['tokens_per_second']:.0f}"
+        assert isinstance(step, int)
+        if (now := time.monotonic()) - self.last_live >= LIVE_SECONDS or len(self.latest) == 1:
+            self.last_live = now
+            left = (now - self.began) / max(1, step - self.first_step) * (self.num_steps - step)
+            self.folder.set_live(step=step, steps=self.num_steps, loss=loss, eta_seconds=round(left, 1))
+        line = f"step {step}/{self.num_steps}  loss {loss:.4f}  lr {row['learning_rate']:.2e}"
         line += "" if row["update_ratio"] is None else f"  update {row['update_ratio']:.1e}"
         line += f"  {speed} tokens/s"
         if self.bar is None:
             console.say(line)
             return
         console.log(line)
-        with suppress(OSError):  # the terminal may be gone; that is no reason to end a run
-            self.bar.update(self.task, completed=row["step"], loss=loss, speed=speed)
+        losses = [latest["loss"] or 0.0 for latest in self.latest]
+        self._draw(completed=step, facts=f"{sparkline(losses, 10)} loss {loss:.4f} · {speed} tokens/s")
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Shows how far an evaluation is."""
+        if self.bar is not None:
+            self._draw(description="training" if done == total else f"evaluating {done}/{total}")
 
     def evaluated(self, step: int, loss: float) -> None:
         """Takes the result of one evaluation."""
         self.folder.append(EVALUATIONS, {"step": step, "loss": loss})
         console.say(f"step {step}/{self.num_steps}  eval loss {loss:.4f}")
+
+    def _draw(self, **changes: int | str) -> None:
+        assert self.bar is not None
+        with suppress(OSError):  # the terminal may be gone; that is no reason to end a run
+            self.bar.update(self.task, **changes)  # type: ignore[arg-type]
+
+
+def sparkline(values: Sequence[float], columns: int = 30) -> str:
+    """A row of blocks as high as the values, each the mean of the values that fall to it."""
+    columns = min(columns, len(values))
+    edges = [len(values) * k // columns for k in range(columns + 1)]
+    means = [sum(values[start:stop]) / (stop - start) for start, stop in pairwise(edges)]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    return "".join(HEIGHTS[round((mean - low) / (high - low or 1.0) * (len(HEIGHTS) - 1))] for mean in means)

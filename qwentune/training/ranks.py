@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from qwentune.facts.launch import Sharding, offloads, uses_deepspeed, zero_of_environment
+from qwentune.facts.launch import Sharding, offloads, read_launch, uses_deepspeed, zero_of_environment
 
 if TYPE_CHECKING:
     import torch
+
+    from qwentune.recipe import Hardware
 
 T = TypeVar("T")
 # How long a rank waits for others: they stand by while rank 0 writes and hashes a checkpoint, which can be a terabyte.
@@ -26,6 +28,23 @@ def expand_segments() -> None:
     """
     if not any(name in os.environ for name in ALLOCATOR):
         os.environ.update(dict.fromkeys(ALLOCATOR, "expandable_segments:True"))
+
+
+def launch_remarks(hardware: Hardware, ranks: Ranks) -> list[str]:
+    """What of the recipe's launch these processes were not given, in words: who launched them has decided."""
+    asked: dict[str, tuple[object, object]] = {}
+    if hardware.launch != "auto":
+        launch = read_launch(hardware.launch)
+        if launch.sharding != ranks.sharding:
+            asked["hardware.launch"] = (hardware.launch, ranks.sharding)
+        elif hardware.count == "auto" and not launch.takes_all_gpus and launch.num_processes != ranks.num_ranks:
+            asked["hardware.launch"] = (f"{hardware.launch} ({launch.num_processes} processes)", ranks.num_ranks)
+    if hardware.count not in ("auto", ranks.num_ranks):
+        asked["hardware.count"] = (hardware.count, ranks.num_ranks)
+    return [
+        f"warning: {key} is {wanted}, but this run was launched with {given}; `qwentune train` follows the recipe"
+        for key, (wanted, given) in asked.items()
+    ]
 
 
 @dataclass(frozen=True)

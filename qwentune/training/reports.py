@@ -109,6 +109,11 @@ class Report:
             os.close(file)
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether rank 0 runs."""
+    return (folder / "crash-0").exists()
+
+
 def exit_codes(folder: Path) -> dict[int, int]:
     """The exit codes of the ranks that could leave one."""
     names = [file.name.split("-") for file in folder.glob("exit-*-*")]

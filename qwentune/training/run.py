@@ -75,34 +75,15 @@ class Run:
 
     def run(self) -> int:
         """Joins the ranks, finds where to begin, trains, publishes."""
-        from qwentune.data.tokenizing.checkpoint_folder import BUILTIN
-        from qwentune.model.fingerprint import weights_fingerprint
-        from qwentune.model.hollow import refuse_other_weights
-        from qwentune.model.loading import silence_loading, weights_folder
         from qwentune.training.checkpoints import Checkpoints
-        from qwentune.training.start import run_facts
 
-        recipe = self.loaded.recipe
-        silence_loading()
-        if recipe.model.startswith(BUILTIN):  # transformers writes its random weights on rank 0 alone
-            self.ranks.agree(lambda: weights_folder(recipe.model))
-        base = weights_folder(recipe.model, recipe.revision)
-        start_from = None if recipe.tuning.kind == "full" else recipe.tuning.start_from
-        # Before an old run is moved aside; one rank looks for all.
-        self.ranks.agree(lambda: refuse_other_weights(base, Path(start_from) if start_from else None))
-        facts = run_facts(
-            recipe.model_dump(mode="json", by_alias=True),
-            data=self.dataset.content,
-            template=self.template,
-            tokenizer=self.tokenizer.fingerprint,
-            base=weights_fingerprint(base),
-            num_ranks=self.ranks.num_ranks,
-            choices=asdict(self.plan.choices),
-        )
-        checkpoints = Checkpoints(self.folder.path, recipe.output.keep)
+        with console.busy("loading transformers"):
+            base, facts = self._base()
+        checkpoints = Checkpoints(self.folder.path, self.loaded.recipe.output.keep)
         with ExitStack() as held:
             try:
-                start = self.ranks.agree(lambda: self._open(held, checkpoints, facts, base))
+                with console.busy("looking at the run folder"):
+                    start = self.ranks.agree(lambda: self._open(held, checkpoints, facts, base))
             except OSError as error:
                 raise self._explained(error) or error from None
             for message in start.messages:
@@ -129,8 +110,36 @@ class Run:
                 with suppress(OSError):  # the disk may be full
                     self._status("failed", code, reason)
                 raise failure or error from None
-        console.say(f"done: {self.folder.path}\ntry   qwentune chat {self.folder.path}")
+        folder = shlex.quote(str(self.folder.path))
+        console.say(f"done: {folder}\n{self._curve()}try   qwentune chat {folder}\n      qwentune export {folder}")
         return EXIT_OK
+
+    def _base(self) -> tuple[Path, dict[str, Any]]:
+        """The folder of the base weights, proved to be those of the plan, and the facts that decide this run."""
+        from qwentune.data.tokenizing.checkpoint_folder import BUILTIN
+        from qwentune.model.fingerprint import weights_fingerprint
+        from qwentune.model.hollow import refuse_other_weights
+        from qwentune.model.loading import silence_loading, weights_folder
+        from qwentune.training.start import run_facts
+
+        recipe = self.loaded.recipe
+        silence_loading()
+        if recipe.model.startswith(BUILTIN):  # transformers writes its random weights on rank 0 alone
+            self.ranks.agree(lambda: weights_folder(recipe.model))
+        base = weights_folder(recipe.model, recipe.revision)
+        start_from = None if recipe.tuning.kind == "full" else recipe.tuning.start_from
+        # Before an old run is moved aside; one rank looks for all.
+        self.ranks.agree(lambda: refuse_other_weights(base, Path(start_from) if start_from else None))
+        facts = run_facts(
+            recipe.model_dump(mode="json", by_alias=True),
+            data=self.dataset.content,
+            template=self.template,
+            tokenizer=self.tokenizer.fingerprint,
+            base=weights_fingerprint(base),
+            num_ranks=self.ranks.num_ranks,
+            choices=asdict(self.plan.choices),
+        )
+        return base, facts
 
     def _explained(self, error: Exception) -> UserError | None:
         """The error in words for the user; None for a bug."""
@@ -157,7 +166,10 @@ class Run:
         recorder = Recorder(self.folder, self.schedule.num_steps, start.step) if self.ranks.leads else None
         trainer = None
         try:
-            trainer, stop = self._trainer(base, start.checkpoint, checkpoints, facts, recorder)
+            self._say_header()
+            with console.busy("loading the weights"):
+                trainer, stop = self._trainer(base, start.checkpoint, checkpoints, facts, recorder)
+            self._say_trained(trainer.model)
             with recorder or nullcontext():
                 trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint.folder))
         except RuntimeError as error:  # whose traceback keeps alive what its frames hold
@@ -173,6 +185,37 @@ class Run:
             console.say(f"saved step {step}; continue with: {shlex.join(self.request.command)}")
             return stop.exit_code
         return None
+
+    def _say_header(self) -> None:
+        """Says what is about to be trained, with what, on what, and where it will stand."""
+        recipe, report, plan = self.loaded.recipe, self.dataset.report, self.plan
+        kind = recipe.tuning.kind + ("" if recipe.tuning.kind == "full" else f" r{recipe.tuning.rank}")
+        unit = "packed rows" if self.dataset.packing else "examples"
+        lines = {
+            "with": " · ".join(f"{name} {number}" for name, number in _library_versions().items()),
+            "model": f"{recipe.model} · {_in_words(self.spec.parameters)} parameters · {kind}",
+            "on": f"{self.ranks.num_ranks} × {plan.gpu} · {plan.choices.sharding} sharding"
+            if self.ranks.num_ranks > 1
+            else plan.gpu,
+            "data": f"{report['samples']:,} rows: {report['train_examples']:,} examples to train on, "
+            f"{report['eval_examples']:,} to evaluate on",
+            "steps": f"{self.schedule.num_steps:,} of {recipe.batch.sequences_per_step} {unit}",
+            "in": str(self.folder.path),
+        }
+        console.say("\n".join(f"{name:<6} {value}" for name, value in lines.items()))
+
+    def _say_trained(self, model: Any) -> None:
+        """Says which share of the weights is trained."""
+        parameters = [(_num_values(parameter), parameter.requires_grad) for parameter in model.parameters()]
+        trained, whole = sum(count for count, is_trained in parameters if is_trained), sum(c for c, _ in parameters)
+        console.say(f"trains {trained:,} of {whole:,} parameters ({trained / max(1, whole):.2%})")
+
+    def _curve(self) -> str:
+        """A line with the loss from the first step to the last; empty where nothing was measured."""
+        from qwentune.training.progress import sparkline
+
+        losses = self.folder.losses()
+        return f"loss  {losses[0]:.4f} {sparkline(losses)} {losses[-1]:.4f}\n" if losses else ""
 
     def _settings(self) -> Settings:
         """The settings of the step that the plan has chosen."""
@@ -191,6 +234,7 @@ class Run:
 
     def _ran_out(self, trainer: SftTrainer | None, error: Exception) -> Problem:
         """Out of memory in words, with what this rank holds of it at that moment; without a trainer it still loads."""
+        from qwentune.facts.continued import continued
         from qwentune.memory.judge import judge_recipe
         from qwentune.memory.shortage import ran_out
         from qwentune.recipe import parse_recipe
@@ -205,21 +249,22 @@ class Run:
 
         def judged(overrides: Sequence[str]) -> RunPlan:
             # Of the text that this run began with: the file may have been edited since.
-            changed = parse_recipe(loaded.text, loaded.path, [*request.overrides, *overrides]).recipe
+            changed = parse_recipe(loaded.text, loaded.path, [*request.overrides, *overrides])
             return judge_recipe(
                 self.spec,
-                changed,
+                continued(changed, self.spec)[0].recipe,
                 device=self.device,
                 num_ranks=ranks.num_ranks,
                 sharding=ranks.sharding,
                 fresh=request.fresh,
+                longest_row=self.dataset.longest_row,
             )
 
         return ran_out(
             self.plan,
             where,
             str(error),
-            max_tokens=recipe.data.max_tokens,
+            max_tokens=min(recipe.data.max_tokens, self.dataset.longest_row),
             headroom=recipe.memory.headroom,
             phase=phase,
             held=held_bytes(model, None if trainer is None else trainer.optimizer, ranks.device),
@@ -373,7 +418,7 @@ class Run:
         if checkpoint is not None:
             return load_adapters(model, checkpoint.folder, choices.adapters, tuning), shards
         if tuning.start_from is not None:
-            return load_adapters(model, Path(tuning.start_from), choices.adapters), shards
+            return load_adapters(model, Path(tuning.start_from), choices.adapters, tuning), shards
         return add_adapters(model, tuning, choices.adapters, self._untaught_tokens(), shards), shards
 
     def _untaught_tokens(self) -> list[int]:
@@ -417,6 +462,18 @@ class Run:
 
 def _state(exit_code: int) -> State:
     return "interrupted" if exit_code == EXIT_INTERRUPTED else "preempted"
+
+
+def _in_words(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def _num_values(parameter: Any) -> int:
+    """How many weights a parameter holds: of shards the whole, of 4 bits two a byte."""
+    if hasattr(parameter, "ds_numel"):
+        return int(parameter.ds_numel)
+    is_packed = type(parameter).__name__ == "Params4bit"
+    return parameter.numel() * parameter.element_size() * 2 if is_packed else parameter.numel()
 
 
 def _library_versions() -> dict[str, str]:

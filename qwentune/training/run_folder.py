@@ -103,6 +103,11 @@ class RunFolder:
                 file.write(json.dumps(short, indent=2).encode() + b"\n")
                 file.truncate()
 
+    def set_live(self, **live: float | int | None) -> None:
+        """Puts into `status.json` how far a run is that goes on; a disk that does not take it keeps the old one."""
+        with suppress(OSError):
+            self.write_json(STATUS, {**self.read_json(STATUS), **live})
+
     def mark_lost(self, reason: str, exit_code: int, command: list[str]) -> None:
         """Puts an end into `status.json` that a trainer could not write, or of which it knew only half.
 
@@ -202,6 +207,12 @@ class RunFolder:
             rows, _ = self._records(METRICS)
             return rows[-1] if rows else None
         return None
+
+    def losses(self) -> list[float]:
+        """The loss of every record that can be read."""
+        with suppress(OSError):
+            return [row["loss"] for row in self._records(METRICS)[0] if isinstance(row.get("loss"), float)]
+        return []
 
     def reached_step(self) -> int:
         """The step of the newest record, else of the status, else 0."""

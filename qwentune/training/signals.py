@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+from qwentune import console
 from qwentune.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from qwentune.training.reports import Report
 
@@ -30,6 +31,7 @@ def stoppable(command: Callable[[], int]) -> int:
     try:
         return command()
     except StoppedEarlyError as stopped:
+        console.say("stopped before the first step; there was nothing to save")
         return stopped.exit_code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from types import FrameType
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qwentune import console
 from qwentune.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from qwentune.training.ranks import PATIENCE
-from qwentune.training.signals import take_over
+from qwentune.training.signals import SIGNALS, take_over
 
 SAVE = 1  # a wish to stop is the number of its signal above this: a stop beats a save
 
@@ -42,7 +44,14 @@ class StopOnSignal(TrainerCallback):
         return EXIT_INTERRUPTED if self.agreed == signal.SIGINT else EXIT_PREEMPTED
 
     def install(self) -> None:
-        """Takes over the signals of this process; for the main thread."""
+        """Takes over the signals of this process; for the main thread.
+
+        They are answered in a thread of their own: in a long step Python comes to no handler.
+        """
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._answer, args=(reading,), daemon=True).start()
         take_over(self._receive)
 
     def on_train_begin(
@@ -84,6 +93,18 @@ class StopOnSignal(TrainerCallback):
         return agreed
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received == number == signal.SIGINT:
-            os._exit(EXIT_INTERRUPTED)
         self.received = self.received or number
+
+    def _answer(self, received: int) -> None:
+        """Says at once that a signal has come; ends at once after a second Ctrl-C."""
+        stopping = 0
+        while True:
+            number = os.read(received, 1)[0]
+            if number not in SIGNALS:
+                continue
+            if stopping == number == signal.SIGINT:
+                os._exit(EXIT_INTERRUPTED)
+            if not stopping:
+                stopping = number
+                again = " (Ctrl-C again ends at once, without saving)" if number == signal.SIGINT else ""
+                console.say(f"stopping after this step, saving …{again}")

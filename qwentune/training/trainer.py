@@ -176,8 +176,11 @@ class ExactResume(ExactStep):
         model: Any = self.model_wrapped
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        loader = self.get_eval_dataloader()
         with torch.no_grad():
-            for inputs in self.get_eval_dataloader():
+            for done, inputs in enumerate(loader, 1):
+                if self.recorder is not None:
+                    self.recorder.evaluating(done, len(loader))
                 batch = self._prepare_inputs(inputs)
                 totals[0] += self.loss_head.loss(model, batch)
                 totals[1] += batch["weight"].sum()

@@ -25,7 +25,7 @@ from qwentune.data.dataset import chat_template, prepare
 from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import UserError
 from qwentune.exporting.package import write_package
-from qwentune.facts.models import model_spec, refuse_packing
+from qwentune.facts.models import model_spec, previewed_spec
 from qwentune.memory.judge import judge_recipe
 from qwentune.memory.settings import HostMemory
 from qwentune.model.adapters import add_adapters
@@ -62,7 +62,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answer(recipe: Recipe, target: Path) -> None:
     """All that a run reads of its model's folder before it trains, and when it publishes."""
     spec = model_spec(recipe.model)
-    refuse_packing(recipe.model)
+    previewed_spec(recipe.model, packing=True)
     judge_recipe(spec, recipe, device=HostMemory(2**40), num_ranks=1, sharding="none")
     base, adapter = Path(recipe.model), Path(str(recipe.tuning.start_from))
     tokenizer = load_tokenizer(base)

@@ -72,12 +72,13 @@ def dialogues(answers: NDArray[np.uint64], before: NDArray[np.uint64]) -> NDArra
 
 def copies(
     identities: NDArray[np.int64], groups: Sequence[NDArray[np.int64]], evaluation: NDArray[np.int64]
-) -> dict[str, int]:
-    """How many samples train what an earlier one trains, and how many are evaluated though they are trained too."""
+) -> dict[str, NDArray[np.int64]]:
+    """Which samples, counted over all sources, train what an earlier one trains or are evaluated though trained too."""
     is_evaluated = np.isin(np.concatenate([begins[:-1] for begins in groups]), evaluation)
-    trained, evaluated = identities[~is_evaluated], identities[is_evaluated]
-    overlap = np.isin(evaluated, trained)
-    return {"duplicates": len(trained) - len(np.unique(trained)), "eval_overlap": int(overlap.sum())}
+    trained, evaluated = np.flatnonzero(~is_evaluated), np.flatnonzero(is_evaluated)
+    _, firsts = np.unique(identities[trained], return_index=True)
+    overlap = np.isin(identities[evaluated], identities[trained])
+    return {"duplicates": np.delete(trained, firsts), "eval_overlap": evaluated[overlap]}
 
 
 def fates(

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from qwentune.data.rendering.example import Example, Span
+from qwentune.data.rendering.example import PARTS, Example, Span
 from qwentune.data.sample import Source
 
 DTYPES: dict[str, type[np.generic]] = {
@@ -38,6 +38,7 @@ DTYPES: dict[str, type[np.generic]] = {
     "files": np.int32,
     "lines": np.int64,
     "versions": np.int16,
+    "parts": np.int8,
     "train": np.int64,
     "evaluation": np.int64,
 }
@@ -65,6 +66,7 @@ class Examples:
     each with `weights[k]`, for k from `span_offsets[i]` to `span_offsets[i + 1]`; `turns[k]` is the message they belong
     to, -1 in a text. Every epoch trains the examples of version -1 and those of one other version. `train` and
     `evaluation` are indices of examples in training order, an index standing as often as its source is repeated.
+    `parts` are indices of `PARTS`.
     """
 
     input_ids: NDArray[np.int32]
@@ -79,6 +81,7 @@ class Examples:
     files: NDArray[np.int32]
     lines: NDArray[np.int64]
     versions: NDArray[np.int16]
+    parts: NDArray[np.int8]
     train: NDArray[np.int64]
     evaluation: NDArray[np.int64]
     file_names: tuple[str, ...]
@@ -143,7 +146,8 @@ class Examples:
             Span(int(self.starts[k]), int(self.stops[k]), float(self.weights[k]), int(self.turns[k]))
             for k in range(self.span_offsets[i], self.span_offsets[i + 1])
         )
-        return Example(self.source(i), self.ids(i).tolist(), spans, version=int(self.versions[i]))
+        version, part = int(self.versions[i]), PARTS[int(self.parts[i])]
+        return Example(self.source(i), self.ids(i).tolist(), spans, version=version, part=part)
 
     def _summed(self, values: NDArray[Any]) -> NDArray[Any]:
         sums = np.concatenate([[0], np.cumsum(values)])
@@ -175,6 +179,7 @@ class ExampleColumns:
             values["span_offsets"].append(len(values["starts"]))
             values["lines"].append(example.source.line)
             values["versions"].append(example.version)
+            values["parts"].append(PARTS.index(example.part))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ NumberedValue: TypeAlias = tuple[int, Json]  # the line or, in files without lin
 LARGEST_ROW_BYTES = 12 * 2**20
 MOST_EMPTY_LINES = 1_000_000  # in a row: a small compressed file can hold billions
 CHUNK_CHARACTERS = 2**20
+LONGEST_BEGINNING = 200  # of a row, through its first key
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -44,7 +45,7 @@ def read_json_rows(stream: io.BufferedReader, path: str, problems: list[Problem]
         yield from _read_lines(stream, path, problems)
 
 
-def _read_lines(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterator[NumberedValue]:
+def _read_lines(stream: io.BufferedReader, path: str, problems: list[Problem]) -> Iterator[NumberedValue]:
     num_empty = 0
     for number, line in _lines(stream):
         where = f"{path}:{number}"
@@ -74,7 +75,11 @@ def _read_lines(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterato
                 fix = "Put each row on one line (jq -c . FILE), or all rows into one JSON array."
                 problems.append(Unread(where, what, fix))
                 return  # every further line would be reported for the same reason
-            problems.append(_line_problem(fault, where, is_last=not line.endswith(b"\n")))
+            is_last = not line.endswith(b"\n")
+            next_begins = stream.peek(1)[:1] in (b"{", b"")
+            problems.append(
+                _cut_row(line.decode().rstrip("\r\n"), where) or _line_problem(fault, where, is_last, next_begins)
+            )
 
 
 def empty_lines(where: str) -> Problem:
@@ -94,13 +99,35 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
         yield number, line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
 
 
-def _line_problem(fault: JsonFaultError, where: str, *, is_last: bool) -> Problem:
+def _cut_row(text: str, where: str) -> Problem | None:
+    """That a line is half a row with a whole one behind it, as where two programs write one file; None where not."""
+    begins = text.rfind(text[:LONGEST_BEGINNING].partition(":")[0])
+    if begins <= 0 or _is_json(text[:begins]) or not _is_json(text[begins:]):
+        return None
+    what = "the row is cut, and the next one begins in the same line"
+    return Problem(f"{where}:{begins + 1}", what, "Delete what stands before this column, or write both rows again.")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse_json(text)
+    except JsonFaultError:
+        return False
+    return True
+
+
+def _line_problem(fault: JsonFaultError, where: str, is_last: bool, next_begins: bool) -> Problem:
+    """A fault of a line in words; `next_begins`: the next line is a row, so that this one does not go on there."""
+    line = where.rpartition(":")[2]
     if fault.column is not None:
         where = f"{where}:{fault.column}"
-    if fault.is_cut and is_last:
+    if not fault.is_cut:
+        return Problem(where, fault.what, fault.fix or f"Write the row again with json.dumps, or delete line {line}.")
+    if is_last:
         return Problem(where, _CUT, _WRITE_AGAIN)
-    fix = "Write each row on one line, line breaks inside a text as \\n." if fault.is_cut else fault.fix
-    return Problem(where, fault.what, fix)
+    if next_begins:
+        return Problem(where, f"{fault.what}: the row is cut", f"Write it again as a whole, or delete line {line}.")
+    return Problem(where, fault.what, "Write each row on one line, line breaks inside a text as \\n.")
 
 
 def _read_array(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterator[NumberedValue]:
@@ -131,7 +158,8 @@ def _read_array(stream: BinaryIO, path: str, problems: list[Problem]) -> Iterato
             raise window.fault_here("something follows the array", "Keep one array per file, or one row per line.")
     except JsonFaultError as fault:
         where = f"{path}:{fault.line}:{fault.column}"
-        problems.append(Unread(where, f"the array is broken at its row {max(number, 1)}: {fault.what}", fault.fix))
+        fix = fault.fix or "Mend that row, or delete it; json.dump writes whole arrays."
+        problems.append(Unread(where, f"the array is broken at its row {max(number, 1)}: {fault.what}", fix))
 
 
 @dataclass(slots=True)

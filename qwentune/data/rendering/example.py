@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal, TypeAlias, get_args
 
 from qwentune.data.rendering.dialogue import Dialogue
 from qwentune.data.rendering.pieces import Encoder, Piece, ids_of
 from qwentune.data.rendering.runs import Beginnings, Run, Tokens
 from qwentune.data.rendering.turn import Turn, renderings
 from qwentune.data.sample import Source
+
+Part: TypeAlias = Literal["", "chosen", "rejected", "query", "positive", "negative"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,8 @@ class Example:
 
     It begins with `shared` tokens of `earlier` and goes on with `tail`. Of the earlier examples of its sample that one,
     `back` places before it, begins most alike. Code is cut anew each epoch: an epoch trains the examples of one
-    version, and those of version -1, which are the same in every epoch.
+    version, and those of version -1, which are the same in every epoch. Where a row is trained as several, `part` says
+    which of them it is.
     """
 
     source: Source
@@ -39,6 +44,7 @@ class Example:
     back: int = 1
     version: int = -1
     earlier: Example | None = None
+    part: Part = ""
 
     @property
     def num_tokens(self) -> int:

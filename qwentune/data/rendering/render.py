@@ -15,7 +15,7 @@ from typing import Literal
 
 from qwentune.data.rendering.credentials import credentials
 from qwentune.data.rendering.dialogue import Dialogue, RenderOptions
-from qwentune.data.rendering.example import DialogueExamples, Example, Span, TurnIds
+from qwentune.data.rendering.example import DialogueExamples, Example, Part, Span, TurnIds
 from qwentune.data.rendering.fill_in_the_middle import FillInTheMiddle, Form
 from qwentune.data.rendering.grammar import Grammar, prove
 from qwentune.data.rendering.outcome import Dropped, Outcome
@@ -291,12 +291,13 @@ class Renderer:
                 outcome.examples.append(Example(sample.source, context + target, (span,), version=form.version))
 
     def _add_pair(self, pair: Pair, outcome: Outcome) -> None:
-        for name, conversation in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        ends: tuple[tuple[Part, Conversation], ...] = (("chosen", pair.chosen), ("rejected", pair.rejected))
+        for name, conversation in ends:
             end = self.render(conversation)
             outcome.unread = (*outcome.unread, *end.unread)
             outcome.problems += [Problem(p.where, f"{name}: {p.what}", p.fix) for p in end.problems]
             outcome.dropped += end.dropped
-            outcome.examples += end.examples
+            outcome.examples += [replace(example, part=name) for example in end.examples]
             outcome.modes += end.modes
             outcome.turns_with_reasoning += end.turns_with_reasoning
             outcome.forged_control_tokens += end.forged_control_tokens
@@ -313,10 +314,11 @@ class Renderer:
         if is_checked:
             for text, ids in zip(texts, encoded, strict=True):
                 self.tokenizer.prove(text, ids, str(sample.source))
-        for ids in encoded:
+        for number, ids in enumerate(encoded):
+            part: Part = "negative" if number > 1 else "positive" if number else "query"
             tokens = [*ids, self.tokenizer.end_of_text_id][-self.options.max_tokens :]
             outcome.rendering_tokens += len(tokens)
-            outcome.examples.append(Example(sample.source, tokens, ()))
+            outcome.examples.append(Example(sample.source, tokens, (), part=part))
 
     def _add_turns(self, planned: _Planned, dialogue: Dialogue, encoded: dict[str, list[int]]) -> None:
         ids, outcome = TurnIds(planned.turns, self.encoder, encoded), planned.outcome

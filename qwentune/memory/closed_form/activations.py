@@ -12,9 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwentune.facts.architecture import LinearAttentionSpec, ModelSpec
+from qwentune.facts.modules import ATTENTION, FEED_FORWARD, SHARED_GATE
 from qwentune.memory.closed_form.adapter_sizes import (
-    ATTENTION,
-    FEED_FORWARD,
     adapted_expert_fans,
     adapted_intermediate,
     adapts_experts,
@@ -339,7 +338,7 @@ def _feed_forward(spec: ModelSpec, settings: Settings) -> int:
         total += _copies(spec, settings, ("gate_proj", "up_proj"))
     if spec.moe is not None and spec.moe.shared_intermediate:
         # The gate's factor, and its own copy of the input.
-        changes = settings.targets == "all-linear" and _changes_inputs(settings)
+        changes = SHARED_GATE in target_names(settings) and _changes_inputs(settings)
         total += (width + (_input_bytes(settings) if changes else 0)) * spec.hidden_size
     if (moe := spec.moe) is not None:
         trains_experts = settings.kind == "full" or adapts_experts(spec, settings)

@@ -4,42 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qwentune.errors import Problem, UsageError, nearest
 from qwentune.facts.architecture import FUSED_ADAPTED_EXPERTS, ModelSpec
+from qwentune.facts.modules import ATTENTION, EMBEDDINGS, FEED_FORWARD, LINEAR_ATTENTION, ROUTER, SHARED_GATE
 from qwentune.memory.settings import Settings
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-# Of linear attention: in Qwen3-Next the first two, in Qwen3.5 the next four; the last in both.
-LINEAR_INPUTS = ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
-_LINEAR_ATTENTION = (*LINEAR_INPUTS, "out_proj")
-_EMBEDDINGS = ("embed_tokens", "lm_head")
-KNOWN = (*ATTENTION, *FEED_FORWARD, *_LINEAR_ATTENTION, *_EMBEDDINGS)
+_ALL_LINEAR = frozenset((*ATTENTION, *FEED_FORWARD, *LINEAR_ATTENTION, ROUTER, SHARED_GATE))
 
 
 def target_names(settings: Settings) -> frozenset[str]:
-    """The module names that carry adapters; none in full tuning.
-
-    Raises:
-        UsageError: names that no Qwen model has (all of them, each with the nearest).
-    """
+    """The module names that carry adapters, without what stands before them; none in full tuning."""
     if settings.kind == "full":
         return frozenset()
     if settings.targets == "all-linear":
-        return frozenset((*ATTENTION, *FEED_FORWARD, *_LINEAR_ATTENTION))
-    names = [name.rpartition(".")[2] for name in settings.targets]
-    problems = [
-        Problem(
-            "tuning.targets",
-            f"'{name}' is not a module of Qwen's decoders.{nearest(name, KNOWN)}",
-            f"Use all-linear, or some of {', '.join(KNOWN)}.",
-        )
-        for name in names
-        if name not in KNOWN
-    ]
-    if problems:
-        raise UsageError(problems)
-    return frozenset(names)
+        return _ALL_LINEAR
+    return frozenset(name.rpartition(".")[2] for name in settings.targets)
 
 
 def adapts_experts(spec: ModelSpec, settings: Settings) -> bool:
@@ -66,11 +44,9 @@ def adapter_parameters(spec: ModelSpec, settings: Settings) -> int:
     total += (spec.num_layers - spec.num_attention_layers) * _adapted(linear_attention_fans(spec), names)
     if (wide := adapted_intermediate(spec, settings)) > 0:
         total += spec.num_layers * _adapted(dict.fromkeys(FEED_FORWARD, hidden + wide), names)
-    if spec.moe is not None and settings.kind != "full":
-        if settings.targets == "all-linear":
-            total += spec.num_layers * _gate_fans(spec)
-        total += spec.num_layers * adapted_expert_fans(spec, settings)
-    total += (spec.vocab_rows + hidden) * sum(name in names for name in _EMBEDDINGS)
+    if spec.moe is not None:
+        total += spec.num_layers * (_adapted(_gate_fans(spec), names) + adapted_expert_fans(spec, settings))
+    total += (spec.vocab_rows + hidden) * sum(name in names for name in EMBEDDINGS)
     return settings.rank * total
 
 
@@ -96,11 +72,11 @@ def _adapted(fans: Mapping[str, int], names: frozenset[str]) -> int:
     return sum(fan for name, fan in fans.items() if name in names)
 
 
-def _gate_fans(spec: ModelSpec) -> int:
+def _gate_fans(spec: ModelSpec) -> dict[str, int]:
     """PEFT 0.21 adapts Qwen3's router and the gate of a shared expert; of Qwen2's the latter alone."""
     assert spec.moe is not None
     router = spec.hidden_size + spec.moe.num_experts if spec.model_type in FUSED_ADAPTED_EXPERTS else 0
-    return router + (spec.hidden_size + 1 if spec.moe.shared_intermediate else 0)
+    return {ROUTER: router, SHARED_GATE: spec.hidden_size + 1 if spec.moe.shared_intermediate else 0}
 
 
 def adapted_expert_fans(spec: ModelSpec, settings: Settings) -> int:

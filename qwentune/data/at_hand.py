@@ -1,0 +1,28 @@
+"""The rendered data of a recipe where it is at hand: nothing is rendered and nothing fetched."""
+
+from __future__ import annotations
+
+from qwentune.data.cache import cache_folder
+from qwentune.data.dataset import Dataset, chat_template, prepared
+from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
+from qwentune.data.tokenizing.tokenizer import load_tokenizer
+from qwentune.errors import UsageError
+from qwentune.recipe import Recipe
+
+
+def rendered(recipe: Recipe) -> Dataset | None:
+    """The data as an earlier command has rendered it; None where it was not, or where its tokenizer is not here."""
+    if not (cache_folder() / "data").is_dir():  # no data was rendered yet; the rest takes its time
+        return None
+    try:
+        tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision, fetches=False))
+    except UsageError:
+        return None
+    template = chat_template(recipe.data, tokenizer)
+    return prepared(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=recipe.memory.shares_prefixes)
+
+
+def longest_row(recipe: Recipe) -> int | None:
+    """The most tokens of a row of the rendered data; None where it is not at hand, or where rows are packed full."""
+    dataset = None if recipe.data.packing else rendered(recipe)
+    return None if dataset is None else dataset.longest_row
