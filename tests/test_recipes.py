@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ import yaml
 from typer.testing import CliRunner
 
 from qwentune.cli import app
-from qwentune.facts.models import model_spec
+from qwentune.facts.models import config_of, model_spec
 from qwentune.memory.judge import device_of, judge_recipe
 from qwentune.recipe import load_recipe
 from tests import qwen3_5
-from tests.checkpoints import SMALL_NUM_RANKS, ModelType, write_checkpoint
+from tests.checkpoints import SMALL_NUM_RANKS, write_checkpoint
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.yaml"))
@@ -33,39 +32,34 @@ TEMPLATES = (
     ("Qwen3.6", "qwen3_6"),
     ("", "qwen3"),
 )
-Folders = Callable[[str], Path]
 EVERY = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(FOLDER).as_posix())
 NEEDED = ("model", "kind", "train")
 
 
-@pytest.fixture(scope="module")
-def checkpoint_of(qwen2_folder: Path, qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """For each model a folder with a tokenizer of its family, in small, and its chat template or the most like it."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    tokenizers = {"qwen2": qwen2_folder, "qwen3": qwen3_folder}
+@pytest.fixture
+def checkpoint_of(qwen2_folder: Path, qwen3_folder: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Writes a model's folder: its config.json, a tokenizer of its family in small, its chat template or a like one."""
 
-    @cache
-    def written(model_type: ModelType, template: str, eos: str) -> Path:
-        """A checkpoint whose template is TRL's, or one of the tests' own."""
-        target = folder / f"{template}{eos.strip('<|>')}"
-        own = Path(__file__).parent / f"templates/{template}.jinja"
-        source = tokenizers[model_type] if eos == "<|im_end|>" else None
-        write_checkpoint(
-            target, model_type, template=None if own.exists() else template, eos=eos, tokenizer_from=source
-        )
-        if own.exists():
-            (target / "chat_template.jinja").write_bytes(own.read_bytes())
-        if template.startswith(("qwen3_5", "qwen3_6")):
-            qwen3_5.write_tokenizer(target, SMALL_NUM_RANKS)
-        return target
-
-    def of(model: str) -> Path:
+    def written(model: str) -> Path:
         spec = model_spec(model)
         template = next(template for found, template in TEMPLATES if re.search(found, model))
-        model_type = "qwen2" if spec.model_type.startswith("qwen2") else "qwen3"
-        return written(model_type, template, "<|endoftext|>" if spec.kind == "base" else "<|im_end|>")
+        own = Path(__file__).parent / f"templates/{template}.jinja"
+        is_qwen2, is_base = spec.model_type.startswith("qwen2"), spec.kind == "base"
+        folder = write_checkpoint(
+            tmp_path / "model",
+            "qwen2" if is_qwen2 else "qwen3",
+            template=None if own.exists() else template,
+            eos="<|endoftext|>" if is_base else "<|im_end|>",
+            tokenizer_from=None if is_base else qwen2_folder if is_qwen2 else qwen3_folder,
+        )
+        if own.exists():
+            (folder / "chat_template.jinja").write_bytes(own.read_bytes())
+        if template.startswith(("qwen3_5", "qwen3_6")):
+            qwen3_5.write_tokenizer(folder, SMALL_NUM_RANKS)
+        (folder / "config.json").write_text(json.dumps(config_of(spec)), encoding="utf-8")
+        return folder
 
-    return of
+    return written
 
 
 @EVERY
@@ -126,7 +120,9 @@ def test_a_shipped_recipe_fits_the_cards_that_it_is_meant_for(path: Path) -> Non
 
 
 @EVERY
-def test_a_shipped_recipe_previews_and_there_is_nothing_to_warn_of(path: Path, checkpoint_of: Folders) -> None:
+def test_a_shipped_recipe_previews_and_there_is_nothing_to_warn_of(
+    path: Path, checkpoint_of: Callable[[str], Path]
+) -> None:
     model = load_recipe(path).recipe.model
     ended = CliRunner().invoke(app, ["preview", str(path), f"model={checkpoint_of(model)}", "--json"])
     assert ended.exit_code == 0, ended.output
