@@ -226,6 +226,8 @@ def asked_of_the_oracle(
 ) -> list[tuple[list[int], list[int]]] | None:
     """Ids and labels that a row of the `chat` format must give; None where the oracle does not take it."""
     known = {"role", "content", "reasoning_content", "reasoning", "thinking", "tool_calls", "train", "weight"}
+    if isinstance(row["messages"], str):  # as tables store a list
+        row = {**row, "messages": json.loads(row["messages"])}
     for message in row["messages"]:
         if not isinstance(message["content"], str | list) or not known >= message.keys():
             return None
