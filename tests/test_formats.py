@@ -69,7 +69,9 @@ def test_every_row_template_parses(name: str) -> None:
 
 
 def test_a_format_is_one_file_and_one_line_of_the_table() -> None:
-    assert all((TEMPLATES / f"{name}.jsonl").exists() for name in ROW_FORMATS)
+    page = (TEMPLATES / "README.md").read_text("utf-8")
+    assert {name for name in ROW_FORMATS if not (TEMPLATES / f"{name}.jsonl").exists()} == set()
+    assert {name for name in ROW_FORMATS if f"`{name}.jsonl`" not in page} == set()
     assert [key.type for key in describe_keys() if key.name == "data.train[].format"] == [
         f"auto, {', '.join([*ROW_FORMATS][:-1])} or {[*ROW_FORMATS][-1]}"
     ]

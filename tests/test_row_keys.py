@@ -25,7 +25,8 @@ from qwentune.row_formats import LOSS, ROW_FORMATS
 from tests.oracle import expected_examples
 from tests.test_render import as_previewed, renderer_of
 
-README = Path(__file__).parents[1] / "data_templates" / "README.md"
+DATA_TEMPLATES = Path(__file__).parents[1] / "data_templates"
+README = DATA_TEMPLATES / "README.md"
 SOURCE = Source("rows.jsonl", 7)
 USER: dict[str, Any] = {"role": "user", "content": "q"}
 ANSWER: dict[str, Any] = {"role": "assistant", "content": "a"}
@@ -174,15 +175,17 @@ FULL: dict[str, dict[str, Any]] = {
     "sharegpt": {"conversations": SPOKEN, "system": "s", "tools": TOOLS},
     "instruction": {"instruction": "q", "input": "i", "output": "a", "system": "s", "history": [["q", "a"]]},
     "preference": {"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "b"}], "system": "s"},
-    "retrieval": {"query": "q", "positive": "p", "negatives": ["n"], "instruction": "i"},
-    "text": {"text": "t"},
     "fim": {"text": "t", "path": "p", "repo": "r"},
 }
+for _format in ROW_FORMATS.keys() - FULL.keys():  # of the others, the first row of the example file
+    FULL[_format] = json.loads((DATA_TEMPLATES / f"{_format}.jsonl").read_text("utf-8").splitlines()[0])
 PEERS = ("dialog", "human", "loss_scale", "train_on_turn", "tool_list", "kwargs", "system_prompt", "images", "labels")
 
 
 def holders(row: Any) -> list[dict[str, Any]]:
-    """The row and the messages and calls in it."""
+    """The row and the messages and calls in it; none in a text."""
+    if not isinstance(row, dict):
+        return []
     found = [row]
     for key in ("messages", "conversations", "prompt", "chosen", "rejected", "tool_calls"):
         for item in row.get(key, []):

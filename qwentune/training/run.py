@@ -76,6 +76,7 @@ class Run:
     def run(self) -> int:
         """Joins the ranks, finds where to begin, trains, publishes."""
         from qwentune.training.checkpoints import Checkpoints
+        from qwentune.training.heading import curve
 
         with console.busy("loading transformers"):
             base, facts = self._base()
@@ -111,7 +112,9 @@ class Run:
                     self._status("failed", code, reason)
                 raise failure or error from None
         folder = shlex.quote(str(self.folder.path))
-        console.say(f"done: {folder}\n{self._curve()}try   qwentune chat {folder}\n      qwentune export {folder}")
+        console.say(
+            f"done: {folder}\n{curve(self.folder.losses())}try   qwentune chat {folder}\n      qwentune export {folder}"
+        )
         return EXIT_OK
 
     def _base(self) -> tuple[Path, dict[str, Any]]:
@@ -161,15 +164,19 @@ class Run:
         from torch import OutOfMemoryError
 
         from qwentune.memory.profile import keep_profile
+        from qwentune.training.heading import heading, trained_share
         from qwentune.training.progress import Recorder
 
         recorder = Recorder(self.folder, self.schedule.num_steps, start.step) if self.ranks.leads else None
         trainer = None
         try:
-            self._say_header()
+            if self.ranks.leads:
+                console.say(
+                    heading(self.loaded.recipe, self.spec, self.plan, self.dataset, self.schedule, _library_versions())
+                )
             with console.busy("loading the weights"):
                 trainer, stop = self._trainer(base, start.checkpoint, checkpoints, facts, recorder)
-            self._say_trained(trainer.model)
+            console.say(trained_share(trainer.model))
             with recorder or nullcontext():
                 trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint.folder))
         except RuntimeError as error:  # whose traceback keeps alive what its frames hold
@@ -185,37 +192,6 @@ class Run:
             console.say(f"saved step {step}; continue with: {shlex.join(self.request.command)}")
             return stop.exit_code
         return None
-
-    def _say_header(self) -> None:
-        """Says what is about to be trained, with what, on what, and where it will stand."""
-        recipe, report, plan = self.loaded.recipe, self.dataset.report, self.plan
-        kind = recipe.tuning.kind + ("" if recipe.tuning.kind == "full" else f" r{recipe.tuning.rank}")
-        unit = "packed rows" if self.dataset.packing else "examples"
-        lines = {
-            "with": " · ".join(f"{name} {number}" for name, number in _library_versions().items()),
-            "model": f"{recipe.model} · {_in_words(self.spec.parameters)} parameters · {kind}",
-            "on": f"{self.ranks.num_ranks} × {plan.gpu} · {plan.choices.sharding} sharding"
-            if self.ranks.num_ranks > 1
-            else plan.gpu,
-            "data": f"{report['samples']:,} rows: {report['train_examples']:,} examples to train on, "
-            f"{report['eval_examples']:,} to evaluate on",
-            "steps": f"{self.schedule.num_steps:,} of {recipe.batch.sequences_per_step} {unit}",
-            "in": str(self.folder.path),
-        }
-        console.say("\n".join(f"{name:<6} {value}" for name, value in lines.items()))
-
-    def _say_trained(self, model: Any) -> None:
-        """Says which share of the weights is trained."""
-        parameters = [(_num_values(parameter), parameter.requires_grad) for parameter in model.parameters()]
-        trained, whole = sum(count for count, is_trained in parameters if is_trained), sum(c for c, _ in parameters)
-        console.say(f"trains {trained:,} of {whole:,} parameters ({trained / max(1, whole):.2%})")
-
-    def _curve(self) -> str:
-        """A line with the loss from the first step to the last; empty where nothing was measured."""
-        from qwentune.training.progress import sparkline
-
-        losses = self.folder.losses()
-        return f"loss  {losses[0]:.4f} {sparkline(losses)} {losses[-1]:.4f}\n" if losses else ""
 
     def _settings(self) -> Settings:
         """The settings of the step that the plan has chosen."""
@@ -462,18 +438,6 @@ class Run:
 
 def _state(exit_code: int) -> State:
     return "interrupted" if exit_code == EXIT_INTERRUPTED else "preempted"
-
-
-def _in_words(count: int) -> str:
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
-
-
-def _num_values(parameter: Any) -> int:
-    """How many weights a parameter holds: of shards the whole, of 4 bits two a byte."""
-    if hasattr(parameter, "ds_numel"):
-        return int(parameter.ds_numel)
-    is_packed = type(parameter).__name__ == "Params4bit"
-    return parameter.numel() * parameter.element_size() * 2 if is_packed else parameter.numel()
 
 
 def _library_versions() -> dict[str, str]:

@@ -29,8 +29,10 @@ from tests.dialogues import HOSTILE_TEXTS, Taste, random_row
 from tests.faults.fuzz import new_seed
 from tests.oracle import UntrainableError, expected_examples
 
+DATA_TEMPLATES = Path(__file__).parents[2] / "data_templates"
 TEMPLATES = ("qwen2_5", "qwen3", "qwen3_8")
 ASKED = "\u2020asked\u2020"  # stands in every text that the assistant does not say: none of it may be trained
+ASKED_KEYS = ("instruction", "input", "system", "prompt", "prefix", "suffix", "query")  # of rows, of any format
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 3.5, 1e300, 10**30, "", " ", "\n", [], {}, [[]], [None], {"a": None}, [{}], {"": ""}),
     *("\x00", "\ufeff", "\u202e", "e\u0301", "\u1112\u1161\u11ab", "\u2028", "\ue000", "👍🏽"),
@@ -109,11 +111,6 @@ def preference(random: Random) -> dict[str, Any]:
     }
 
 
-def retrieval(random: Random) -> dict[str, Any]:
-    row: dict[str, Any] = {"query": text(random), "positive": text(random)}
-    return row | {"negatives": [text(random)], "instruction": text(random)}
-
-
 def completion(random: Random) -> dict[str, Any]:
     if random.random() < 0.5:
         return {"prompt": text(random), "completion": text(random)}
@@ -153,8 +150,20 @@ ROWS = {
     "fim": fim,
     "text": document,
     "preference": preference,
-    "retrieval": retrieval,
 }
+
+
+def row_of(format: str, random: Random) -> dict[str, Any]:
+    """A row of a format: one of its own here, else one of its example file with other texts."""
+    if format in ROWS:
+        return ROWS[format](random)
+    row = random.choice(
+        [json.loads(line) for line in (DATA_TEMPLATES / f"{format}.jsonl").read_text("utf-8").splitlines()]
+    )
+    for holder, key in list(places(row)):
+        if isinstance(holder[key], str):
+            holder[key] = text(random)
+    return row
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -199,7 +208,7 @@ def mark(row: dict[str, Any]) -> None:
         if isinstance(container.get(key), str):
             container[key] += ASKED
 
-    for key in ("instruction", "input", "system", "prompt", "prefix", "suffix", "query"):
+    for key in ASKED_KEYS:
         marked(row, key)
     whole = [row, asked] if isinstance(asked := row.get("request"), dict) else [row]
     keys = ("messages", "conversations", "prompt", "chosen", "rejected", "input")
@@ -261,7 +270,7 @@ def check(format: str, name: str, folder: Path, seed: str, count: int) -> int:
     rows: dict[int, dict[str, Any]] = {}
     lines: list[bytes] = []
     for line in range(1, count + 1):
-        row = ROWS[format](random)
+        row = row_of(format, random)
         for _ in range(random.choice((0, 0, 1, 1, 2, 5))):
             mutate(row, random)
         mark(row)

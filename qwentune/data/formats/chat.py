@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from qwentune.data.formats.apis.anthropic import unfolded, with_system_as_text
 from qwentune.data.formats.apis.fingerprints import answers_of
-from qwentune.data.formats.conversation import read_conversation
-from qwentune.data.formats.normalise import as_context, read_message, read_messages
+from qwentune.data.formats.messages.conversation import read_conversation
+from qwentune.data.formats.messages.normalise import as_context, read_message, read_messages
 from qwentune.data.reading.faults import described
 from qwentune.data.reading.row_reader import RowReader
 from qwentune.data.reading.strict_json import JsonFaultError, parse_json

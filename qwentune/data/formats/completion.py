@@ -6,8 +6,8 @@ completion request. Messages are a dialogue, of which those of the completion ar
 
 from __future__ import annotations
 
-from qwentune.data.formats.conversation import read_conversation
-from qwentune.data.formats.normalise import as_context, read_message, read_messages
+from qwentune.data.formats.messages.conversation import read_conversation
+from qwentune.data.formats.messages.normalise import as_context, read_message, read_messages
 from qwentune.data.reading.loss import refuse_other_weight
 from qwentune.data.reading.row_reader import RowReader
 from qwentune.data.sample import Completion, Conversation, Json, Message, Source

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from qwentune.data.formats.conversation import read_conversation
+from qwentune.data.formats.messages.conversation import read_conversation
 from qwentune.data.reading.faults import described
 from qwentune.data.reading.row_reader import RowReader
 from qwentune.data.sample import Conversation, Json, Message, Source

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qwentune.data.formats.calls import read_tools
-from qwentune.data.formats.conversation import read_system, read_template_args
-from qwentune.data.formats.normalise import read_messages
+from qwentune.data.formats.messages.calls import read_tools
+from qwentune.data.formats.messages.conversation import read_system, read_template_args
+from qwentune.data.formats.messages.normalise import read_messages
 from qwentune.data.formats.sharegpt import read_turn
 from qwentune.data.reading.loss import refuse_other_weight
 from qwentune.data.reading.row_reader import RowReader

@@ -6,9 +6,9 @@ Turns with role and content are read as those of the format chat; `conversation`
 
 from __future__ import annotations
 
-from qwentune.data.formats.calls import CALLERS, read_only_calls
-from qwentune.data.formats.conversation import read_conversation
-from qwentune.data.formats.normalise import read_message, read_messages
+from qwentune.data.formats.messages.calls import CALLERS, read_only_calls
+from qwentune.data.formats.messages.conversation import read_conversation
+from qwentune.data.formats.messages.normalise import read_message, read_messages
 from qwentune.data.reading.faults import described
 from qwentune.data.reading.row_reader import RowReader
 from qwentune.data.sample import Conversation, Json, Message, Source

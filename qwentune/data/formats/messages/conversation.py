@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from qwentune.data.formats.calls import read_tools
+from qwentune.data.formats.messages.calls import read_tools
 from qwentune.data.reading.faults import described
 from qwentune.data.reading.loss import read_weight
 from qwentune.data.reading.row_reader import RowReader

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from qwentune.data.formats.apis.anthropic import unfolded
-from qwentune.data.formats.calls import CALLERS, read_calls, read_only_calls
+from qwentune.data.formats.messages.calls import CALLERS, read_calls, read_only_calls
 from qwentune.data.reading.faults import described
 from qwentune.data.reading.loss import read_weight, refuse_loss
 from qwentune.data.reading.row_reader import RowReader
