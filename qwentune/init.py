@@ -46,6 +46,7 @@ class Seen:
     format: str
     tokens: list[int]
     has_more: bool
+    warnings: list[str]  # of keys that nothing reads, whatever the chat template
 
     @property
     def count(self) -> str:
@@ -145,6 +146,8 @@ def look_at(paths: Sequence[str]) -> list[Seen]:
     from qwentune.data.formats import detect
     from qwentune.data.formats.samples import read_samples, refuse_untrained
     from qwentune.data.reading.files import read_rows
+    from qwentune.data.reading.unread import UnreadKeys
+    from qwentune.data.sample import Conversation
     from qwentune.recipe import DataSource
 
     problems: list[Problem] = []
@@ -155,8 +158,12 @@ def look_at(paths: Sequence[str]) -> list[Seen]:
             format = detect(first) or "auto"
             refuse_untrained([DataSource(path=path, format=format)])
             samples = read_samples(path, format, problems)
-            tokens = [_guessed_tokens(asdict(sample)) for sample in islice(samples, NUM_ROWS_LOOKED_AT)]
-            found.append(Seen(path, format, tokens, next(samples, None) is not None))
+            tokens, unread = list[int](), UnreadKeys()
+            for sample in islice(samples, NUM_ROWS_LOOKED_AT):
+                tokens.append(_guessed_tokens(asdict(sample)))
+                if isinstance(sample, Conversation):
+                    unread.add(sample.unread, sample.source)
+            found.append(Seen(path, format, tokens, next(samples, None) is not None, unread.warnings()))
         except DataError as error:
             problems += error.problems
     if problems:
@@ -209,6 +216,8 @@ def measured(model: str, files: Sequence[Seen]) -> Lengths:
     try:
         tokenizer = load_tokenizer(checkpoint_folder(model, None, fetches=False))
     except UserError:  # it was not fetched yet
+        for warning in (warning for file in files for warning in file.warnings):
+            console.say(f"warning: {warning}")
         return guessed
     sources = [DataSource.model_validate(_source(file) | {"max_rows": NUM_ROWS_LOOKED_AT}) for file in files]
     data = DataOptions(train=sources, max_tokens=MOST_TOKENS, max_dropped_fraction=1.0)

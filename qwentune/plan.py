@@ -49,6 +49,7 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
 def _judge(loaded: LoadedRecipe, *, as_json: bool, trace: bool) -> int:
     """Prints the plan of a recipe; the exit code."""
     from qwentune.data.at_hand import rendered
+    from qwentune.data.formats.samples import refuse_untrained
     from qwentune.facts.continued import continued
     from qwentune.facts.models import model_spec
     from qwentune.memory import render_plan
@@ -60,6 +61,8 @@ def _judge(loaded: LoadedRecipe, *, as_json: bool, trace: bool) -> int:
     recipe = loaded.recipe
     device, count, sharding = device_of(recipe.hardware, here=False)
     dataset = rendered(recipe)
+    if dataset is not None:  # as a preview left it, which shows such rows too
+        refuse_untrained([*recipe.data.train, *(recipe.data.evaluation or ())])
     longest_row = None if dataset is None else dataset.longest_row
     for remark in (*remarks, *recipe_remarks(spec, device, loaded, longest_row)):
         console.say(remark)

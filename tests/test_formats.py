@@ -311,6 +311,13 @@ def test_calls_as_messages_of_their_own_are_the_calls_of_the_assistant() -> None
     assert parsed("chat", swift).messages == parsed("sharegpt", factory).messages == parsed("chat", plain).messages
 
 
+@pytest.mark.parametrize("value", ['{"name": "f"}\n{"name": "g"}', 'I look it up. {"name": "f"}'])
+def test_a_value_that_is_not_one_json_is_told_how_several_calls_are_written(value: str) -> None:
+    row = {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": value}]}
+    (fault,) = faults("sharegpt", row)
+    assert fault.endswith("It is JSON, one call or a list of them, before which only <think>…</think> may stand.")
+
+
 def test_a_message_whose_loss_is_false_is_context() -> None:
     assert message(loss=False).weight == 0
     assert parsed("chat", chat({**USER, "loss": False}, ANSWER)).messages[0].role == "user"

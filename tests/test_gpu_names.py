@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qwentune.errors import UsageError
 from qwentune.facts.gpus import GPUS, gpu_spec
 from qwentune.memory.device_remarks import rates_remark
+from qwentune.recipe import parse_recipe
 
 
 def test_every_gpu_that_people_buy_is_in_the_table() -> None:
@@ -73,6 +74,12 @@ def test_a_gpu_is_found_as_people_write_its_name(name: str) -> None:
 )
 def test_names_of_shops_and_drivers_are_understood(written: str, name: str) -> None:
     assert gpu_spec(written).name == name
+
+
+def test_a_recipe_takes_a_name_of_digits_without_quotes() -> None:
+    recipe = "model: Qwen/Qwen3-8B\ntuning: {kind: lora}\ndata: {train: rows.jsonl}\nhardware: {gpu: 3070}\n"
+    assert parse_recipe(recipe, "r.yaml").recipe.hardware.gpu == "3070"
+    assert parse_recipe(recipe, "r.yaml", ["hardware.gpu=4090"]).recipe.hardware.gpu == "4090"
 
 
 @pytest.mark.parametrize(

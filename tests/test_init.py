@@ -131,6 +131,18 @@ def test_few_rows_are_for_adapters_unless_the_weights_are_random(
     assert "below 50 little is learned" not in said, "of a recipe that it chose itself"
 
 
+def test_keys_that_nothing_reads_are_named_without_the_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwentune.data.tokenizing.tokenizer.load_tokenizer", not_at_hand)
+    data = tmp_path / "rows.jsonl"
+    spoken = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    data.write_text(json.dumps({"messages": spoken, "available_functions": []}) + "\n")
+    code, said, _ = init(tmp_path, "--model", "builtin:tiny-qwen3", "--data", str(data), "--gpu", "cpu")
+    assert code == 0, said
+    assert "'available_functions' (1, first:" in said
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kind_that_is_asked_for_is_written_with_a_learning_rate_of_its_own(tmp_path: Path, kind: str) -> None:
     arguments = ("--model", "Qwen/Qwen3-8B", "--gpu", "h200", "--data", "data_templates/chat.jsonl", "--kind", kind)

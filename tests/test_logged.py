@@ -340,6 +340,31 @@ def test_keys_of_a_log_that_nothing_reads_are_named_by_their_place() -> None:
     body = {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}, "messages": [USER]}
     assert parsed({"request": body, "response": OPENAI}).template_args == {"enable_thinking": False}
     assert parsed(blocks(THINKING, {**TEXT, "mood": "glad"})).unread == ("messages[].content[].mood",)
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [{**TEXT, "mood": "sad"}]}
+    used = {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]}
+    row = {"system": [{**TEXT, "mood": "calm"}], "messages": [USER, used, {"role": "user", "content": [result]}]}
+    assert parsed(row).unread == ("system.mood", "messages[].content[].content.mood")
+
+
+def test_keys_of_a_response_that_nothing_reads_are_named_by_their_place() -> None:
+    answer = {"role": "assistant", "content": "hello"}
+    completion = {"id": "1", "note": 1, "choices": [{"index": 0, "note": 1, "message": {**answer, "mood": "glad"}}]}
+    sample = parsed({"request": {"messages": [USER]}, "response": completion})
+    assert sorted(sample.unread) == ["response.choices[].note", "response.note"]
+    assert [one.path for one in sample.offered] == ["response.choices[].message.mood"]
+    said = {
+        "type": "message",
+        "note": 1,
+        **answer,
+        "content": [{"type": "output_text", "text": "hello", "mood": "glad"}],
+    }
+    row = {"request": {"input": [{**USER, "mood": "sad"}]}, "response": {"output": [said], "note": 1}}
+    assert sorted(parsed(row).unread) == [
+        "request.input[].mood",
+        "response.note",
+        "response.output[].content[].mood",
+        "response.output[].note",
+    ]
 
 
 # --- Anthropic's blocks

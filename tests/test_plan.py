@@ -16,7 +16,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from qwentune.errors import RecipeError, ResumeError, UsageError
+from qwentune.errors import DataError, RecipeError, ResumeError, UsageError
 from qwentune.facts.architecture import ModelSpec, MoeSpec
 from qwentune.facts.gpus import GPUS, GpuSpec, gpu_spec
 from qwentune.facts.models import MODELS, model_spec
@@ -934,6 +934,20 @@ def test_rows_that_are_not_packed_are_judged_by_the_longest_example(
     assert after["peak_bytes"] < before["peak_bytes"]
     packed, _ = planned("data.packing=true", "data.max_tokens=4096")
     assert packed["row_tokens"] == 4096
+
+
+def test_rows_that_a_preview_shows_and_nothing_trains_are_not_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QWENTUNE_CACHE", str(tmp_path / "cache"))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "model: builtin:tiny-qwen3\ntuning: {kind: lora}\n"
+        "data: {train: data_templates/preference.jsonl, max_tokens: 512}\n"
+    )
+    run_preview(str(recipe), [], None, None, None, as_json=True, strict=False)
+    with pytest.raises(DataError, match="can be previewed, but not trained on yet"):
+        run_plan(str(recipe), [], "cpu", None, as_json=True, trace=False)
 
 
 def test_an_objective_that_cannot_be_trained_is_not_planned(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from qwentune.bounded import name_fault
 from qwentune.row_formats import COLUMNS, MESSAGE_TAGS, ROLE_TAGS, ROW_FORMATS
@@ -27,8 +27,13 @@ def _named(text: str) -> str:
     return text
 
 
+def _digits_as_text(value: object) -> object:
+    return str(value) if type(value) is int else value
+
+
 Auto = Literal["auto"]
 Name = Annotated[str, MinLen(1), AfterValidator(_named)]  # every name may become a part of a path
+CardName = Annotated[Name, BeforeValidator(_digits_as_text)]  # people say 4090
 Steps = Annotated[int, Ge(1), Le(MOST_STEPS)]
 Epochs = Annotated[float, Gt(0), Le(10_000)]
 Rate = Annotated[float, Gt(0), Le(10)]
@@ -221,7 +226,7 @@ REASONS_AGAINST = {  # values that were taken once, or that look as if they were
 
 
 class Hardware(Section):
-    gpu: Name = _key(
+    gpu: CardName = _key(
         "auto", "a name that `qwentune gpus` lists, a card's memory as in 24GiB, cpu, or auto: what is present"
     )
     count: Auto | Annotated[int, Ge(1), Le(4096)] = _key(

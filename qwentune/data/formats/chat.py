@@ -19,6 +19,9 @@ from qwentune.data.sample import Conversation, Json, Message, Source
 from qwentune.errors import Problem
 
 WHOLE = ("stop", "tool_calls", "function_call", None)  # why an answer ended that was not cut off
+_OF_A_CHOICE = frozenset(
+    ("message", "finish_reason", "index", "logprobs", "stop_reason", "content_filter_results", "matched_stop")
+)
 
 
 def parse(row: dict[str, Json], source: Source) -> Conversation | list[Problem]:
@@ -54,6 +57,8 @@ def _logged_answer(row: dict[str, Json], messages: list[Message | None], reader:
             case {"message": {"role": "assistant"} as message}:
                 ended = choices[0].get("finish_reason")
                 if ended in WHOLE:
+                    others = (key for key, value in choices[0].items() if key not in _OF_A_CHOICE and value is not None)
+                    reader.leave_unread(others, "choices[0]")
                     path = "choices[0].message"
                     return [read_message(one, path, reader) for one in unfolded(message, path, reader)]
                 fix = "The answer was cut off or filtered: leave the row out, or write the whole answer into messages."

@@ -105,8 +105,10 @@ def _answer(response: Json, path: str, reader: RowReader) -> Json:
             kind = error.get("type") or error.get("code") if isinstance(error, dict) else error
             reader.refuse(f"{path} is an error: {described(kind)}", "Leave the row out: nothing was answered.")
         case {"choices": list() as choices}:
+            _leave_unread(response, OF_COMPLETIONS, path, reader)
             return choices
         case {"output": list() as items, **rest}:
+            _leave_unread(response, OF_RESPONSES, path, reader)
             status, details = rest.get("status", "completed"), rest.get("incomplete_details")
             if status != "completed":
                 reason = details.get("reason") if isinstance(details, dict) else None
@@ -134,6 +136,26 @@ def _answer(response: Json, path: str, reader: RowReader) -> Json:
             fix = "It is the body that the API answers with: choices, or a message with its content."
             reader.refuse(f"{path} is {described(response)}", fix)
     return None
+
+
+# Keys of a response that say nothing of its answer.
+OF_COMPLETIONS = frozenset(
+    (
+        *("choices", "error", "id", "object", "created", "model", "usage", "system_fingerprint", "service_tier"),
+        *("prompt_filter_results", "prompt_logprobs", "prompt_token_ids", "kv_transfer_params", "provider"),
+    )
+)
+OF_RESPONSES = UNSHOWN | frozenset(
+    (
+        *("output", "output_text", "error", "status", "incomplete_details", "usage", "created_at", "completed_at"),
+        *("instructions", "tools", "previous_response_id", "truncation", "text", "background", "billing"),
+        *("max_tool_calls", "prompt", "conversation", "prompt_cache_retention"),
+    )
+)
+
+
+def _leave_unread(body: Mapping[str, Json], known: frozenset[str], path: str, reader: RowReader) -> None:
+    reader.leave_unread((key for key, value in body.items() if key not in known and value is not None), path)
 
 
 _OF_A_RESPONSE = frozenset(
@@ -166,10 +188,11 @@ def _dialogue(
     shown = {key: value for key, value in request.items() if key not in UNSHOWN and key != "extra_body"}
     parsed = chat.parse({**shown, "choices": choices}, reader.source)
     asked, answered = (f"{name}." if name != "messages" else "" for name in names)
+
+    def placed(words: str) -> str:
+        return f"{answered if words.startswith('choices') else asked}{words}"
+
     if not isinstance(parsed, list):
-        offered = tuple(one._replace(path=f"{asked}{one.path}") for one in parsed.offered)
-        return replace(parsed, unread=(*reader.unread, *(f"{asked}{key}" for key in parsed.unread)), offered=offered)
-    return [
-        Problem(one.where, f"{answered if one.what.startswith('choices') else asked}{one.what}", one.fix)
-        for one in parsed
-    ]
+        offered = tuple(one._replace(path=placed(one.path)) for one in parsed.offered)
+        return replace(parsed, unread=(*reader.unread, *map(placed, parsed.unread)), offered=offered)
+    return [Problem(one.where, placed(one.what), one.fix) for one in parsed]

@@ -54,12 +54,14 @@ class RowReader:
             self.refuse(f"{path or key} is {described(value) if key in fields else 'missing'}", "A list is needed.")
         return []
 
-    def read_json(self, text: str, path: str) -> Json:
+    def read_json(
+        self, text: str, path: str, mend: str = "Write it with json.dumps, or give the value itself."
+    ) -> Json:
         """The value of a text of JSON; None, and refused, where it is none."""
         try:
             value = parse_json(text)
         except JsonFaultError as fault:
-            fix = fault.fix or "Write it with json.dumps, or give the value itself."
+            fix = mend if fault.is_of_rows else fault.fix or mend
             self.refuse(f"{path} is a text that is no JSON, at column {fault.column or 1}: {fault.what}", fix)
             return None
         if value is None:

@@ -19,13 +19,22 @@ _CUT_TOKEN = re.compile(r"-|t(ru?)?|f(a(ls?)?)?|n(ul?)?|\\?u[0-9a-fA-F]{0,4}|\.|
 class JsonFaultError(Exception):
     """A text that is no JSON: what is wrong, how to mend it, and the place in the text where that is known.
 
-    `line` and `column` count from 1, in characters; `is_cut` says that the text ends before its value does.
+    `line` and `column` count from 1, in characters; `is_cut` says that the text ends before its value does,
+    `is_of_rows` that the mend is one of a file of rows.
     """
 
     def __init__(
-        self, what: str, fix: str = "", *, line: int = 1, column: int | None = None, is_cut: bool = False
+        self,
+        what: str,
+        fix: str = "",
+        *,
+        line: int = 1,
+        column: int | None = None,
+        is_cut: bool = False,
+        is_of_rows: bool = False,
     ) -> None:
         self.what, self.fix, self.line, self.column, self.is_cut = what, fix, line, column, is_cut
+        self.is_of_rows = is_of_rows
         super().__init__(what)
 
 
@@ -107,9 +116,11 @@ def _rest_fault(text: str, position: int) -> JsonFaultError:
     column = position - (text.rfind("\n", 0, position) + 1) + 1
     rest = text[position:]
     if rest.strip() == ",":
-        return JsonFaultError("a comma after the row", "Rows have no comma between them.", line=line, column=column)
+        return JsonFaultError(
+            "a comma after the row", "Rows have no comma between them.", line=line, column=column, is_of_rows=True
+        )
     what = "something follows the first value" if rest[0] not in "[{," else "several values on one line"
-    return JsonFaultError(what, "Put each row on a line of its own.", line=line, column=column)
+    return JsonFaultError(what, "Put each row on a line of its own.", line=line, column=column, is_of_rows=True)
 
 
 def _nesting_fault() -> JsonFaultError:

@@ -148,6 +148,7 @@ def _result(content: Json, path: str, reader: RowReader) -> Json:
     for i, block in enumerate(content):
         if isinstance(block, dict) and block.get("type") == "text":
             texts.append(block)
+            reader.leave_unread((key for key in block if key not in BLOCK_KEYS), path)
         else:
             kind = block.get("type") if isinstance(block, dict) else block
             reader.refuse(f"{path}[{i}] is of the type {kind!r}", "Only text is trained on: leave the row out.")

@@ -14,6 +14,13 @@ from qwentune.data.sample import Json
 
 TEXTS = ("input_text", "output_text", "text", "reasoning_text")
 OF_AN_ANSWER = ("reasoning", "function_call")
+ITEM_KEYS = frozenset(  # read, or known to say nothing to a model
+    (
+        *("type", "role", "content", "name", "arguments", "call_id", "output", "id", "status", "phase"),
+        *("summary", "encrypted_content"),
+    )
+)
+PART_KEYS = frozenset(("type", "text", "annotations", "logprobs"))
 
 
 def chat_request(body: Mapping[str, Json], path: str, reader: RowReader) -> dict[str, Json]:
@@ -42,6 +49,7 @@ def messages_of(items: Sequence[Json], path: str, reader: RowReader) -> list[Jso
         if not isinstance(item, dict):
             reader.refuse(f"{place} is {described(item)}", "An item is an object with type or role.")
             continue
+        reader.leave_unread((key for key, value in item.items() if key not in ITEM_KEYS and value is not None), place)
         kind = item.get("type", "message")
         is_answer = kind in OF_AN_ANSWER or (kind == "message" and item.get("role") == "assistant")
         if is_answer and answer is None:
@@ -93,6 +101,7 @@ def _plain(content: Json, path: str, reader: RowReader) -> str:
     for i, part in enumerate(content):
         if isinstance(part, dict) and part.get("type") in TEXTS and isinstance(part.get("text"), str):
             texts.append(str(part["text"]))
+            reader.leave_unread((key for key in part if key not in PART_KEYS), f"{path}[{i}]")
         else:
             kind = part.get("type") if isinstance(part, dict) else part
             reader.refuse(f"{path}[{i}] is of the type {kind!r}", "Only text is trained on: leave the row out.")

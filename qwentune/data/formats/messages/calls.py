@@ -12,6 +12,7 @@ from qwentune.row_formats import TOOLS
 
 CALLERS = ("tool_call", "function_call")  # a message of theirs is nothing but calls: of ms-swift, LLaMA-Factory
 _CALL_KEYS = ("name", "arguments")
+_MEND = "It is JSON, one call or a list of them, before which only <think>…</think> may stand."
 _ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # beside a function they would be lost
 
 
@@ -68,7 +69,7 @@ def read_only_calls(value: Json, path: str, reader: RowReader) -> tuple[list[Jso
         reader.refuse(f"{path} is {described(value)}", "A tool call is needed: an object with name and arguments.")
         return [], reasoning
     if isinstance(value, str):
-        value = reader.read_json(value, path)
+        value = reader.read_json(value, path, _MEND)
         if value is None:  # and refused
             return [], reasoning
     return value if isinstance(value, list) else [value], reasoning
