@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qwentune.recipe import LoadedRecipe
     from qwentune.training.run_folder import RunFolder
 
+LAUNCHER = "qwentune.training.launcher"
 POLL_SECONDS = 0.2
 QUIET = {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # the launcher too, unless the user says else
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -151,7 +152,7 @@ def supervise(arguments: list[str], launch: Path, num_processes: int, folder: Ru
     """
     with reports.folder_of_reports() as scratch:
         command = [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)),
+            *(sys.executable, "-m", LAUNCHER, "--config_file", str(launch)),
             *("--num_processes", str(num_processes), "--quiet", "-m", "qwentune.train", *arguments),
         ]
         environment = {**QUIET, **os.environ, reports.FOLDER: str(scratch)}
@@ -231,7 +232,7 @@ def _is_trainer(process: psutil.Process) -> bool:
         command = process.cmdline()
     except psutil.Error:
         return False
-    return "qwentune.train" in command and "accelerate.commands.launch" not in command
+    return "qwentune.train" in command and LAUNCHER not in command
 
 
 def _end_orphans(session: int, trainers: list[psutil.Process]) -> None:

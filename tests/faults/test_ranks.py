@@ -27,6 +27,7 @@ from qwentune.errors import (
     RunInUseError,
     UserError,
 )
+from qwentune.supervise import LAUNCHER
 from qwentune.training import hangs
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.runs import ENVIRONMENT, KILL_AT, KILLED, final_weights, last_states, loss_history, train, write_recipe
@@ -61,7 +62,7 @@ def trainers(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     ranks: dict[int, psutil.Process] = {}
     for child in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.Error):
-            if "qwentune.train" in child.cmdline() and "accelerate.commands.launch" not in child.cmdline():
+            if "qwentune.train" in child.cmdline() and LAUNCHER not in child.cmdline():
                 ranks[int(child.environ().get("RANK", "0"))] = child
     return ranks
 
@@ -231,6 +232,7 @@ def test_two_ranks_name_what_is_not_finite(tmp_path: Path) -> None:
     process = supervised(recipe)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 6, errors
+    assert "Traceback" not in errors, errors  # of the launcher
     assert re.search(r"step \d+  not finite: the \w+ ", errors)
     assert "not finite: the gradient;" not in errors
     assert "rows.jsonl:" in errors
