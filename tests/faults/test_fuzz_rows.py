@@ -231,6 +231,8 @@ def asked_of_the_oracle(
     for message in row["messages"]:
         if not isinstance(message["content"], str | list) or not known >= message.keys():
             return None
+        if message.get("role") in ("function_call", "tool_call", "tool_response"):  # roles of other toolkits
+            return None
         if not isinstance(message.get("train", True), bool):
             return None
         said = json.dumps(message["content"])

@@ -79,7 +79,7 @@ def _check(block: Mapping[str, Json], role: Json, path: str, reader: RowReader) 
         what = "redacted thinking" if kind == "redacted_thinking" else "thinking without its text"
         fix = "Leave the row out: its answer rests on reasoning that nobody can read."
         reader.refuse(f"{path} is {what}", fix)
-    elif kind == "text" or kind in BLOCKS:
+    elif isinstance(kind, str) and (kind == "text" or kind in BLOCKS):
         if others := [key for key in block if key not in BLOCK_KEYS]:
             reader.leave_unread(others, path)
         if kind in BLOCKS and role != BLOCKS[kind]:
