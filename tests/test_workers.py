@@ -243,6 +243,7 @@ def test_ctrl_c_ends_all_at_once_and_is_left_to_the_first_process(started: list[
         return item
 
     assert list(results(in_a_worker(interrupted))) == list(range(20))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
