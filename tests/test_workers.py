@@ -237,6 +237,15 @@ def test_a_worker_that_dies_ends_the_work_with_its_name(
     assert not [pid for pid in started if psutil.pid_exists(pid)]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C counts, also where the tests run in the background of a shell, which has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_all_at_once_and_is_left_to_the_first_process(started: list[int]) -> None:
     def interrupted(item: int) -> int:
         os.kill(os.getpid(), signal.SIGINT)  # as a terminal sends it to all
