@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwentune.bounded import UnreadableError, name_fault, read_bytes
-from qwentune.errors import Problem, RecipeError, UserError, nearest
+from qwentune.errors import Problem, RecipeError, ResumeError, UserError, nearest
 from qwentune.recipe.check import validate
 from qwentune.recipe.keys import is_key
 from qwentune.recipe.overrides import apply_override
@@ -44,6 +44,8 @@ class LoadedRecipe:
         """
         try:
             yield
+        except ResumeError:  # its table names keys, of now and of then
+            raise
         except UserError as error:
             raise error.at(self._located) from None
 
