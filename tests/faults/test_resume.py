@@ -349,10 +349,10 @@ def test_out_of_memory_keeps_the_checkpoint_and_says_what_to_lower(tmp_path: Pat
 
 OUT_OF_MEMORY_LOADING = """
 import torch
-from qwentune.model import load
+from qwentune.model import loading
 def exhausted(*args, **kwargs):
     raise {error}
-load.load_model = exhausted
+loading.load_model = exhausted
 """
 
 
