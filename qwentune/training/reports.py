@@ -20,6 +20,7 @@ from qwentune.errors import Problem, UsageError
 PREFIX = "qwentune-reports-"
 FOLDER = "QWENTUNE_REPORTS"  # the environment variable that names the folder; only a supervisor sets it
 ASK_FOR_STACK = signal.SIGUSR2
+OUR_FILES = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 @contextmanager
@@ -129,13 +130,10 @@ def marks(folder: Path) -> dict[int, int]:
     return values
 
 
-def position(folder: Path, rank: int, *, of: str = "stack") -> str:
+def position(folder: Path, rank: int) -> str:
     """Where a rank that was asked stands, as `file:line in function`; empty where it did not answer."""
-    with suppress(OSError):
-        frame = re.search(r'File "(.+)", line (\d+) in (\S+)', (folder / f"{of}-{rank}").read_text())
-        if frame is not None:
-            return f"{frame[1]}:{frame[2]} in {frame[3]}"
-    return ""
+    frames = _frames(folder / f"stack-{rank}")
+    return frames[0] if frames else ""
 
 
 def crash(folder: Path, rank: int) -> str:
@@ -143,5 +141,15 @@ def crash(folder: Path, rank: int) -> str:
     with suppress(OSError):
         error = re.match(r"Fatal Python error: (.+)", (folder / f"crash-{rank}").read_text())
         if error is not None:
-            return f"{error[1]} in {position(folder, rank, of='crash') or 'a library'}"
+            frames = _frames(folder / f"crash-{rank}") or ["a library"]
+            ours = [frame for frame in frames if frame.startswith(OUR_FILES)]  # says more than a line of numpy's
+            return f"{error[1]} in {(ours or frames)[0]}"
     return ""
+
+
+def _frames(stack: Path) -> list[str]:
+    """`file:line in function` of each call, the innermost first; none where nothing was written."""
+    with suppress(OSError):
+        calls = re.findall(r'File "(.+)", line (\d+) in (\S+)', stack.read_text())
+        return [f"{file}:{line} in {function}" for file, line, function in calls]
+    return []

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from filelock import FileLock, Timeout
 
+import qwentune
 from qwentune import console
 from qwentune.data import cache
 from qwentune.data.dataset import chat_template, prepare
@@ -224,6 +225,20 @@ def test_a_cache_that_is_removed_during_a_run_does_not_matter(
     again = warm.train(recipe, f"output.dir={killed}", QWENTUNE_CACHE=cache)
     assert "from step 6" in again.said
     assert result(killed) == undisturbed
+
+
+def test_a_crash_names_our_line_that_met_it(tmp_path: Path) -> None:
+    """The innermost line may be one of numpy's, which tells nobody which file was read."""
+    store, numpy = Path(qwentune.__file__).parent / "data" / "layout" / "store.py", "/opt/numpy/memmap.py"
+    fatal = "Fatal Python error: Bus error\n\nCurrent thread 0x1 (most recent call first):\n"
+    (tmp_path / "crash-0").write_text(
+        f'{fatal}  File "{numpy}", line 5 in __getitem__\n  File "{store}", line 70 in row\n  File "x", line 1 in run\n'
+    )
+    (tmp_path / "crash-1").write_text(f'{fatal}  File "{numpy}", line 5 in __getitem__\n')
+    (tmp_path / "crash-2").write_text(f"{fatal}  <no Python frame>\n")
+    said = [reports.crash(tmp_path, rank) for rank in range(4)]
+    assert said[0] == f"Bus error in {store}:70 in row"
+    assert said[1:] == [f"Bus error in {numpy}:5 in __getitem__", "Bus error in a library", ""]
 
 
 @pytest.mark.fault(
