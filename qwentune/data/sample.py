@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
 
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 
@@ -23,6 +24,26 @@ class Source:
         return f"{self.file}:{self.line}"
 
 
+MediaKind: TypeAlias = Literal["image", "video", "audio"]
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """A picture, a video or a sound as a row gives it; no file was opened yet.
+
+    `content` is a path (found beside the data file, else from where the command was started), the bytes of a file, or
+    the frames of a video, each one of both. `limits` are what the row itself says of it (`max_pixels`, `min_pixels`,
+    `fps`, `max_frames`). `at` is before which character of its message's content it stands; `where` is how people are
+    told of it (`messages[0].content[1]`, `images[2]`).
+    """
+
+    kind: MediaKind
+    content: Path | bytes | tuple[Path | bytes, ...]
+    at: int
+    where: str
+    limits: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """One call of a tool by the assistant; `arguments` is an object, never a string of JSON."""
@@ -38,7 +59,8 @@ class Message:
 
     `role` is system, user, assistant or tool. `reasoning` is None where the row gives none. `weight` scales the loss
     of an assistant turn; 0 makes it context only. `extra` holds other fields a template may read (`name`,
-    `tool_call_id`). A content given in parts is joined; `num_parts` were there.
+    `tool_call_id`). A content given in parts is joined; `num_parts` were there. `media` stand in the content at their
+    places, in order.
     """
 
     role: str
@@ -48,6 +70,7 @@ class Message:
     weight: float = 1.0
     extra: Mapping[str, Json] = field(default_factory=dict[str, "Json"])
     num_parts: int = 1
+    media: tuple[Medium, ...] = ()
 
 
 class Offered(NamedTuple):

@@ -1,0 +1,84 @@
+"""What each family of models makes of pictures, videos and sounds: pads, grids, limits and positions; free of torch.
+
+Sources: the processors of transformers 5.24 and the preprocessor_config.json of the published folders as quoted in
+public code; where transformers and vLLM differ (positions after a video, marks of a video), vLLM, which serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Number: TypeAlias = tuple[float, float, float]
+
+CLIP_MEAN: Number = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Number = (0.26862954, 0.26130258, 0.27577711)
+HALF: Number = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Vision:
+    """How pictures and videos become patches.
+
+    Sizes in pixels are multiples of `patch * merge`; a grid step of a video is `temporal` frames. A picture has from
+    `min_pixels` to `max_pixels`, a video (all frames together) from `min_video_pixels` to `max_video_pixels`; these
+    four are the published folders' and give way to what a folder says. `video` says how a prompt shows one: `one_span`
+    (marks around all pads) or `timestamped` (`<0.1 seconds>`, marks and pads for each step). `clock` says what the
+    first axis of a position counts in a video: `steps`, or `seconds` times `tokens_per_second`; pictures have one step.
+    """
+
+    patch: int
+    min_pixels: int
+    max_pixels: int
+    min_video_pixels: int
+    max_video_pixels: int
+    mean: Number
+    std: Number
+    video: Literal["one_span", "timestamped"]
+    clock: Literal["steps", "seconds"] = "steps"
+    tokens_per_second: float = 1.0
+    merge: int = 2
+    temporal: int = 2
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+
+
+@dataclass(frozen=True, slots=True)
+class Hearing:
+    """How sounds become mel frames (hop 160 at 16 kHz, `mel_bins` each) and how many pads stand for them.
+
+    `count`: `halved_twice` (the whole clip in two strides of 2) or `by_hundred` (blocks of 100 frames of 13 pads).
+    `most_seconds` is what the model takes of one clip; None: any length.
+    """
+
+    count: Literal["halved_twice", "by_hundred"]
+    most_seconds: float | None
+    mel_bins: int = 128
+    sampling_rate: int = 16000
+    hop: int = 160
+
+
+@dataclass(frozen=True, slots=True)
+class MediaFamily:
+    """What the models of one `model_type` take besides text.
+
+    `pads` names the control token that stands for each kind in a rendering, one for a medium, which becomes as many as
+    the medium has tokens. `axes` is 3 where positions have a time, a row and a column, else 1.
+    """
+
+    model_type: str
+    pads: Mapping[str, str]
+    vision: Vision | None = None
+    hearing: Hearing | None = None
+    axes: Literal[1, 3] = 3
+
+
+_PICTURES = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+_VL2 = Vision(14, 3136, 12_845_056, 128 * 28 * 28, 768 * 28 * 28 * 768, CLIP_MEAN, CLIP_STD, "one_span")
+_VL3 = Vision(16, 65_536, 16_777_216, 4_096, 25_165_824, HALF, HALF, "timestamped")
+
+FAMILIES: Mapping[str, MediaFamily] = {family.model_type: family for family in (
+    MediaFamily("qwen2_vl", _PICTURES, _VL2),
+)}
