@@ -79,6 +79,6 @@ _PICTURES = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 _VL2 = Vision(14, 3136, 12_845_056, 128 * 28 * 28, 768 * 28 * 28 * 768, CLIP_MEAN, CLIP_STD, "one_span")
 _VL3 = Vision(16, 65_536, 16_777_216, 4_096, 25_165_824, HALF, HALF, "timestamped")
 
-FAMILIES: Mapping[str, MediaFamily] = {family.model_type: family for family in (
-    MediaFamily("qwen2_vl", _PICTURES, _VL2),
-)}
+FAMILIES: Mapping[str, MediaFamily] = {
+    family.model_type: family for family in (MediaFamily("qwen2_vl", _PICTURES, _VL2),)
+}
