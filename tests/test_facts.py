@@ -105,7 +105,7 @@ def test_every_checkpoint_of_a_shape_family_has_its_own_id_and_a_source() -> Non
     sizes = re.compile(r"(\d+(?:\.\d+)?)B(?!-Preview)")
     for name, spec in MODELS.items():
         if match := sizes.search(name):
-            # Names round; the smallest count fewer or more of the embedding, omni models their decoder alone. An MoE also
+            # Names round; the smallest count fewer or more of the embedding, omni models the decoder alone. An MoE also
             # names its active part.
             counts = (spec.parameters, spec.all_parameters)
             assert any(0.8 < count / 1e9 / float(match[1]) < 1.25 for count in counts) or spec.moe, name
