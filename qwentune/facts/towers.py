@@ -20,6 +20,12 @@ DECODERS = {
     "qwen3_vl_moe": "qwen3_moe",
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
+    "qwen2_audio": "qwen2",
+    "qwen2_5_omni": "qwen2",
+    "qwen2_5_omni_thinker": "qwen2",
+    "qwen3_omni_moe": "qwen3_moe",
+    "qwen3_omni_moe_thinker": "qwen3_moe",
+    "qwen3_asr": "qwen3",
 }
 # transformers loads the text decoders of these alone, as causal language models.
 _LOADED_ALONE = ("qwen3_5", "qwen3_5_moe")
