@@ -238,7 +238,7 @@ def media_config(model_type: MediaType, ids: dict[str, int], hidden: int = 64) -
         "hidden_size": hidden,
         "initializer_range": 0.02,
         "intermediate_size": 2 * hidden,
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": 32768,
         "num_attention_heads": hidden // HEAD_DIM,
         "num_hidden_layers": 2,
         "num_key_value_heads": 2,
@@ -277,7 +277,7 @@ def media_config(model_type: MediaType, ids: dict[str, int], hidden: int = 64) -
     }
     if model_type in ("qwen2_vl", "qwen2_5_vl"):
         rope = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
-        more = {"max_window_layers": 2, "sliding_window": 8192, "use_sliding_window": False}
+        more = {"max_window_layers": 2, "sliding_window": 32768, "use_sliding_window": False}
         eye = _windowed_eye(hidden) | {"tokens_per_second": 2, "spatial_patch_size": 14}
         if model_type == "qwen2_vl":
             eye = {"depth": 2, "embed_dim": hidden // 2, "hidden_size": hidden, "num_heads": 2, "mlp_ratio": 2}

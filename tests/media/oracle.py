@@ -276,7 +276,7 @@ def expanded(
             continue
         assert out.pop() == before
         for number, seconds in enumerate(medium.times):
-            out += tokenizer.encode(f"<{seconds:.1f} seconds>", add_special_tokens=False) + [before]
+            out += [*tokenizer.encode(f"<{seconds:.1f} seconds>", add_special_tokens=False), before]
             if number == 0:
                 places.append(len(out))
             out += [token] * (medium.num_tokens // medium.grid[0]) + [after]

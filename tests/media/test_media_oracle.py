@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from qwentune import preview as preview_command
+from qwentune.errors import EXIT_OK
 from tests.media import material, oracle
 from tests.media.checkpoints import TYPES, MediaType, write_media_checkpoint
 from tests.media.material import Item, Material
@@ -201,6 +203,74 @@ def test_generated_dialogues_hold_what_they_are_to_hold(
         assert sum(token in pads for token in example.input_ids) == sum(m.num_tokens for m, _ in example.media)
         assert all(example.input_ids[place] in pads for _, place in example.media)
         assert (np.diff(example.positions.max(0), prepend=-1) <= max(1, example.positions.max())).all()
+
+
+# --- the project, held against the oracle
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_dialogues_with_media_are_rendered_as_the_oracle_has_them(
+    tmp_path: Path, classes: dict[str, Class], files: Material, items: dict[str, Item], name: MediaType
+) -> None:
+    compare(tmp_path, classes[name], files, items, seed=0, count=NUM_FAST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TYPES)
+def test_many_dialogues_with_media_are_rendered_as_the_oracle_has_them(
+    tmp_path: Path, classes: dict[str, Class], files: Material, items: dict[str, Item], name: MediaType
+) -> None:
+    compare(tmp_path, classes[name], files, items, seed=1, count=NUM_SLOW)
+
+
+def compare(folder: Path, one: Class, files: Material, items: dict[str, Item], *, seed: int, count: int) -> None:
+    """Holds `preview --jsonl` of generated dialogues against the oracle."""
+    rows = oracle.generated(seed, one.name, files, count)
+    shown = previewed(recipe_of(folder, one, files, rows))
+    for line, row in enumerate(rows, start=1):
+        expected = [as_previewed(e) for e in oracle.expected_examples(row, one.tokenizer, one.name, items)]
+        assert shown.pop(line, []) == expected, f"row {line}: {json.dumps(row, ensure_ascii=False)}"
+    assert shown == {}
+
+
+def recipe_of(folder: Path, one: Class, files: Material, rows: list[dict[str, Any]], **data: Any) -> Path:
+    """A recipe over the rows, which are written beside their media."""
+    data_file = files.folder / f"{folder.name}.jsonl"
+    data_file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    recipe = {
+        "model": str(one.folder),
+        "tuning": {"kind": "lora"},
+        "data": {"train": str(data_file), "max_tokens": MAX_TOKENS, "packing": False, **data},
+        "output": {"dir": str(folder / "run")},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def previewed(recipe: Path) -> dict[int, list[dict[str, Any]]]:
+    """What `preview --jsonl` writes, by the line of the row; the media's paths are left out."""
+    file = recipe.with_name("preview.jsonl")
+    assert preview_command.run(str(recipe), [], None, file, None, False, False) == EXIT_OK
+    shown: dict[int, list[dict[str, Any]]] = {}
+    for line in file.read_text("utf-8").splitlines():
+        example = json.loads(line)
+        media = [{key: medium[key] for key in ("kind", "start", "tokens", "grid")} for medium in example["media"]]
+        assert all(Path(medium["path"]).is_file() for medium in example["media"])
+        weights = example["weights"] or [float(label != UNTRAINED) for label in example["labels"]]
+        kept = {key: example[key] for key in ("turns", "input_ids", "labels")}
+        shown.setdefault(example["source"]["line"], []).append({**kept, "weights": weights, "media": media})
+    return shown
+
+
+def as_previewed(example: Example) -> dict[str, Any]:
+    """An example of the oracle's in the shape of a line of `preview --jsonl`."""
+    media = [
+        {"kind": medium.item.kind, "start": place, "tokens": medium.num_tokens, "grid": list(medium.grid)}
+        for medium, place in example.media
+    ]
+    kept = {name: getattr(example, name) for name in ("turns", "input_ids", "labels", "weights")}
+    return {**kept, "media": media}
 
 
 # --- with torchvision, the full processors
