@@ -196,13 +196,17 @@ class Example:
 
 
 def expected_examples(
-    row: Row, tokenizer: PreTrainedTokenizerFast, model_type: MediaType, items: Mapping[str, Item]
+    row: Row,
+    tokenizer: PreTrainedTokenizerFast,
+    model_type: MediaType,
+    items: Mapping[str, Item],
+    rules: Rules | None = None,
 ) -> list[Example]:
-    """The examples of a row of the `chat` format whose media are named in `items`.
+    """The examples of a row of the `chat` format whose media are named in `items`; under other `rules` if given.
 
     `weights` are of each token, 0 without loss; `positions` are (3, T), all alike where positions have one axis.
     """
-    rules = RULES[model_type]
+    rules = rules or RULES[model_type]
     form = oracle.reasoning_form(tokenizer, {})
     messages, reasons = zip(*(_normalised(message, form) for message in row["messages"]), strict=True)
     media = [_media_of(message, items, rules) for message in row["messages"]]
