@@ -118,7 +118,7 @@ def load_model(
         options["device_map"] = {"": device}
     with no_warm_up() if sharded else nullcontext():
         try:
-            loader = network_class(config)
+            loader: Any = network_class(config)
             if sharded:
                 loader = sharding(loader, device or torch.device("cpu"))
             model, info = loader.from_pretrained(
