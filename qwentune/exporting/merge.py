@@ -15,7 +15,7 @@ from qwentune.facts.documents import read_object
 from qwentune.facts.weight_files import read_adapter, read_weights
 from qwentune.model.hollow import refuse_other_weights
 from qwentune.model.loading import read_config
-from qwentune.model.media import network_class
+from qwentune.model.senses import network_class
 
 
 @busy("loading the weights")

@@ -17,7 +17,7 @@ from qwentune.facts.media import FAMILIES
 from qwentune.facts.towers import TOWERS, Part, not_adapted, part_of
 from qwentune.model.hollow import refuse_other_adapter
 from qwentune.model.loading import DTYPES
-from qwentune.model.media import is_trainable
+from qwentune.model.senses import is_trainable
 from qwentune.model.sharded import Shards
 from qwentune.model.trained_rows import lay_over
 from qwentune.recipe import Tuning

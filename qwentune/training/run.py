@@ -376,7 +376,7 @@ class Run:
         from qwentune.model.adapters import add_adapters, load_adapters
         from qwentune.model.attention import IMPLEMENTATIONS
         from qwentune.model.loading import load_model, recompute_layers
-        from qwentune.model.media import freeze
+        from qwentune.model.senses import freeze
         from qwentune.model.sharded import Shards
 
         tuning, choices = self.loaded.recipe.tuning, self.plan.choices

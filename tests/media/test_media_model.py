@@ -23,7 +23,7 @@ from qwentune.model.adapters import add_adapters, load_adapters
 from qwentune.model.attention import IMPLEMENTATIONS
 from qwentune.model.head import LossHead
 from qwentune.model.loading import load_model, read_config, recompute_layers
-from qwentune.model.media import freeze, network_class
+from qwentune.model.senses import freeze, network_class
 from qwentune.recipe import Tuning
 from qwentune.training.trainer import save_weights
 from tests.media.checkpoints import HEARS, HYBRIDS, TYPES, MediaType, add_media_weights, write_media_checkpoint

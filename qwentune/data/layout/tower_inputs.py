@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qwentune.facts.media import MediaFamily
 
-# Of every published checkpoint; `qwentune.model.media` refuses a folder that says otherwise.
+# Of every published checkpoint; `qwentune.model.senses` refuses a folder that says otherwise.
 WINDOW_PIXELS = 112  # of Qwen2.5's windows
 POSITIONS_SIDE = 48  # of the square of learned positions of Qwen3's towers
 HALF_CHUNK = {"qwen2_5_omni": 100, "qwen3_omni_moe": 50}  # mel frames
