@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.media.checkpoints import HEARS, HYBRIDS, TYPES, MediaType, add_media_weights, write_media_checkpoint
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -17,12 +18,10 @@ from qwentune.data.layout.batch import collate
 from qwentune.data.layout.tower_inputs import tower_inputs
 from qwentune.data.layout.trie import lay_out
 from qwentune.facts.media import FAMILIES
-from qwentune.facts.towers import part_of
 from qwentune.model.attention import IMPLEMENTATIONS
 from qwentune.model.head import LossHead
-from qwentune.model.loading import load_model, read_config, recompute_layers
-from qwentune.model.media import freeze, network_class
-from tests.media.checkpoints import HEARS, HYBRIDS, SEES, TYPES, MediaType, add_media_weights, write_media_checkpoint
+from qwentune.model.loading import load_model, read_config
+from qwentune.model.media import network_class
 
 PACKED = tuple(name for name in TYPES if name not in HYBRIDS)
 

@@ -22,7 +22,7 @@ AUDIO_FRAMES = 3000  # that Qwen2-Audio's tower takes, no more and no fewer
 
 def stays_on_cpu(name: str) -> bool:
     """Whether a tensor of a batch is read as numbers in the step."""
-    return name == "trees" or name.endswith(("_grid_thw", "cu_seqlens", "feature_lengths"))
+    return name == "trees" or name.endswith(("_grid_thw", "seqlens", "feature_lengths"))
 
 
 def tower_inputs(family: MediaFamily, batch: dict[str, Tensor]) -> dict[str, Tensor]:
