@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Literal, TypeAlias
 
 from qwentune.errors import Problem
@@ -50,6 +51,17 @@ def part_of(name: str) -> Part:
     if found is None:
         return "tower" if name.rpartition(".")[2] in TOWERS else "language"
     return "merger" if found["beside"] or found["child"] in MERGERS else "tower"
+
+
+def not_adapted(parts: Collection[Part]) -> str:
+    """A regular expression that full names of the modules of towers match, but for those of `parts`."""
+    tower, merger = "|".join(TOWERS), "|".join(MERGERS)
+    if "tower" in parts:
+        inside = rf"(?:{tower})\.(?:{merger})(?:\..*)?" if "merger" not in parts else None
+    else:
+        inside = rf"(?:{tower})(?:\.(?!(?:{merger})(?:\.|$)).*)?" if "merger" in parts else rf"(?:{tower})(?:\..*)?"
+    beside = None if "merger" in parts else rf"{PROJECTOR}(?:\..*)?"
+    return rf"(?:.*\.)?(?:{'|'.join(each for each in (inside, beside) if each is not None)})"
 
 
 def tower_remark(spec: ModelSpec) -> str:

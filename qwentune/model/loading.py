@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import (
@@ -91,7 +91,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model of `folder`, its cache off, every key of it loaded; `sharded` only this rank's rows.
 
-    With towers where the run `has_media`, or where the decoder is not to be had alone; these are frozen.
+    With towers where the run `has_media`, or where the decoder is not to be had alone.
 
     On the meta device no weight is read, only what the files' headers say of them.
 
@@ -191,17 +191,22 @@ def _mismatch(name: str, there: Any, wanted: Any) -> str:
     return f"{name} {list(there)} for {list(wanted)}"
 
 
-def recompute_layers(model: PreTrainedModel, layers: bool | int) -> None:
+def recompute_layers(model: PreTrainedModel, layers: bool | int, *, towers: bool = False) -> None:
     """Switches activation checkpointing on for all decoder layers (True) or for the first `layers` of them.
 
-    Not for a frozen tower, which switching it on would pull into the backward pass.
+    With `towers` for the blocks of towers too; a frozen one it would pull into the backward pass.
     """
+    how = {"use_reentrant": False}
+    has_towers = model.config.model_type in FAMILIES
+    for name, module in model.named_modules() if towers and has_towers else ():
+        if name.rpartition(".")[2] in TOWERS:
+            cast(Any, module).gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     if not layers:
         return
-    network: Any = model.get_decoder() if model.config.model_type in FAMILIES else model
-    network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    network: Any = model.get_decoder() if has_towers else model
+    network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     if layers is not True:
-        switched: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+        switched: list[Any] = [m for m in network.modules() if getattr(m, "gradient_checkpointing", False)]
         for layer in [m for m in switched if type(m).__name__.endswith("DecoderLayer")][layers:]:
             layer.gradient_checkpointing = False
 

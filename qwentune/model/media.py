@@ -27,7 +27,7 @@ from qwentune.facts.towers import PROJECTOR, Part, loads_towers, part_of
 THINKERS = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
 HEARD = ("input_features", "feature_lengths", "audio_")
 OF_MEDIA = ("pixel_values", "image_", "video_", *HEARD)
-UNUSED = "audio_bos_eos_token.weight"  # Qwen2.5-Omni's thinker holds it and never reads it
+UNUSED = "audio_bos_eos_token"  # Qwen2.5-Omni's thinker holds it and never reads it
 NO_PICTURE = [[1, 2, 2]]  # the smallest grid
 NO_SOUND = 200  # mel frames
 
@@ -199,6 +199,12 @@ def _on(device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 def freeze(network: nn.Module, trained: Collection[Part]) -> None:
     """Stops gradients into the parts of a model with towers that are not trained."""
-    for name, parameter in network.named_parameters():
-        if part_of(name) not in trained or name.endswith(UNUSED):
-            parameter.requires_grad_(False)
+    for name, module in network.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if part_of(f"{name}.{own}") not in trained or not is_trainable(name, module):
+                parameter.requires_grad_(False)
+
+
+def is_trainable(name: str, module: nn.Module) -> bool:
+    """Whether a module has weights that a step can move: some are constants, and one is held and never read."""
+    return name.rpartition(".")[2] != UNUSED and any(parameter.requires_grad for parameter in module.parameters())

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.media.checkpoints import HEARS, HYBRIDS, TYPES, MediaType, add_media_weights, write_media_checkpoint
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -18,10 +17,16 @@ from qwentune.data.layout.batch import collate
 from qwentune.data.layout.tower_inputs import tower_inputs
 from qwentune.data.layout.trie import lay_out
 from qwentune.facts.media import FAMILIES
+from qwentune.facts.towers import part_of
+from qwentune.facts.weight_files import read_weights
+from qwentune.model.adapters import add_adapters, load_adapters
 from qwentune.model.attention import IMPLEMENTATIONS
 from qwentune.model.head import LossHead
-from qwentune.model.loading import load_model, read_config
-from qwentune.model.media import network_class
+from qwentune.model.loading import load_model, read_config, recompute_layers
+from qwentune.model.media import freeze, network_class
+from qwentune.recipe import Tuning
+from qwentune.training.trainer import save_weights
+from tests.media.checkpoints import HEARS, HYBRIDS, SEES, TYPES, MediaType, add_media_weights, write_media_checkpoint
 
 PACKED = tuple(name for name in TYPES if name not in HYBRIDS)
 
@@ -221,3 +226,111 @@ def test_rows_with_media_train_as_single_examples_do(worlds: Any, model_type: Me
             for each in (world, other)
         )
     assert abs(alone - after) > 1e-3
+
+
+def lora(**keys: Any) -> Tuning:
+    return Tuning(kind="lora", rank=2, **keys)
+
+
+def parts_with_adapters(adapted: Any) -> set[str]:
+    return {part_of(name) for name, p in adapted.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_adapters_stand_only_where_they_are_asked_for(worlds: Any, model_type: MediaType, tmp_path: Path) -> None:
+    """Whatever a module of a tower is called; and what is saved is loaded again bit for bit."""
+    world: World = worlds(model_type)
+    batch = batch_of(world, read_config(world.folder, has_media=True), [[world.example(0, range(len(world.things)))]])
+    for k, (tuning, wanted) in enumerate(
+        (
+            (lora(), {"language"}),
+            (lora(targets=["q_proj", "k_proj", "gate_proj", "up_proj", "down_proj"]), {"language"}),
+            (lora(merger="adapters"), {"language", "merger"}),
+            (lora(targets=["q_proj"], towers="adapters"), {"language", "tower"}),
+            (lora(merger="trained"), {"language", "merger"}),
+            (lora(towers="trained", merger="trained"), {"language", "tower", "merger"}),
+        )
+    ):
+        adapted = add_adapters(ours(world), tuning, "fp32", [5, 6])
+        assert parts_with_adapters(adapted) == wanted
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.01)
+        save_weights(adapted, tmp_path / str(k))
+        again = load_adapters(ours(world), tmp_path / str(k), "fp32")
+        losses = [LossHead(model, "supervised").loss(model, batch) for model in (adapted, again)]
+        assert losses[0] == losses[1]
+        trained = {name: p for name, p in again.named_parameters() if p.requires_grad}
+        losses[1].backward()
+        assert [name for name, p in trained.items() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_recomputing_gives_the_same_bits_and_leaves_a_frozen_tower_alone(
+    worlds: Any, model_type: MediaType, kind: str
+) -> None:
+    world: World = worlds(model_type)
+    batch = batch_of(world, read_config(world.folder, has_media=True), [[world.example(0, range(len(world.things)))]])
+    found: list[Any] = []
+    for recomputed in (False, True):
+        network = ours(world)
+        torch.manual_seed(2)
+        recompute_layers(network, recomputed)
+        if kind == "full":
+            freeze(network, ["language"])
+        model = network if kind == "full" else add_adapters(network, lora(), "fp32")
+        outputs: list[Tensor] = []
+        for name, module in network.named_modules():
+            if part_of(name) != "language" and not list(module.children()):
+                module.register_forward_hook(lambda _m, _i, output: outputs.append(output))
+        loss = LossHead(model, "supervised").loss(model, batch)
+        loss.backward()
+        assert outputs
+        assert not any(output.requires_grad for output in outputs if isinstance(output, Tensor))
+        found.append((loss, gradients(model)))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(grad, found[1][1][name]) for name, grad in found[0][1].items())
+    assert {part_of(name) for name in found[0][1]} == {"language"}
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_trained_tower_is_recomputed_and_has_gradients_without_media_too(worlds: Any, model_type: MediaType) -> None:
+    """Zeros, on a batch of text alone: else the ranks that have pictures would wait for the one that has none."""
+    world: World = worlds(model_type)
+    config = read_config(world.folder, has_media=True)
+    batch = batch_of(world, config, [[world.example(0, range(len(world.things)))]])
+    found: list[dict[str, Tensor]] = []
+    for recomputed in (False, True):
+        network = ours(world)
+        recompute_layers(network, False, towers=recomputed)
+        freeze(network, ["tower", "merger"])
+        LossHead(network, "supervised").loss(network, batch).backward()
+        found.append(gradients(network))
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+    # What two text layers do with the second deep features comes after all attention.
+    assert {name for name, grad in found[0].items() if not grad.any() and "merger_list.1." not in name} == set()
+    network.zero_grad()
+    freeze(network, ["tower"])
+    text = batch_of(world, config, [[world.example(0, [])]])
+    LossHead(network, "supervised").loss(network, text).backward()
+    trained = {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(grad is not None and not grad.any() for grad in trained.values())
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_checkpoint_of_full_tuning_is_loaded_as_it_was(worlds: Any, model_type: MediaType, tmp_path: Path) -> None:
+    """Bit for bit, under the names that the base has on disk, and the folder says that it sees and hears."""
+    world: World = worlds(model_type)
+    network = ours(world)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    save_weights(network, tmp_path)
+    again = load_model(tmp_path, dtype="fp32", has_media=True)
+    assert type(again) is type(network)
+    there = dict(again.named_parameters())
+    assert all(torch.equal(p, there[name]) for name, p in network.named_parameters())
+    assert read_weights(tmp_path).keys() == read_weights(world.folder).keys()
