@@ -1,9 +1,16 @@
-"""Checkpoints that hold more than a text decoder: which decoder their text tower is, and whether it can be trained."""
+"""Checkpoints that hold more than a text decoder: what of them is loaded, and which weights are whose."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+from typing import Literal, TypeAlias
+
 from qwentune.errors import Problem
 from qwentune.facts.architecture import ModelSpec
+from qwentune.facts.media import FAMILIES
+
+Part: TypeAlias = Literal["language", "tower", "merger"]
 
 # The layers of a tower are those of the decoder; only its position ids have three axes.
 DECODERS = {
@@ -13,9 +20,48 @@ DECODERS = {
     "qwen3_vl_moe": "qwen3_moe",
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
+    "qwen2_audio": "qwen2",
+    "qwen2_5_omni": "qwen2",
+    "qwen2_5_omni_thinker": "qwen2",
+    "qwen3_omni_moe": "qwen3_moe",
+    "qwen3_omni_moe_thinker": "qwen3_moe",
+    "qwen3_asr": "qwen3",
 }
-# transformers loads the text towers of these alone, as causal language models.
+# transformers loads the text decoders of these alone, as causal language models.
 _LOADED_ALONE = ("qwen3_5", "qwen3_5_moe")
+
+TOWERS = ("visual", "audio_tower")
+# What turns a tower's outputs into embeddings of the language model: beside the tower, or inside it.
+PROJECTOR = "multi_modal_projector"
+MERGERS = ("merger", "merger_list", "deepstack_merger_list", "proj", "proj1", "proj2", PROJECTOR)
+_OF_A_TOWER = re.compile(rf"(?:^|\.)(?:(?:{'|'.join(TOWERS)})\.(?P<child>[a-z_0-9]+)|(?P<beside>{PROJECTOR}))(?:\.|$)")
+
+
+def loads_towers(model_type: str, *, has_media: bool) -> bool:
+    """Whether a checkpoint of that type is loaded with its towers: wherever it has some that can be needed.
+
+    A run on texts alone takes the decoder alone where transformers can load that.
+    """
+    return model_type in FAMILIES and (has_media or model_type not in _LOADED_ALONE)
+
+
+def part_of(name: str) -> Part:
+    """Whose a parameter or module is, by its name in memory; a tower as a whole counts as tower."""
+    found = _OF_A_TOWER.search(f"{name}.")
+    if found is None:
+        return "tower" if name.rpartition(".")[2] in TOWERS else "language"
+    return "merger" if found["beside"] or found["child"] in MERGERS else "tower"
+
+
+def not_adapted(parts: Collection[Part]) -> str:
+    """A regular expression that full names of the modules of towers match, but for those of `parts`."""
+    tower, merger = "|".join(TOWERS), "|".join(MERGERS)
+    if "tower" in parts:
+        inside = rf"(?:{tower})\.(?:{merger})(?:\..*)?" if "merger" not in parts else None
+    else:
+        inside = rf"(?:{tower})(?:\.(?!(?:{merger})(?:\.|$)).*)?" if "merger" in parts else rf"(?:{tower})(?:\..*)?"
+    beside = None if "merger" in parts else rf"{PROJECTOR}(?:\..*)?"
+    return rf"(?:.*\.)?(?:{'|'.join(each for each in (inside, beside) if each is not None)})"
 
 
 def tower_remark(spec: ModelSpec) -> str:

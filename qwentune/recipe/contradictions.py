@@ -57,6 +57,15 @@ def contradictions(root: Node) -> Iterator[Problem]:
                 what = f"{key}: tuning.kind is full, which has no adapters"
                 fix = f"Leave it out (on the command line: {key}=null), or use kind: lora."
                 yield Problem(place.where, what, fix)
+        for key in ("tuning.towers", "tuning.merger"):
+            if (place := given.place(key)) and given.value(key, "") == "adapters":
+                what = f"{key}: adapters, but tuning.kind is full, which has none"
+                yield Problem(place.where, what, "Use trained, or kind: lora.")
+    for part in ("towers", "merger"):
+        place = given.place(f"tuning.{part}_learning_rate")
+        if place and given.value(f"tuning.{part}", "frozen") == "frozen":
+            what = f"tuning.{part}_learning_rate: tuning.{part} is frozen"
+            yield Problem(place.where, what, f"Leave it out, or use tuning.{part}=trained or adapters.")
     for first, second, decided in EITHER:
         if (place := given.place(second)) and given.place(first):
             what = f"{second}: {first} is given too, and one of them decides {decided}"

@@ -40,6 +40,7 @@ Rate = Annotated[float, Gt(0), Le(10)]
 Share = Annotated[float, Ge(0), Le(1)]
 ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
 Dtype = Literal["auto", "bf16", "fp32"]
+PartTuning = Literal["frozen", "trained", "adapters"]
 Tracker = Literal["clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 TemplateArgument = bool | int | float | str
 if TYPE_CHECKING:
@@ -98,9 +99,14 @@ class Tuning(Section):
         None,
         "an adapter folder to continue from (a new run, no resume); keys that are left out are its",
     )
+    towers: PartTuning = _key("frozen", "what sees and hears in a model with media: frozen, trained, or with adapters")
+    merger: PartTuning = _key("frozen", "what turns a tower's outputs into embeddings: frozen, trained, or with adapters")
+    towers_learning_rate: Rate | None = _key(None, "of the towers; null: optimizer.learning_rate")
+    merger_learning_rate: Rate | None = _key(None, "of the merger; null: optimizer.learning_rate")
 
 
-ADAPTER_KEYS = tuple(name for name in Tuning.model_fields if name != "kind")
+TOWER_KEYS = ("towers", "merger", "towers_learning_rate", "merger_learning_rate")
+ADAPTER_KEYS = tuple(name for name in Tuning.model_fields if name not in ("kind", *TOWER_KEYS))
 
 
 class Objective(Section):

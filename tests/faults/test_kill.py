@@ -246,10 +246,12 @@ def evaluations_of(run: Path) -> str:
     return file.read_text() if file.exists() else ""
 
 
-def kill_until_done(folder: Path, kind: str, kills: int, start: Callable[[Path, Path], Attempt]) -> None:
-    """`start` begins an attempt at a recipe whose order of rows goes to a file."""
+def kill_until_done(
+    folder: Path, kind: str, kills: int, start: Callable[[Path, Path], Attempt], model: Path | None = None
+) -> None:
+    """`start` begins an attempt at a recipe whose order of rows goes to a file; without a model, at a tiny Qwen3."""
     seed = int(os.environ.get("SEED", random.randrange(10_000)))
-    model = add_weights(write_checkpoint(folder / "model", "qwen3"))
+    model = model or add_weights(write_checkpoint(folder / "model", "qwen3"))
     sections: dict[str, dict[str, Any]] = {
         "optimizer": {"max_steps": kills * int(MOST_STEPS + 1)}, "data": {"max_tokens": 256},
         "batch": {"sequences_per_step": 2, "micro_batch": 1}, "output": {"save_every_steps": 5},
@@ -328,10 +330,10 @@ def test_a_hundred_kills_at_random_moments_change_nothing(tmp_path: Path, kind: 
     kill_warm(tmp_path, kind, kills=100, ranks=ranks)
 
 
-def kill_warm(folder: Path, kind: str, *, kills: int, ranks: int) -> None:
+def kill_warm(folder: Path, kind: str, *, kills: int, ranks: int, model: Path | None = None) -> None:
     servers = [Warm() for _ in range(ranks)]
     try:
-        kill_until_done(folder, kind, kills, lambda recipe, order: WarmAttempt(recipe, servers, order))
+        kill_until_done(folder, kind, kills, lambda recipe, order: WarmAttempt(recipe, servers, order), model)
     finally:
         for server in servers:
             server.close()
