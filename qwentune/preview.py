@@ -181,14 +181,17 @@ def example_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
             "input_ids": input_ids,
             "labels": [token if on else -100 for token, on in zip(input_ids, trained, strict=True)],
             "weights": None if plain else example.weights,
-            **({"media": media} if media else {}),
+            **({} if media is None else {"media": media}),
         }
 
 
-def _with_pads(example: Example, dataset: Dataset) -> tuple[list[int], list[dict[str, Any]]]:
-    """The ids of an example as the model is given them, and the media that it shows, each with where its pads begin."""
+def _with_pads(example: Example, dataset: Dataset) -> tuple[list[int], list[dict[str, Any]] | None]:
+    """The ids of an example as the model is given them, and the media that it shows, each with where its pads begin.
+
+    None where no example of the data shows any.
+    """
     if dataset.media is None:
-        return example.input_ids, []
+        return example.input_ids, None
     import numpy as np
 
     ids = np.asarray(example.input_ids, dtype=np.int32)

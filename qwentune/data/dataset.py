@@ -214,7 +214,7 @@ def _limits(data: DataOptions, tokenizer: Tokenizer) -> MediaLimits | None:
     except UsageError:
         return None  # what is wrong with that file is said by those who need it
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    return None if family is None else media_limits(folder, family, getattr(data, "media", None))
+    return None if family is None else media_limits(folder, family, data.media)
 
 
 def _contents(data: DataOptions) -> dict[str, Content]:
@@ -235,7 +235,7 @@ def _set_aside(folder: Path, damage: DamagedError) -> None:
     """Moves a damaged folder out of the way; who has it open goes on with the files it opened."""
     if isinstance(damage, StaleError):
         remove(folder)
-        say(f"{damage}: the data is rendered again")
+        say(f"{damage}. It is rendered again")
         return
     aside = move_aside(folder, f"{folder.name}.damaged")
     say(f"the rendered data in {folder} is damaged: {damage}. It was moved to {aside.name}, and is rendered again")

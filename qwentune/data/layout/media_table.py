@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,27 +45,18 @@ class MediaTable:
 
     def write(self, folder: Path) -> bytes:
         """Writes the table into a folder; what identifies the media, wherever their files are."""
-        rows = [asdict(seen) for seen in self.numbers]
+        rows = [seen.as_json() for seen in self.numbers]
         states = [_state(seen.path) for seen in self.numbers]
         (folder / FILE).write_text(json.dumps({"media": rows, "states": states}, ensure_ascii=False), encoding="utf-8")
         return json.dumps([{**row, "path": ""} for row in rows], sort_keys=True).encode()
 
 
-def read_table(text: bytes) -> tuple[Seen, ...]:
-    """The media that were written; ChangedError where a file is no longer what it was."""
+def read_table(text: bytes) -> tuple[tuple[Seen, ...], int | None]:
+    """The media that were written, and the number of one whose file was written or removed since; None: none was."""
     document = json.loads(text)
-    media = tuple(
-        Seen(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
-        for row in document["media"]
-    )
-    for seen, state in zip(media, document["states"], strict=True):
-        if _state(seen.path) != state:
-            raise ChangedError(seen.path)
-    return media
-
-
-class ChangedError(Exception):
-    """A file of a medium, its argument, was written or removed since the data was rendered."""
+    media = tuple(map(Seen.of_json, document["media"]))
+    states = zip(media, document["states"], strict=True)
+    return media, next((number for number, (seen, state) in enumerate(states) if _state(seen.path) != state), None)
 
 
 def _state(path: str) -> list[int] | None:

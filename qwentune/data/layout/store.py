@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwentune.data.layout import media_table
-from qwentune.data.layout.media_table import ChangedError, MediaTable, read_table
+from qwentune.data.layout.media_table import MediaTable, read_table
+from qwentune.data.media.pads import pad_of
 from qwentune.data.media.seen import Seen
 from qwentune.data.rendering.example import PARTS, Example, Span
 from qwentune.data.sample import Source
@@ -96,12 +97,19 @@ class Examples:
 
     @classmethod
     def open(cls, folder: Path, sums: Mapping[str, Any], file_names: Sequence[str]) -> Examples:
-        """The examples that an `ExampleWriter` wrote into `folder`; DamagedError where a file has not its sums.
+        """The examples that an `ExampleWriter` wrote into `folder`; DamagedError where a file has not its sums,
+        StaleError with the row where that of a medium is not what it was.
 
         What was proved is what is mapped, and stays so where the folder is moved or removed meanwhile.
         """
         arrays = {name: _mapped(folder, name, sums) for name in DTYPES}
-        return cls(**arrays, file_names=tuple(file_names), media=_media(folder, sums))
+        media, changed = _media(folder, sums)
+        examples = cls(**arrays, file_names=tuple(file_names), media=media)
+        if changed is not None:
+            place = int(np.flatnonzero(examples.input_ids == pad_of(changed))[0])
+            source = examples.source(int(np.searchsorted(examples.offsets, place, side="right")) - 1)
+            raise StaleError(f"{source}: {media[changed].path} was written or removed since the data was rendered")
+        return examples
 
     def __len__(self) -> int:
         return len(self.shared)
@@ -364,17 +372,14 @@ def _opened(path: Path) -> Generator[BinaryIO]:
         raise DamagedError(f"{path.name} {'is missing' if missing else f'cannot be read: {error.strerror}'}") from None
 
 
-def _media(folder: Path, sums: Mapping[str, Any]) -> tuple[Seen, ...]:
-    """The media of a sealed folder; DamagedError where their files are no longer those that were rendered."""
+def _media(folder: Path, sums: Mapping[str, Any]) -> tuple[tuple[Seen, ...], int | None]:
+    """The media of a sealed folder, and the number of one whose file is not what it was."""
     if media_table.FILE not in sums:
-        return ()
+        return (), None
     with _opened(folder / media_table.FILE) as file:
         _prove(file, media_table.FILE, sums)
         file.seek(0)
-        try:
-            return read_table(file.read())
-        except ChangedError as changed:
-            raise StaleError(f"{changed} has changed since it was rendered") from None
+        return read_table(file.read())
 
 
 def _path(folder: Path, name: str) -> Path:

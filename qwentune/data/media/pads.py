@@ -18,7 +18,6 @@ from qwentune.data.media.seen import Seen
 from qwentune.data.sample import MediaKind, Message, RowError
 
 KINDS: tuple[MediaKind, ...] = get_args(MediaKind)
-NAMES: Mapping[MediaKind, str] = {"image": "an image", "video": "a video", "audio": "a sound"}
 
 
 class Shown(NamedTuple):
@@ -71,12 +70,15 @@ class ShownMedia:
         table: dict[Seen, int] = {}
         by_message: list[tuple[int, ...]] = []
         for message in messages:
-            for medium in message.media:
-                _refuse(medium.kind, medium.where, message.role, limits, control_ids)
-            assert limits is not None or not message.media
-            seen = [look(medium, limits) for medium in message.media if limits is not None]
+            if message.role == "assistant" and message.media:
+                what = f"{message.media[0].where} is in an assistant's turn, and models answer in text alone"
+                raise RowError(what, "Move it to the message before, or leave it out.")
+            seen = [look(medium, limits) for medium in message.media]
             by_message.append(tuple(table.setdefault(one, len(table)) for one in seen))
-        assert limits is not None
+        assert limits is not None  # else `look` has refused
+        for kind in {seen.kind for seen in table}:
+            if (pad := limits.family.pads[kind]) not in control_ids:
+                raise RowError(f"the tokenizer has no {pad}, which stands for media", "Take the checkpoint's own.")
         return cls(limits, tuple(table), tuple(by_message), control_ids)
 
     @property
@@ -142,17 +144,3 @@ class ShownMedia:
 
     def _numbers(self, kept: Sequence[int]) -> Iterator[int]:
         return (number for k in kept for number in self.by_message[k])
-
-
-def _refuse(kind: MediaKind, where: str, role: str, limits: MediaLimits | None, control_ids: Mapping[str, int]) -> None:
-    """RowError where no model writes it, or this one does not read it."""
-    if role == "assistant":
-        what = f"{where} is {NAMES[kind]} in an assistant's turn, and no model of these answers with one"
-        raise RowError(what, "Move it to the message before, or leave it out.")
-    pad = None if limits is None else limits.family.pads.get(kind)
-    if pad is None:
-        takes = "" if limits is None else " and ".join(limits.family.pads)
-        what = f"{where} is {NAMES[kind]}, and the model takes {f'text and {takes}' if takes else 'text'} alone"
-        raise RowError(what, "Leave the row out, or tune a model that takes it: `qwentune models` lists them.")
-    if pad not in control_ids:
-        raise RowError(f"{where} is {NAMES[kind]}, and the tokenizer has no {pad}", "Take the checkpoint's tokenizer.")
