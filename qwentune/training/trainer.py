@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from qwentune.data.layout.batch import Batch, EvalBatches, TrainBatches
+from qwentune.data.layout.batch import Ahead, Batch, EvalBatches, TrainBatches
 from qwentune.data.layout.tower_inputs import stays_on_cpu
 from qwentune.durable import remove
 from qwentune.errors import NotFiniteError, Problem, UserError
@@ -92,7 +92,8 @@ class ExactResume(ExactStep):
 
     def _loader(self, batches: TrainBatches | EvalBatches) -> DataLoader[Batch]:
         pinned = self.args.device.type == "cuda"
-        return DataLoader(batches, batch_size=1, shuffle=False, collate_fn=_only, pin_memory=pinned)
+        made = batches if batches.rows.media is None else Ahead(batches)
+        return DataLoader(made, batch_size=1, shuffle=False, collate_fn=_only, pin_memory=pinned)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Batch]:
         raise AssertionError("qwentune has no test set")
