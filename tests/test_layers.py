@@ -54,6 +54,7 @@ STAGES = (
     "cache",
     "workers",
     "reading",
+    "media",
     "formats",
     "tokenizing",
     "templates",

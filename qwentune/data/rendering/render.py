@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+from qwentune.data.media.look import refusal
 from qwentune.data.rendering.credentials import credentials
 from qwentune.data.rendering.dialogue import Dialogue, RenderOptions
 from qwentune.data.rendering.example import DialogueExamples, Example, Part, Span, TurnIds
@@ -152,6 +153,8 @@ class Renderer:
             if isinstance(sample, Code):
                 planned.forms = list(self.fill_in_the_middle.forms(sample, source_number))
                 return planned
+            if medium := next((medium for message in sample.messages for medium in message.media), None):
+                raise refusal(medium, None)
             if self.template is None:
                 fix = "Give one with data.chat_template, or train on rows of the format text."
                 raise RowError("the checkpoint has no chat template to render messages with", fix)
