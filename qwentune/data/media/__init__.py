@@ -1,1 +1,1 @@
-"""Pictures, videos and sounds: what a model is given of them, read from their files."""
+"""Pictures, videos and sounds: opened while rows are rendered, loaded when a batch is made."""

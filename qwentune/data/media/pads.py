@@ -70,9 +70,6 @@ class ShownMedia:
         table: dict[Seen, int] = {}
         by_message: list[tuple[int, ...]] = []
         for message in messages:
-            if message.role == "assistant" and message.media:
-                what = f"{message.media[0].where} is in an assistant's turn, and models answer in text alone"
-                raise RowError(what, "Move it to the message before, or leave it out.")
             seen = [look(medium, limits) for medium in message.media]
             by_message.append(tuple(table.setdefault(one, len(table)) for one in seen))
         assert limits is not None  # else `look` has refused

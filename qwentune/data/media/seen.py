@@ -1,20 +1,22 @@
-"""What a model sees or hears of a medium: its size in tokens, and from which file it comes."""
+"""What the model is to see or hear of one file, known without decoding it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from qwentune.data.sample import MediaKind
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A medium as a model is given it; two that are equal are the same to the model.
+    """A medium as a model of one family takes it; equal are two of which a model sees or hears the same.
 
-    `digest` is of the bytes of its file (of all frames together, where it is frames), which is at `path`. `original`
-    is width and height in pixels; of audio samples and rate. `grid` is (T, H, W) in patches; of audio (mel frames, 0,
-    0). `num_tokens` are its pads in all. Of a video `frames` are the indices of those taken, `times` the seconds of
-    each grid step, `seconds_per_step` apart.
+    `path` is the file, or one that lists the frames of a video, as JSON. `digest` is of its bytes (of all frames).
+    `original` is (width, height), of audio (samples, rate). `grid` counts patches (T, H, W), of audio (mel frames, 0,
+    0). `num_tokens` pads stand for it in the row. Of a video, `frames` are the indices of those that are taken, `times`
+    the seconds of each grid step, `seconds_per_step` between two of them.
     """
 
     kind: MediaKind
@@ -26,3 +28,15 @@ class Seen:
     frames: tuple[int, ...] = ()
     times: tuple[float, ...] = ()
     seconds_per_step: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Its fields, as `of_json` takes them."""
+        return asdict(self)
+
+    @classmethod
+    def of_json(cls, fields: Mapping[str, Any]) -> Seen:
+        """The medium of such fields, whose tuples JSON has made lists."""
+        steps, rows, columns = fields["grid"]
+        read: dict[str, Any] = {**fields, "grid": (steps, rows, columns)}
+        read |= {key: tuple(fields[key]) for key in ("original", "frames", "times")}
+        return cls(**read)
