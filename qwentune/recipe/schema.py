@@ -41,6 +41,7 @@ Share = Annotated[float, Ge(0), Le(1)]
 ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
 Pixels = Annotated[int, Ge(1), Le(2**31)]
 Dtype = Literal["auto", "bf16", "fp32"]
+Part = Literal["language", "tower", "merger"]  # of a model that sees or hears
 PartTuning = Literal["frozen", "trained", "adapters"]
 Tracker = Literal["clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 TemplateArgument = bool | int | float | str
@@ -100,10 +101,22 @@ class Tuning(Section):
         None,
         "an adapter folder to continue from (a new run, no resume); keys that are left out are its",
     )
-    towers: PartTuning = _key("frozen", "what sees and hears in a model with media: frozen, trained, or with adapters")
-    merger: PartTuning = _key("frozen", "what turns a tower's outputs into embeddings: frozen, trained, or with adapters")
+    towers: PartTuning = _key("frozen", "what sees and hears: frozen, trained, or with adapters")
+    merger: PartTuning = _key("frozen", "what turns that into embeddings: frozen, trained, or with adapters")
     towers_learning_rate: Rate | None = _key(None, "of the towers; null: optimizer.learning_rate")
     merger_learning_rate: Rate | None = _key(None, "of the merger; null: optimizer.learning_rate")
+
+    @property
+    def trained_parts(self) -> tuple[Part, ...]:
+        """Whose weights are not frozen."""
+        asked: dict[Part, str] = {"tower": self.towers, "merger": self.merger}
+        return ("language", *(part for part, how in asked.items() if how != "frozen"))
+
+    @property
+    def part_rates(self) -> dict[Part, float]:
+        """The learning rates that are given for parts of a model."""
+        given: dict[Part, float | None] = {"tower": self.towers_learning_rate, "merger": self.merger_learning_rate}
+        return {part: rate for part, rate in given.items() if rate is not None}
 
 
 TOWER_KEYS = ("towers", "merger", "towers_learning_rate", "merger_learning_rate")
