@@ -100,7 +100,9 @@ class Tuning(Section):
         "an adapter folder to continue from (a new run, no resume); keys that are left out are its",
     )
     towers: PartTuning = _key("frozen", "what sees and hears in a model with media: frozen, trained, or with adapters")
-    merger: PartTuning = _key("frozen", "what turns a tower's outputs into embeddings: frozen, trained, or with adapters")
+    merger: PartTuning = _key(
+        "frozen", "what turns a tower's outputs into embeddings: frozen, trained, or with adapters"
+    )
     towers_learning_rate: Rate | None = _key(None, "of the towers; null: optimizer.learning_rate")
     merger_learning_rate: Rate | None = _key(None, "of the merger; null: optimizer.learning_rate")
 

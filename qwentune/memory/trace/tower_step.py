@@ -77,10 +77,3 @@ def freeze_towers(network: Any, settings: Settings) -> None:
     trained += ["tower"] if settings.towers.body == "trained" else []
     trained += ["merger"] if settings.towers.merger == "trained" else []
     freeze(network, trained)
-
-
-def recompute_towers(towers: Sequence[Any], settings: Settings) -> None:
-    """Switches activation checkpointing on for the blocks of towers where they are recomputed."""
-    for tower in towers if settings.recomputes_towers else ():
-        if hasattr(tower, "gradient_checkpointing_enable"):
-            tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
