@@ -131,9 +131,8 @@ def step_of(
 ) -> Step:
     """One step of a network whose base weights are there, on meta or not; the optimizer's states are there too."""
     layers = list(network.get_decoder().layers)
-    recompute_layers(
-        network, num_recomputed if num_recomputed < len(layers) else True, towers=settings.recomputes_towers
-    )
+    recomputed = num_recomputed if num_recomputed < len(layers) else True
+    recompute_layers(network, recomputed, towers=settings.recomputes_towers)
     towers = tower_modules(network)
     period = _period(network.config.get_text_config())
     freeze_towers(network, settings)
@@ -228,7 +227,7 @@ def meta_batch(settings: Settings, config: PreTrainedConfig | None = None) -> di
     }
     if settings.towers is None or config is None:
         return batch
-    return batch | MediaBatch.on_meta(settings, config).tensors_by_name
+    return {**batch, **MediaBatch.on_meta(settings, config).tensors_by_name}
 
 
 @contextmanager
