@@ -55,6 +55,7 @@ STAGES = (
     "cache",
     "workers",
     "reading",
+    "media",
     "formats",
     "tokenizing",
     "templates",

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qwentune.console import busy
+from qwentune.exporting.processors import is_whole
 from qwentune.facts.documents import read_object
 from qwentune.facts.weight_files import read_weights
 from qwentune.model.hollow import refuse_other_weights
-from qwentune.model.loading import decoder_config
+from qwentune.model.loading import read_config
+from qwentune.model.senses import network_class
 
 
 @busy("loading the weights")
@@ -23,11 +25,11 @@ def load_tuned(base: Path, adapter: Path | None, dtype: torch.dtype | None = Non
 
     Raises ResumeError where a tensor of either is missing, another, or not the model's.
     """
-    refuse_other_weights(base, adapter)
+    has_media = adapter is None or is_whole(adapter)
+    refuse_other_weights(base, adapter, has_media=has_media)
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        base, config=decoder_config(base), use_safetensors=True, **options
-    )
+    config = read_config(base, has_media=has_media)
+    model: Any = network_class(config).from_pretrained(base, config=config, use_safetensors=True, **options)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
     return model.eval()
@@ -67,5 +69,6 @@ def largest_logit_difference(
 
 def _dtype(folder: Path) -> torch.dtype:
     config = read_object(folder / "config.json")
+    config = {**(config.get("thinker_config") or {}), **config}  # where an Omni checkpoint may say it
     names = {"float32": torch.float32, "float16": torch.float16}
     return names.get(str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16)

@@ -51,7 +51,7 @@ class Hearing:
     """How sounds become mel frames (hop 160 at 16 kHz, `mel_bins` each) and how many pads stand for them.
 
     `count`: `halved_twice` (the whole clip in two strides of 2) or `by_hundred` (blocks of 100 frames of 13 pads).
-    `most_seconds` is what the model takes of one clip, to which the shorter ones are padded; None: any length, unpadded.
+    `most_seconds` is what the model takes of one clip, to which shorter ones are padded; None: any length, unpadded.
     """
 
     count: Literal["halved_twice", "by_hundred"]

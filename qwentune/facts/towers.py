@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Literal, TypeAlias
 
 from qwentune.errors import Problem
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.media import FAMILIES
-
-Part: TypeAlias = Literal["language", "tower", "merger"]
+from qwentune.recipe.schema import Part, Tuning
 
 # The layers of a tower are those of the decoder; only its position ids have three axes.
 DECODERS = {
@@ -74,7 +72,25 @@ def tower_remark(spec: ModelSpec) -> str:
 
 def training_problems(spec: ModelSpec) -> list[Problem]:
     """Why the model cannot be trained; empty where it can."""
-    if spec.tower_of is None or spec.tower_of in _LOADED_ALONE:
+    if spec.tower_of is None or spec.tower_of in FAMILIES:
         return []
-    what = f"{spec.tower_of} cannot be trained yet: its text tower is not loaded without its vision tower"
+    what = f"{spec.tower_of} cannot be trained yet"
     return [Problem("model", what, "`qwentune plan` tells what its text tower would take.")]
+
+
+def part_problems(spec: ModelSpec, tuning: Tuning, *, has_media: bool, sharding: str) -> list[Problem]:
+    """What of a recipe its towers do not allow: to be trained where none is loaded, or to be spread over cards."""
+    has_towers = loads_towers(spec.checkpoint_type, has_media=has_media)
+    if has_towers and sharding not in ("none", "ddp"):
+        what = f"{sharding}: {spec.checkpoint_type} is held whole on every card so far"
+        fix = "Use hardware.launch=single or ddp, and QLoRA or LoRA to make it fit."
+        return [Problem("hardware.launch", what, fix)]
+    why = f"{spec.id} reads text only"
+    if spec.checkpoint_type in FAMILIES:
+        why = "no row has a picture, a video or a sound"
+    asked = {"towers": tuning.towers, "merger": tuning.merger}
+    return [
+        Problem(f"tuning.{key}", f"{how}, but {why}", f"Leave it out, or use tuning.{key}=frozen.")
+        for key, how in asked.items()
+        if how != "frozen" and not (has_towers and has_media)
+    ]

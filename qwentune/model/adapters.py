@@ -17,7 +17,7 @@ from qwentune.facts.media import FAMILIES
 from qwentune.facts.towers import TOWERS, Part, not_adapted, part_of
 from qwentune.model.hollow import refuse_other_adapter
 from qwentune.model.loading import DTYPES
-from qwentune.model.media import is_trainable
+from qwentune.model.senses import is_trainable
 from qwentune.model.sharded import Shards
 from qwentune.model.trained_rows import lay_over
 from qwentune.recipe import Tuning
@@ -85,8 +85,8 @@ def _of_parts(model: PreTrainedModel, tuning: Tuning) -> tuple[list[str], dict[s
         options["alpha_pattern"] = dict.fromkeys(twice, 2 * tuning.alpha)
         targets = [target for target in targets if target.rpartition(".")[2] not in EXPERTS]
     asked: dict[Part, str] = {"tower": tuning.towers, "merger": tuning.merger}
-    adapted = [part for part, how in asked.items() if how == "adapters"]
-    trained = [part for part, how in asked.items() if how == "trained"]
+    adapted: list[Part] = [part for part, how in asked.items() if how == "adapters"]
+    trained: list[Part] = [part for part, how in asked.items() if how == "trained"]
     options["modules_to_save"] = [*_children_of(model, trained)] or None
     options["exclude_modules"] = not_adapted(adapted)
     return [*targets, *(name for name in linear if part_of(name) in adapted)], options

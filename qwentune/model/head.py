@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qwentune.model.attention import KERNELS, attention_arguments
-from qwentune.model.media import media_arguments
+from qwentune.model.senses import media_arguments
 from qwentune.model.trained_rows import rows_of
 
 LOSS_CHUNK_TOKENS = 1024  # the plan counts the logits of as many

@@ -15,7 +15,7 @@ from qwentune.errors import Problem, ResumeError
 from qwentune.facts.adapter_config import ADAPTER_CONFIG, largest_trained_token, read_adapter_config
 from qwentune.facts.weight_files import ADAPTER_WEIGHTS, read_adapter
 from qwentune.model.loading import listed, load_model
-from qwentune.model.media import network_class
+from qwentune.model.senses import network_class
 
 
 def refuse_other_weights(base: Path, adapter: Path | None = None, *, has_media: bool = False) -> None:

@@ -28,7 +28,7 @@ from qwentune.facts.documents import MEND
 from qwentune.facts.media import FAMILIES
 from qwentune.facts.towers import PROJECTOR, TOWERS
 from qwentune.facts.weight_files import StoredTensor, read_weights
-from qwentune.model.media import attention_of, network_class, network_config, odd_tower, take_media
+from qwentune.model.senses import attention_of, network_class, network_config, odd_tower, take_media
 from qwentune.model.sharded import no_warm_up, sharding
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -118,7 +118,7 @@ def load_model(
         options["device_map"] = {"": device}
     with no_warm_up() if sharded else nullcontext():
         try:
-            loader = network_class(config)
+            loader: Any = network_class(config)
             if sharded:
                 loader = sharding(loader, device or torch.device("cpu"))
             model, info = loader.from_pretrained(

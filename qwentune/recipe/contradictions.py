@@ -84,6 +84,9 @@ def contradictions(root: Node) -> Iterator[Problem]:
         if (place := given.place(key)) and not has_eval:
             what = f"{key}: nothing is evaluated"
             yield Problem(place.where, what, "Give data.eval_fraction or data.eval, or leave it out.")
+    least, most = (given.number(f"data.media.{end}_pixels", 0) for end in ("min", "max"))
+    if (place := given.place("data.media.min_pixels")) and least and most and least > most:
+        yield Problem(place.where, f"data.media.min_pixels: max_pixels is {most}, which is less", "Lower it.")
     if place := given.place("data.template_args.enable_thinking"):
         what = "data.template_args.enable_thinking: data.thinking decides this"
         yield Problem(place.where, what, "Use data.thinking: on, off or auto.")

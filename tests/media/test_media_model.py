@@ -23,10 +23,10 @@ from qwentune.model.adapters import add_adapters, load_adapters
 from qwentune.model.attention import IMPLEMENTATIONS
 from qwentune.model.head import LossHead
 from qwentune.model.loading import load_model, read_config, recompute_layers
-from qwentune.model.media import freeze, network_class
+from qwentune.model.senses import freeze, network_class
 from qwentune.recipe import Tuning
 from qwentune.training.trainer import save_weights
-from tests.media.checkpoints import HEARS, HYBRIDS, SEES, TYPES, MediaType, add_media_weights, write_media_checkpoint
+from tests.media.checkpoints import HEARS, HYBRIDS, TYPES, MediaType, add_media_weights, write_media_checkpoint
 
 PACKED = tuple(name for name in TYPES if name not in HYBRIDS)
 
@@ -284,7 +284,7 @@ def test_recomputing_gives_the_same_bits_and_leaves_a_frozen_tower_alone(
         outputs: list[Tensor] = []
         for name, module in network.named_modules():
             if part_of(name) != "language" and not list(module.children()):
-                module.register_forward_hook(lambda _m, _i, output: outputs.append(output))
+                module.register_forward_hook(lambda _m, _i, output, seen=outputs: seen.append(output))
         loss = LossHead(model, "supervised").loss(model, batch)
         loss.backward()
         assert outputs

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qwentune.facts.media import MediaFamily
 
-# Of every published checkpoint; `qwentune.model.media` refuses a folder that says otherwise.
+# Of every published checkpoint; `qwentune.model.senses` refuses a folder that says otherwise.
 WINDOW_PIXELS = 112  # of Qwen2.5's windows
 POSITIONS_SIDE = 48  # of the square of learned positions of Qwen3's towers
 HALF_CHUNK = {"qwen2_5_omni": 100, "qwen3_omni_moe": 50}  # mel frames
@@ -45,17 +45,18 @@ def tower_inputs(family: MediaFamily, batch: dict[str, Tensor]) -> dict[str, Ten
 def _of_grids(family: MediaFamily, grids: Tensor) -> dict[str, Tensor]:
     from transformers import vision_utils
 
+    made: Any = vision_utils
     assert family.vision is not None
     merge, kind = family.vision.merge, family.model_type.removesuffix("_thinker")
     inputs = {
-        "cu_seqlens": vision_utils.get_vision_cu_seqlens(grids),
-        "position_ids": vision_utils.get_vision_position_ids(grids, merge),
+        "cu_seqlens": made.get_vision_cu_seqlens(grids),
+        "position_ids": made.get_vision_position_ids(grids, merge),
     }
     if kind in HAS_WINDOWS:
-        windows = vision_utils.get_vision_window_index(grids, merge, WINDOW_PIXELS, family.vision.patch)
+        windows = made.get_vision_window_index(grids, merge, WINDOW_PIXELS, family.vision.patch)
         inputs["window_index"], inputs["cu_window_seqlens"] = windows
     if kind in HAS_LEARNED_POSITIONS:
-        taps: Any = vision_utils.get_vision_interpolation_indices_and_weights(
+        taps = made.get_vision_interpolation_indices_and_weights(
             grids, POSITIONS_SIDE, align_corners=True, spatial_merge_size=merge
         )
         inputs["interp_indices"], inputs["interp_weights"] = taps
@@ -65,16 +66,18 @@ def _of_grids(family: MediaFamily, grids: Tensor) -> dict[str, Tensor]:
 def _of_sounds(family: MediaFamily, features: Tensor, lengths: Tensor) -> dict[str, Tensor]:
     """Of sounds (n, mel bins, frames), of which the first `lengths` (n,) frames are sound."""
     kind = family.model_type.removesuffix("_thinker")
+    counts = [int(length) for length in lengths]
     if kind == "qwen2_audio":
         heard = (lengths - 1) // 2 + 1
-        kept = (heard - 2) // 2 + 1
-        places = [k * (AUDIO_FRAMES // 4) + torch.arange(count) for k, count in enumerate(kept.tolist())]
+        kept = [((count - 1) // 2 - 1) // 2 + 1 for count in counts]
+        places = [k * (AUDIO_FRAMES // 4) + torch.arange(count) for k, count in enumerate(kept)]
         return {"valid_indices": torch.cat(places), "heard": torch.arange(AUDIO_FRAMES // 2) < heard[:, None]}
-    frames = torch.cat([sound[:, :length] for sound, length in zip(features, lengths.tolist(), strict=True)], dim=1)
+    frames = torch.cat([sound[:, :length] for sound, length in zip(features, counts, strict=True)], dim=1)
     half = HALF_CHUNK[kind]
     if kind == "qwen2_5_omni":
-        from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
+        from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni
 
+        omni: Any = modeling_qwen2_5_omni
         chunks, chunk_lengths = omni.chunk_and_pad_features(frames, lengths, half)
         inputs = {
             "valid_indices": omni.get_valid_indices(chunk_lengths),
@@ -82,8 +85,9 @@ def _of_sounds(family: MediaFamily, features: Tensor, lengths: Tensor) -> dict[s
             "pool_indices": omni.get_pool_indices(lengths),
         }
     else:
-        from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as omni
+        from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe
 
+        omni: Any = modeling_qwen3_omni_moe
         chunks, chunk_lengths = omni.chunk_and_pad_features(frames, lengths, half)
         inputs = {
             "valid_indices": omni.get_valid_indices(chunk_lengths, half),

@@ -39,7 +39,7 @@ from qwentune.model.adapters import add_adapters
 from qwentune.model.attention import IMPLEMENTATIONS
 from qwentune.model.head import LossHead
 from qwentune.model.loading import DTYPES, recompute_layers
-from qwentune.model.media import attention_of, network_class, take_media
+from qwentune.model.senses import attention_of, network_class, take_media
 from qwentune.recipe import Tuning
 
 TRAINED_ROWS = (0, 1)  # how many counts for little: each is a row of the embedding

@@ -16,7 +16,7 @@ from qwentune.data.layout.tower_inputs import AUDIO_FRAMES, stays_on_cpu, tower_
 from qwentune.facts.media import FAMILIES
 from qwentune.facts.towers import PROJECTOR, TOWERS, Part
 from qwentune.memory.settings import Settings, TowerTuning
-from qwentune.model.media import OF_MEDIA, freeze
+from qwentune.model.senses import OF_MEDIA, freeze
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,8 @@ class _Senses:
         made_of = tower_inputs(self.family, {"image_grid_thw": grids})
         inputs = {name.removeprefix("image_"): tensor for name, tensor in _on(tower.device, made_of).items()}
         outputs = tower(patches.to(tower.device, tower.dtype), grid_thw=grids, **inputs)
-        return sum(each.sum() for each in (outputs.pooler_output, *(outputs.get("deepstack_features") or ()))) * 0
+        every = [outputs.pooler_output, *(outputs.get("deepstack_features") or ())]
+        return torch.cat([each.flatten() for each in every]).sum() * 0
 
     def _no_sound(self) -> Tensor:
         """What a short silence gives, times 0."""
