@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -362,7 +362,7 @@ def test_parts_have_learning_rates_of_their_own(worlds: Any) -> None:
     tuning = Tuning(kind="full", towers="trained", merger="trained", towers_learning_rate=1e-5)
     trainer = SimpleNamespace(
         model=network, args=arguments, eight_bit=False, shards=None, lora_plus_ratio=1.0, part_rates=tuning.part_rates,
-        get_decay_parameter_names=lambda model: Trainer.get_decay_parameter_names(None, model),
+        get_decay_parameter_names=lambda model: cast(Any, Trainer).get_decay_parameter_names(None, model),
     )  # fmt: skip
     optimizer = ExactStep.create_optimizer(trainer)  # type: ignore[arg-type]
     names = {parameter: name for name, parameter in network.named_parameters()}
