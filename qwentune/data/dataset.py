@@ -25,7 +25,8 @@ from qwentune.data.cache import alone, cache_folder
 from qwentune.data.layout.media_table import RunMedia
 from qwentune.data.layout.rows import Rows, Trie, packed_rows
 from qwentune.data.layout.split import copies, dialogues, fates, split, untrained_sources
-from qwentune.data.layout.store import DamagedError, Examples, ExampleWriter, StaleError, open_sealed, seal
+from qwentune.data.layout.store import Examples, ExampleWriter, open_sealed, seal
+from qwentune.data.layout.sums import DamagedError, StaleError
 from qwentune.data.media.limits import MediaLimits, media_limits
 from qwentune.data.reading.faults import Unread
 from qwentune.data.reading.files import Content, content_of, is_at_hand

@@ -97,7 +97,8 @@ def test_rows_have_the_ids_positions_and_media_of_each_example_alone(
     met: set[tuple[int, ...]] = set()
     for row in (dataset.train[k] for k in range(len(dataset.train))):
         ids = dataset.media.in_model(row.input_ids)
-        assert row.positions is not None and not pads & set(row.target.tolist())
+        assert row.positions is not None
+        assert not pads & set(row.target.tolist())
         for path in paths_of(row):
             example = expected[tuple(ids[path].tolist())]
             assert row.positions[:, path].tolist() == example.positions.tolist()
@@ -117,7 +118,8 @@ def test_a_trie_shares_a_picture_and_never_merges_two(place: Place) -> None:
     copy_with_one_other_pixel(place.files.folder, one, same_size)
     rows = [dialogue(user(picture, "What is it?"), "It is.") for picture in (one, same_size, one, other)]
     dataset = place.prepared("qwen2_5_vl", [*rows, dialogue(user(one, one, "Alike?"), "Yes.")])
-    assert dataset.media is not None and len(dataset.media.seen) == 3
+    assert dataset.media is not None
+    assert len(dataset.media.seen) == 3
     ids = [tuple(dataset.examples.ids(i).tolist()) for i in range(5)]
     assert ids[0] == ids[2] != ids[1]
     assert [-1 in example for example in ids] == [True, False, True, False, True]
@@ -127,7 +129,8 @@ def test_a_trie_shares_a_picture_and_never_merges_two(place: Place) -> None:
         dialogue(user(one, "a"), "b", user(same_size, "c"), {**answer("d"), "reasoning_content": "so"}, user("e"), "f")
     ]
     (row,) = [place.prepared("qwen3_5", thinks).train[0]]
-    assert len(paths_of(row)) > 1 and len(row.media) == len(set(row.media)) == 2
+    assert len(paths_of(row)) > 1
+    assert len(row.media) == len(set(row.media)) == 2
 
 
 def answer(text: str) -> dict[str, Any]:
@@ -152,7 +155,8 @@ def test_swapped_pictures_are_other_data(place: Place) -> None:
         for pictures in ((one, other), (other, one))
     )
     assert (first.examples.input_ids == second.examples.input_ids).all()
-    assert first.content != second.content and first.fingerprint != second.fingerprint
+    assert first.content != second.content
+    assert first.fingerprint != second.fingerprint
 
 
 def test_a_picture_that_changes_is_told_with_its_row_and_rendered_again(
@@ -168,7 +172,8 @@ def test_a_picture_that_changes_is_told_with_its_row_and_rendered_again(
         collated(before.train, range(len(before.train)), 1.0)
     capsys.readouterr()
     after = place.prepared("qwen3_vl", rows)
-    assert "rows.jsonl:2" in capsys.readouterr().err and after.content != before.content
+    assert "rows.jsonl:2" in capsys.readouterr().err
+    assert after.content != before.content
     one.unlink()
     with pytest.raises(DataError, match=r"rows\.jsonl:2 .*edited\.png"):
         place.prepared("qwen3_vl", rows)
@@ -197,7 +202,8 @@ def test_old_turns_go_with_their_pictures(place: Place) -> None:
     whole = place.prepared("qwen2_5_vl", [row], turns="last")
     size = int(whole.examples.lengths.max())
     cut = place.prepared("qwen2_5_vl", [row], turns="last", too_long="drop_old_turns", max_tokens=size - 1)
-    assert cut.media is not None and [Path(seen.path).name for seen in cut.media.seen] == [Path(second).name]
+    assert cut.media is not None
+    assert [Path(seen.path).name for seen in cut.media.seen] == [Path(second).name]
     assert len(whole.media.seen) == 2 if whole.media else False
 
 
@@ -212,9 +218,11 @@ def test_batches_hold_each_medium_in_the_order_of_its_pads(place: Place) -> None
     patches = np.concatenate([dataset.media.load(number) for number in order])
     assert batch["pixel_values"].numpy().tobytes() == patches.tobytes()
     num_pads = int((batch["input_ids"] == dataset.media.pad_ids["image"]).sum())
-    assert num_pads * 4 == len(patches) and int(batch["input_ids"].min()) >= 0
+    assert num_pads * 4 == len(patches)
+    assert int(batch["input_ids"].min()) >= 0
     assert batch["position_ids"].shape == (3, *batch["depths"].shape)
-    assert "pixel_values_videos" not in batch and "input_features" not in batch
+    assert "pixel_values_videos" not in batch
+    assert "input_features" not in batch
 
 
 def test_batches_made_ahead_are_those_asked_for_in_any_order(place: Place) -> None:
@@ -229,7 +237,8 @@ def test_batches_made_ahead_are_those_asked_for_in_any_order(place: Place) -> No
 
 def test_rows_of_text_alone_carry_nothing_of_media(place: Place) -> None:
     dataset = place.prepared("qwen3_vl", [dialogue({"role": "user", "content": "a <|image_pad|>"}, "b")])
-    assert dataset.media is None and "media" not in dataset.report
+    assert dataset.media is None
+    assert "media" not in dataset.report
     batch = collate([dataset.train[0]], 1.0, dataset.train.media)
     assert set(batch) == {
         *("input_ids", "position_ids", "visible_until", "predict_from", "target", "weight", "trees"),
