@@ -24,8 +24,7 @@ SECONDS = (0.1, 0.37, 1.0, 1.5, 2.25, 3.2)
 CLIPS = ((16, 8.0), (30, 10.0), (8, 2.0))
 # An odd number of frames is taken of the first, all frames of the second (it has fewer than four).
 ODD_CLIPS = ((25, 10.0), (3, 10.0))
-# A frame on which the limits for one frame (of Qwen2-VL's processor) and those for all frames together agree.
-FRAME = (336, 308)
+FRAME = (96, 64)
 
 
 @dataclass(frozen=True)
