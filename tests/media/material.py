@@ -103,6 +103,12 @@ def write_wav(path: Path, samples: NDArray[np.float64], rate: int = RATE) -> Non
         file.writeframes((samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
 
 
+def read_wav(path: Path) -> NDArray[np.float32]:
+    """The samples of a file of 16 bits, from -1 to 1."""
+    with wave.open(str(path), "rb") as file:
+        return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
+
+
 def video(
     folder: Path, name: str, rng: np.random.Generator, size: tuple[int, int], num_frames: int, fps: float
 ) -> Item:
