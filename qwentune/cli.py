@@ -27,10 +27,15 @@ for verb in (init, preview, plan, train, export, chat):
 def models() -> None:
     """List the checkpoints that qwentune knows."""
     from qwentune.facts.models import MODELS
+    from qwentune.facts.published_media import NOT_TAKEN
 
     for name, spec in MODELS.items():
-        size = f"{spec.parameters / 1e9:>7.2f} B"
-        console.show(f"{name:<44} {size}  {spec.kind:<9} {spec.model_type:<10} {spec.licence}")
+        size = f"{spec.all_parameters / 1e9:>7.2f} B"
+        console.show(
+            f"{name:<44} {size}  {spec.kind:<9} {spec.checkpoint_type:<15} {', '.join(spec.takes):<26} {spec.licence}"
+        )
+    for name, sentence in NOT_TAKEN.items():
+        console.show(f"{name:<44} not taken: {sentence}")
 
 
 @app.command()

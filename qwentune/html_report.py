@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from qwentune.console import shown
+from qwentune.data.summary import media
 from qwentune.exporting.package import serving_flags
 
 if TYPE_CHECKING:
@@ -30,13 +31,17 @@ LONG, REPEATED = 1500, 300  # characters of a message that is folded, and of one
 
 @dataclass(frozen=True)
 class ShownExample:
-    """An example on the page: its text in spans, each with whether it is trained."""
+    """An example on the page: its text in spans, each with whether it is trained.
+
+    `thumbnails` are `data:` URLs of its media, each with what it shows.
+    """
 
     source: str
     title: str
     format: str
     turns: Sequence[int]
     spans: Sequence[tuple[str, bool]]
+    thumbnails: Sequence[tuple[str, str]] = ()
 
 
 def html_report(
@@ -76,6 +81,7 @@ def html_report(
                     "format": example.format,
                     "turns": example.turns,
                     "warnings": [k for k, each in enumerate(warnings, 1) if example.source in each["places"]],
+                    "thumbnails": example.thumbnails,
                     "parts": [part for span in example.spans for part in _parts(*span, example.source, seen)],
                 }
                 for example in examples
@@ -136,6 +142,8 @@ def _facts(report: Mapping[str, Any], optimizer_steps: int) -> list[tuple[str, s
         facts.append(("turns by mode", _counts({k.replace("_", "-"): v for k, v in report["modes"].items()})))
         how = f"chat_template_kwargs {json.dumps(flags)}" if flags else "the template's defaults"
         facts.append(("serve it with", how))
+    if found := list(media(report)):
+        facts.append(("media", ". ".join(found)))
     if report["fim"]:
         facts.append(("code", _counts(report["fim"])))
     if report["dropped"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 40
 NUM_SHOWN, NUM_IN_HTML, NUM_LOOKED_THROUGH = 5, 200, 20_000  # examples
+MOST_PATCHES = 400_000  # of media that are drawn on a page: some 20 s
 
 
 def preview(
@@ -127,6 +129,7 @@ def _show(
             source.path: detected(source.path, columns=Columns.of(source)) if source.format == "auto" else source.format
             for source in (*recipe.data.train, *(recipe.data.evaluation or ()))
         }
+        thumbnails = Thumbnails(dataset)
         shown = [
             ShownExample(
                 str(example.source),
@@ -134,6 +137,7 @@ def _show(
                 formats[example.source.file],
                 example.turns,
                 masked_spans(example, tokenizer),
+                thumbnails.of(example),
             )
             for example in _examples_of_page(dataset, NUM_IN_HTML if limit is None else limit)
         ]
@@ -169,14 +173,33 @@ def example_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
         example = dataset.examples.example(i)
         trained = [weight != 0 for weight in example.weights]
         plain = all(weight == 1 for weight in example.weights if weight)
+        input_ids, media = _with_pads(example, dataset)
         yield {
             "source": {"file": example.source.file, "line": example.source.line},
             **({"part": example.part} if example.part else {}),
             "turns": list(example.turns),
-            "input_ids": example.input_ids,
-            "labels": [token if on else -100 for token, on in zip(example.input_ids, trained, strict=True)],
+            "input_ids": input_ids,
+            "labels": [token if on else -100 for token, on in zip(input_ids, trained, strict=True)],
             "weights": None if plain else example.weights,
+            **({} if media is None else {"media": media}),
         }
+
+
+def _with_pads(example: Example, dataset: Dataset) -> tuple[list[int], list[dict[str, Any]] | None]:
+    """The ids of an example as the model is given them, and the media that it shows, each with where its pads begin.
+
+    None where no example of the data shows any.
+    """
+    if dataset.media is None:
+        return example.input_ids, None
+    import numpy as np
+
+    ids = np.asarray(example.input_ids, dtype=np.int32)
+    shown = [(start, dataset.media.seen[number]) for start, number in dataset.media.places(ids)]
+    return dataset.media.in_model(ids).tolist(), [
+        {"kind": seen.kind, "path": seen.path, "start": start, "tokens": seen.num_tokens, "grid": list(seen.grid)}
+        for start, seen in shown
+    ]
 
 
 def whole_report(dataset: Dataset) -> dict[str, Any]:
@@ -193,9 +216,60 @@ def masked_spans(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool
     """The example's text in spans, each with whether it is trained."""
     pairs = zip(example.input_ids, example.weights, strict=True)
     return [
-        (tokenizer.decode([token for token, _ in span]), trained)
+        (_text([token for token, _ in span], example, tokenizer), trained)
         for trained, span in groupby(pairs, key=lambda pair: pair[1] != 0)
     ]
+
+
+class Thumbnails:
+    """Small pictures of the media of examples, each made once, until their patches are many."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.media = dataset.media
+        self.made: dict[int, list[str]] = {}
+        self.num_left = MOST_PATCHES
+
+    def of(self, example: Example) -> list[tuple[str, str]]:
+        """`data:` URLs of what an example shows, each with its label."""
+        if self.media is None:
+            return []
+        import numpy as np
+
+        from qwentune.data.media.pads import label
+
+        found: list[tuple[str, str]] = []
+        for _, number in self.media.places(np.asarray(example.input_ids, dtype=np.int32)):
+            seen = self.media.seen[number]
+            found += [
+                (url, label(seen, seen.num_tokens)) for url in self._made(number, math.prod(filter(None, seen.grid)))
+            ]
+        return found
+
+    def _made(self, number: int, num_patches: int) -> list[str]:
+        from qwentune.data.layout.media_table import UnloadableError
+        from qwentune.data.media.thumbnails import thumbnails
+
+        assert self.media is not None
+        if number not in self.made and num_patches <= self.num_left:
+            self.num_left -= num_patches
+            try:
+                loaded = self.media.load(number)
+            except UnloadableError as unloadable:  # changed in the last seconds
+                raise DataError(Problem(self.media.seen[number].path, unloadable.error.what)) from None
+            self.made[number] = thumbnails(self.media.seen[number], loaded, self.media.limits)
+        return self.made.get(number, [])
+
+
+def _text(ids: Sequence[int], example: Example, tokenizer: Tokenizer) -> str:
+    """The text of ids, media as their size and number of tokens."""
+    if not example.media:
+        return tokenizer.decode(ids)
+    from qwentune.data.media.pads import label, number_of
+
+    runs = ((pad, list(run)) for pad, run in groupby(ids, key=lambda token: min(token, 0)))
+    return "".join(
+        label(example.media[number_of(pad)], len(run)) if pad else tokenizer.decode(run) for pad, run in runs
+    )
 
 
 def show_example(terminal: Console, example: Example, tokenizer: Tokenizer) -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 SWITCHES = ("train", "training", "trainable", "loss", "loss_mask")  # whether there is loss at all
 LOSS = (*SWITCHES, "weight")
 TOOLS = ("tools", "functions", "tool_defs")
-BESIDE = ("system", *TOOLS, "enable_thinking", "chat_template_kwargs", *LOSS)  # the messages of a dialogue
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+BESIDE = ("system", *TOOLS, "enable_thinking", "chat_template_kwargs", *MEDIA, *LOSS)  # the messages of a dialogue
 MESSAGES = ("messages", "conversations", "conversation", "prompt", "chosen", "rejected")  # lists of them
 INSTRUCTION = ("instruction", "input", "output", "query", "response", "history")
 PREFERENCE = ("prompt", "chosen", "rejected", "rejected_response", "instruction", "input", "messages", "conversations")

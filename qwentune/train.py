@@ -117,6 +117,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     from qwentune.facts.gpus import GpuSpec
     from qwentune.facts.models import model_spec, refuse_untrainable
     from qwentune.facts.present import count_cards_by_bus, may_have_gpu
+    from qwentune.facts.towers import part_problems
     from qwentune.memory.device_remarks import recipe_remarks
     from qwentune.memory.judge import changes_the_plan, device_of, judge_recipe
     from qwentune.memory.run_plan import RunPlan
@@ -185,6 +186,9 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     dataset = prepare(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=shares)
     for line in summary(dataset):
         console.say(line)
+    has_media = getattr(dataset, "media", None) is not None
+    if problems := part_problems(spec, recipe.tuning, has_media=has_media, sharding=ranks.sharding):
+        raise UsageError(problems)
     schedule = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed)
     for remark in schedule.remarks(recipe.optimizer, recipe.output):
         console.say(remark)

@@ -19,8 +19,9 @@ from qwentune.memory.run_plan import make_plan
 from qwentune.memory.settings import GIB, MIB
 from qwentune.memory.trace.allocator import LARGE_PAGE_BYTES, SMALL_PAGE_BYTES, Allocator, CardIsFullError
 from qwentune.memory.trace.cross_check import cross_checked
-from qwentune.memory.trace.meta_step import meta_step, no_autocast, recorded_step, traced_peak
+from qwentune.memory.trace.meta_step import meta_step, recorded_step, traced_peak
 from qwentune.memory.trace.replay import depth, record, replay
+from qwentune.memory.trace.stand_ins import no_autocast
 from tests.test_trace import SETTINGS, tiny
 
 STEP = replace(SETTINGS, weights="bf16", attention="flex_attention", micro_batch=1, max_tokens=1024)

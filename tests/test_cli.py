@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from qwentune.cli import app
 from qwentune.facts.gpus import GPUS
 from qwentune.facts.models import MODELS
+from qwentune.facts.published_media import NOT_TAKEN
 from qwentune.recipe import describe_keys
 
 
@@ -23,7 +24,7 @@ def test_help_names_every_verb_in_the_order_of_the_walk() -> None:
     assert verbs[-9:] == ["init", "preview", "plan", "train", "export", "chat", "models", "gpus", "keys"]
 
 
-@pytest.mark.parametrize(("verb", "names"), [("models", MODELS), ("gpus", GPUS)])
+@pytest.mark.parametrize(("verb", "names"), [("models", {**MODELS, **NOT_TAKEN}), ("gpus", GPUS)])
 def test_a_list_has_one_line_for_each_thing_known(verb: str, names: dict[str, object]) -> None:
     assert [line.split()[0] for line in printed(verb).splitlines()] == list(names)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qwentune.errors import UsageError
-from qwentune.facts.models import MODELS, config_of, length_remark, model_spec
+from qwentune.facts.models import MODELS, config_of, length_remark, model_spec, whole_config_of
 from qwentune.facts.towers import tower_remark, training_problems
 from qwentune.model.loading import load_model
 
@@ -105,8 +105,10 @@ def test_every_checkpoint_of_a_shape_family_has_its_own_id_and_a_source() -> Non
     sizes = re.compile(r"(\d+(?:\.\d+)?)B(?!-Preview)")
     for name, spec in MODELS.items():
         if match := sizes.search(name):
-            # Names round; the smallest count fewer or more of the embedding. An MoE also names its active part.
-            assert 0.8 < spec.parameters / 1e9 / float(match[1]) < 1.25 or spec.moe, name
+            # Names round; the smallest count fewer or more of the embedding, omni models the decoder alone. An MoE also
+            # names its active part.
+            counts = (spec.parameters, spec.all_parameters)
+            assert any(0.8 < count / 1e9 / float(match[1]) < 1.25 for count in counts) or spec.moe, name
 
 
 @pytest.mark.parametrize(
@@ -276,9 +278,9 @@ def test_facts_and_the_plan_are_free_of_torch() -> None:
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_the_configuration_of_a_model_is_read_back_as_the_same_model(tmp_path: Path, model: str) -> None:
     spec = MODELS[model]
-    (tmp_path / "config.json").write_text(json.dumps(config_of(spec)))
+    (tmp_path / "config.json").write_text(json.dumps(whole_config_of(spec)))
     read = model_spec(str(tmp_path))
-    # What stands beside the configuration tells these, and whether there is another tower.
+    # What stands beside the configuration tells these; of an omni model the configuration is its thinker's.
     beside = {name: getattr(spec, name) for name in ("id", "kind", "licence", "source", "tower_of")}
     assert replace(read, **beside) == spec
 

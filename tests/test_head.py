@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 from torch.nn import functional
 
 import qwentune.model.head as head
@@ -21,7 +21,7 @@ from tests.checkpoints import add_weights, write_checkpoint
 class Tiny(torch.nn.Module):
     """A model with an output layer, which picks positions as transformers' models do."""
 
-    config = SimpleNamespace(_attn_implementation=None)
+    config = PreTrainedConfig()
 
     def __init__(self) -> None:
         super().__init__()

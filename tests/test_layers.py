@@ -47,13 +47,15 @@ TORCH_FREE = (
     "facts",
     "memory",
 )
-WITH_TORCH = {"live_bytes", "meta_step", "delta_rule", "replay", "cross_check"}  # of memory: they run the real step
+# Of memory: they run the real step.
+WITH_TORCH = {"live_bytes", "meta_step", "moving", "stand_ins", "tower_step", "delta_rule", "replay", "cross_check"}
 # From the top down in data/: a stage imports only itself and those before it.
 STAGES = (
     "sample",
     "cache",
     "workers",
     "reading",
+    "media",
     "formats",
     "tokenizing",
     "templates",

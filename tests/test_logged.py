@@ -401,7 +401,7 @@ def test_results_and_texts_of_one_message_are_read_in_their_order() -> None:
         (blocks({**THINKING, "thinking": ""}, TEXT), "messages[1].content[0] is thinking without its text"),
         (blocks(TEXT, THINKING), "messages[1].content has a thinking block after a text block"),
         (blocks(USE, TEXT), "messages[1].content has a text block after a tool_use block"),
-        (blocks(THINKING, {"type": "image", "source": {}}), "messages[1].content[1] is of the type 'image' Only text"),
+        (blocks(THINKING, {"type": "image", "source": {}}), "messages[1].content[1] is of the type 'image' Texts"),
         (blocks({**THINKING, "type": ["thinking"]}, USE), "messages[1].content[0] is of the type ['thinking']"),
         (blocks({**USE, "type": "server_tool_use"}, USE), "content[0] is of the type 'server_tool_use'"),
         (blocks({**USE, "name": None}), "messages[1].content[0] has no name"),
@@ -412,7 +412,7 @@ def test_results_and_texts_of_one_message_are_read_in_their_order() -> None:
         ),
         (
             blocks({"type": "tool_result", "content": [{"type": "image", "source": {}}]}, role="user"),
-            "messages[1].content[0].content[0] is of the type 'image'",
+            "messages[1].content[0].source is the object {}",
         ),
         (
             blocks(TEXT, tools=[{"type": "web_search_20250305", "name": "web_search"}]),

@@ -24,7 +24,7 @@ def test_a_step_moves_the_b_matrices_by_the_ratio(tmp_path: Path, ratio: float) 
     adapted = add_adapters(model, Tuning(kind="lora", rank=2), "fp32")
     arguments = SimpleNamespace(learning_rate=1e-3, weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.999)
     trainer = SimpleNamespace(
-        model=adapted, args=arguments, eight_bit=False, shards=None, lora_plus_ratio=ratio,
+        model=adapted, args=arguments, eight_bit=False, shards=None, lora_plus_ratio=ratio, part_rates={},
         get_decay_parameter_names=lambda model: Trainer.get_decay_parameter_names(None, model),
     )  # fmt: skip
     optimizer = ExactStep.create_optimizer(trainer)  # type: ignore[arg-type]

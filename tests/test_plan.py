@@ -24,15 +24,15 @@ from qwentune.facts.modules import ATTENTION, FEED_FORWARD
 from qwentune.memory import HostMemory, PlanRequest, RunPlan, make_plan, pinned, plan_warnings, render_plan
 from qwentune.memory.closed_form.activations import layer_activations
 from qwentune.memory.closed_form.adapter_sizes import adapter_parameters
-from qwentune.memory.closed_form.phases import (
+from qwentune.memory.closed_form.host_memory import disk_bytes
+from qwentune.memory.closed_form.model_states import (
     PIECE_VALUES,
     base_weight_bytes,
-    disk_bytes,
     moving_bytes,
-    phases,
     state_bytes,
     trained_parameters,
 )
+from qwentune.memory.closed_form.phases import phases
 from qwentune.memory.closed_form.roofline import step_seconds
 from qwentune.memory.judge import judge, settings_of
 from qwentune.memory.plan_request import usable_bytes

@@ -124,8 +124,12 @@ def test_a_template_that_takes_parts_joins_them_itself(run: Run) -> None:
 
 @pytest.mark.parametrize("template", [*TEXT_TEMPLATES, *PART_TEMPLATES])
 def test_what_is_no_text_is_refused_though_a_template_may_render_nothing_or_a_place_for_it(run: Run) -> None:
-    for part in ({"type": "image", "image": "a.png"}, {"type": "file", "file": "a.pdf"}):
-        assert f"messages[0].content[0] is of the type '{part['type']}'" in run.refusal(user([part]), answer())
+    said = {
+        "messages[0].content[0] is an image, and this model takes text only": {"type": "image", "image": "a.png"},
+        "messages[0].content[0] is of the type 'file'": {"type": "file", "file": "a.pdf"},
+    }
+    for fault, part in said.items():
+        assert fault in run.refusal(user([part]), answer())
 
 
 DEVELOPER = {"role": "developer", "content": "be brief"}

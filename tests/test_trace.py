@@ -15,8 +15,9 @@ from qwentune.facts.architecture import MoeSpec
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.models import config_of, model_spec
 from qwentune.memory import HostMemory, PlanRequest, make_plan
-from qwentune.memory.closed_form import phases as closed_form
-from qwentune.memory.closed_form.phases import moving_bytes, phases
+from qwentune.memory.closed_form import model_states
+from qwentune.memory.closed_form.model_states import moving_bytes
+from qwentune.memory.closed_form.phases import phases
 from qwentune.memory.device_remarks import kernel_remark
 from qwentune.memory.judge import kernels_beside
 from qwentune.memory.settings import Overheads, Settings
@@ -205,7 +206,7 @@ def test_a_real_evaluation_on_the_cpu_takes_what_the_trace_says(kind: str, loss:
 
 
 def test_the_plan_counts_what_the_optimizer_moves_at_a_time() -> None:
-    assert (closed_form.PIECE_VALUES, closed_form.BLOCK_VALUES) == (adamw.PIECE_VALUES, adamw.BLOCK_VALUES)
+    assert (model_states.PIECE_VALUES, model_states.BLOCK_VALUES) == (adamw.PIECE_VALUES, adamw.BLOCK_VALUES)
 
 
 @pytest.mark.parametrize(

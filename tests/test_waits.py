@@ -11,7 +11,8 @@ import torch
 from transformers import AutoConfig
 
 from qwentune.memory.settings import Settings
-from qwentune.memory.trace.meta_step import meta_batch, no_autocast
+from qwentune.memory.trace.meta_step import meta_batch
+from qwentune.memory.trace.stand_ins import no_autocast
 from qwentune.model.adapters import add_adapters
 from qwentune.model.attention import IMPLEMENTATIONS
 from qwentune.model.head import LossHead

@@ -22,9 +22,11 @@ from qwentune.bounded import UnreadableError, read_text
 from qwentune.console import busy, say
 from qwentune.data.blocks import READ_OTHERWISE, BlockRenderer, render_source, source_of
 from qwentune.data.cache import alone, cache_folder
+from qwentune.data.layout.media_table import RunMedia
 from qwentune.data.layout.rows import Rows, Trie, packed_rows
 from qwentune.data.layout.split import copies, dialogues, fates, split, untrained_sources
-from qwentune.data.layout.store import DamagedError, Examples, ExampleWriter, open_sealed, seal
+from qwentune.data.layout.store import DamagedError, Examples, ExampleWriter, StaleError, open_sealed, seal
+from qwentune.data.media.limits import MediaLimits, media_limits
 from qwentune.data.reading.faults import Unread
 from qwentune.data.reading.files import Content, content_of, is_at_hand
 from qwentune.data.rendering.grammar import ReadOtherwiseError
@@ -36,10 +38,11 @@ from qwentune.data.tokenizing.tokenizer import Tokenizer
 from qwentune.data.workers import Workers
 from qwentune.durable import mark, move_aside, remove, replace_folder
 from qwentune.errors import FULL, DataError, DoesNotFitError, Problem, RecipeError, UsageError
-from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES
+from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES, read_object
+from qwentune.facts.media import FAMILIES
 from qwentune.recipe import DataOptions
 
-CACHE_FORMAT = 15  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 16  # raise it whenever rendering or storing changes what stands in the cache
 ANOTHER_CACHE = "Name another cache folder with the variable QWENTUNE_CACHE."
 
 
@@ -49,7 +52,8 @@ class Dataset:
 
     `fingerprint` names all that went into it; `content` is a hash of what is trained, wherever it was read;
     `control_ids_used` are the control tokens that stand in the examples, without the end of text. With packing, the
-    examples of a dialogue stand in a row as one tree where it `shares_prefixes`, else apart.
+    examples of a dialogue stand in a row as one tree where it `shares_prefixes`, else apart. `media` are those that the
+    examples show; None: they show none.
     """
 
     examples: Examples
@@ -61,6 +65,7 @@ class Dataset:
     tokens_per_row: int
     packing: bool
     shares_prefixes: bool
+    media: RunMedia | None = None
 
     @cached_property
     def train(self) -> Rows:
@@ -71,7 +76,7 @@ class Dataset:
             for version in range(max(1, int(versions.max(initial=0)) + 1))
         ]
         members = [block for block in blocks if block]
-        return Rows(self.examples, tuple(chain.from_iterable(members)), tuple(map(len, members)))
+        return Rows(self.examples, tuple(chain.from_iterable(members)), tuple(map(len, members)), self.media)
 
     @cached_property
     def first_epoch(self) -> NDArray[np.int64]:
@@ -82,7 +87,7 @@ class Dataset:
     def evaluation(self) -> Rows:
         """The evaluation rows; there may be none."""
         rows = self._rows(self.examples.evaluation)
-        return Rows(self.examples, tuple(rows), (len(rows),))
+        return Rows(self.examples, tuple(rows), (len(rows),), self.media)
 
     @property
     def longest_row(self) -> int:
@@ -118,17 +123,17 @@ def prepare(
     cache = cache_folder()
     folder = cache / "data" / fingerprint
     with suppress(DamagedError):  # or not there yet: what is to be done, one process does alone
-        return _open(folder, fingerprint, data, shares_prefixes)
+        return _open(folder, fingerprint, data, tokenizer, shares_prefixes)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with alone(folder):
             if os.path.lexists(folder):  # another process may have rendered it meanwhile
                 try:
-                    return _open(folder, fingerprint, data, shares_prefixes)
+                    return _open(folder, fingerprint, data, tokenizer, shares_prefixes)
                 except DamagedError as damage:
                     _set_aside(folder, damage)
             _publish(data, tokenizer, template, seed, contents, folder, fingerprint)
-            return _open(folder, fingerprint, data, shares_prefixes)
+            return _open(folder, fingerprint, data, tokenizer, shares_prefixes)
     except DamagedError as damage:
         what = f"what was written for {folder} reads back otherwise: {damage}"
         raise UsageError(Problem(str(cache), what, f"The disk seems to be at fault. {ANOTHER_CACHE}")) from None
@@ -159,9 +164,10 @@ def prepared(
     if not os.path.lexists(folder):
         return None
     try:
-        return _open(folder, fingerprint, data, shares_prefixes)
+        return _open(folder, fingerprint, data, tokenizer, shares_prefixes)
     except DamagedError as damage:
-        say(f"the rendered data in {folder} is damaged: {damage}. Planned without it; a preview renders it again")
+        state = "is of before" if isinstance(damage, StaleError) else "is damaged"
+        say(f"the rendered data in {folder} {state}: {damage}. Planned without it; a preview renders it again")
         return None
 
 
@@ -194,9 +200,21 @@ def _fingerprint(
         "contents": [contents[source.path].fingerprint for source in sources],
         "tokenizer": tokenizer.fingerprint,
         "template": None if template is None else template.text,
+        "media": repr(_limits(data, tokenizer)),
         "seed": seed,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _limits(data: DataOptions, tokenizer: Tokenizer) -> MediaLimits | None:
+    """What the checkpoint of a tokenizer takes of media; None where it takes text alone."""
+    folder = Path(tokenizer.folder)
+    try:
+        model_type = read_object(folder / "config.json").get("model_type")
+    except UsageError:
+        return None  # what is wrong with that file is said by those who need it
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    return None if family is None else media_limits(folder, family, data.media)
 
 
 def _contents(data: DataOptions) -> dict[str, Content]:
@@ -215,6 +233,10 @@ def _contents(data: DataOptions) -> dict[str, Content]:
 
 def _set_aside(folder: Path, damage: DamagedError) -> None:
     """Moves a damaged folder out of the way; who has it open goes on with the files it opened."""
+    if isinstance(damage, StaleError):
+        remove(folder)
+        say(f"{damage}. It is rendered again")
+        return
     aside = move_aside(folder, f"{folder.name}.damaged")
     say(f"the rendered data in {folder} is damaged: {damage}. It was moved to {aside.name}, and is rendered again")
 
@@ -284,7 +306,7 @@ def _build(
     warnings: list[str] = []
     answers, before = array("Q"), array("Q")  # of logged calls: fingerprints with their answer, and with that before it
     sources = [*data.train, *(data.evaluation or ())]
-    with Workers(BlockRenderer(Renderer(tokenizer, template, options))) as workers:
+    with Workers(BlockRenderer(Renderer(tokenizer, template, options, limits=_limits(data, tokenizer)))) as workers:
         for number, source in enumerate(sources):
             mark, content = writer.mark(), contents[source.path]
             try:
@@ -349,8 +371,9 @@ def _refuse_losses(data: DataOptions, report: Report, dropped: Sequence[Dropped]
         raise DataError([*problems, Problem(data.train[0].path, what, fix)])
 
 
-def _open(folder: Path, fingerprint: str, data: DataOptions, shares_prefixes: bool) -> Dataset:
+def _open(folder: Path, fingerprint: str, data: DataOptions, tokenizer: Tokenizer, shares_prefixes: bool) -> Dataset:
     description, examples = open_sealed(folder, fingerprint)
+    limits = _limits(data, tokenizer) if examples.media else None
     shares = data.packing and shares_prefixes
     return Dataset(
         examples=examples,
@@ -362,4 +385,5 @@ def _open(folder: Path, fingerprint: str, data: DataOptions, shares_prefixes: bo
         tokens_per_row=data.max_tokens,
         packing=data.packing,
         shares_prefixes=shares,
+        media=None if limits is None else RunMedia.of(examples.media, limits, tokenizer.control_ids),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qwentune.data.media.pads import Shown
 from qwentune.data.reading.files import RowCount
 from qwentune.data.reading.unread import UnreadKeys
 from qwentune.data.rendering.credentials import Credential
@@ -28,6 +29,30 @@ FATES = ("trained", "evaluated", "left_out_by_repeat", "dropped", "refused")  # 
 LENGTH_EDGES = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
+@dataclass(slots=True)
+class MediaCount:
+    """How many media of a kind the rows show, how many tokens these are, and what was scaled, by share of pixels."""
+
+    count: int = 0
+    tokens: int = 0
+    scaled_down: int = 0
+    scaled_up: int = 0
+    smallest_scale: float = 1.0
+    largest_scale: float = 1.0
+
+    def add(self, shown: Shown) -> None:
+        """Counts one in."""
+        scale = round(shown.scale, 4)
+        self.merge(MediaCount(1, shown.num_tokens, shown.scale < 1, shown.scale > 1, min(scale, 1.0), max(scale, 1.0)))
+
+    def merge(self, later: MediaCount) -> None:
+        """Counts in what another counted."""
+        for name in ("count", "tokens", "scaled_down", "scaled_up"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.smallest_scale = min(self.smallest_scale, later.smallest_scale)
+        self.largest_scale = max(self.largest_scale, later.largest_scale)
+
+
 @dataclass
 class Tally:
     """Counts of outcomes."""
@@ -44,6 +69,7 @@ class Tally:
     )  # of remarks and secrets: the first
     last_tokens: Counter[int] = field(default_factory=Counter[int])  # of trained spans
     rows: Counter[str] = field(default_factory=Counter[str])  # by what becomes of them
+    media: dict[str, MediaCount] = field(default_factory=dict[str, "MediaCount"])  # by kind, of rows with examples
 
     def add(self, outcome: Outcome) -> None:
         """Counts one sample in."""
@@ -73,6 +99,8 @@ class Tally:
         if outcome.examples:
             self.counts["rendering_tokens"] += outcome.rendering_tokens
             self.counts["texts"] += sum(not example.turns for example in first)
+            for shown in outcome.media:
+                self.media.setdefault(shown.kind, MediaCount()).add(shown)
 
     def merge(self, later: Tally) -> None:
         """Counts in the outcomes of samples that come after these."""
@@ -82,6 +110,8 @@ class Tally:
         self.lengths.extend(later.lengths)
         for remark, places in later.places.items():
             self.places[remark] = [*self.places.get(remark, ()), *places][:NUM_PLACES]
+        for kind, count in later.media.items():
+            self.media.setdefault(kind, MediaCount()).merge(count)
 
 
 @dataclass
@@ -156,6 +186,8 @@ class Report(Tally):
             "dropped": dict(Counter(drop.kind for drop in dropped)),
             "template": self._template(),
         }
+        if self.media:
+            report["media"] = {kind: asdict(count) for kind, count in sorted(self.media.items())}
         report["warnings"] = self._warnings(report, copies)
         return report
 

@@ -72,6 +72,16 @@ class Message:
     num_parts: int = 1
     media: tuple[Medium, ...] = ()
 
+    @property
+    def parts(self) -> list[str | Medium]:
+        """The content cut at its media: these, and the texts between them that are not empty."""
+        found: list[str | Medium] = []
+        before = 0
+        for medium in self.media:
+            found += [*filter(None, [self.content[before : medium.at]]), medium]
+            before = medium.at
+        return [*found, *filter(None, [self.content[before:]])]
+
 
 class Offered(NamedTuple):
     """A key that is given to the chat template: that of a message of the role `reader`, of a call or an argument.

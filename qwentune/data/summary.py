@@ -13,7 +13,7 @@ NUM_NAMED = 20  # rows and turns that were left out
 def summary(dataset: Dataset) -> list[str]:
     """The counts, what was left out, and the warnings, a line each."""
     warnings = (f"warning: {warning}" for warning in dataset.report["warnings"])
-    return [counts(dataset.report), *left_out(dataset.dropped), *warnings]
+    return [counts(dataset.report), *media(dataset.report), *left_out(dataset.dropped), *warnings]
 
 
 def counts(report: Mapping[str, Any]) -> str:
@@ -24,6 +24,17 @@ def counts(report: Mapping[str, Any]) -> str:
         f"({report['train_examples']} train, {report['eval_examples']} eval) · "
         f"{report['tokens']} tokens, {report['trained_tokens']} trained ({share:.0%})"
     )
+
+
+def media(report: Mapping[str, Any]) -> Iterator[str]:
+    """The media that the rows show, a line for each kind."""
+    for kind, found in report.get("media", {}).items():
+        line = f"{found['count']:,} × {kind} → {found['tokens']:,} tokens"
+        if found["scaled_down"]:
+            line += f"; {found['scaled_down']:,} scaled down, to {found['smallest_scale']:.0%} of the pixels at least"
+        if found["scaled_up"]:
+            line += f"; {found['scaled_up']:,} scaled up, to {found['largest_scale']:.0%} at most"
+        yield line
 
 
 def left_out(dropped: Sequence[Mapping[str, Any]]) -> Iterator[str]:

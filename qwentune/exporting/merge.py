@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qwentune.console import busy
 from qwentune.facts.documents import read_object
-from qwentune.facts.weight_files import read_weights
+from qwentune.facts.weight_files import read_adapter, read_weights
 from qwentune.model.hollow import refuse_other_weights
-from qwentune.model.loading import decoder_config
+from qwentune.model.loading import read_config
+from qwentune.model.senses import network_class
 
 
 @busy("loading the weights")
@@ -23,14 +24,19 @@ def load_tuned(base: Path, adapter: Path | None, dtype: torch.dtype | None = Non
 
     Raises ResumeError where a tensor of either is missing, another, or not the model's.
     """
-    refuse_other_weights(base, adapter)
+    has_media = adapter is None or adapts_whole_model(adapter)
+    refuse_other_weights(base, adapter, has_media=has_media)
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        base, config=decoder_config(base), use_safetensors=True, **options
-    )
+    config = read_config(base, has_media=has_media)
+    model: Any = network_class(config).from_pretrained(base, config=config, use_safetensors=True, **options)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
     return model.eval()
+
+
+def adapts_whole_model(adapter: Path) -> bool:
+    """Whether an adapter stands around a model with its towers, and not around its decoder loaded alone."""
+    return any(".language_model." in name for name in read_adapter(adapter))
 
 
 def merge_bytes(base: Path) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from qwentune.facts.tower_spec import TowerSpec
+
 Kind: TypeAlias = Literal["base", "chat", "hybrid", "thinking"]
 
 
@@ -56,7 +58,7 @@ class ModelSpec:
     `vocab_rows` counts embedding rows (padded vocabulary). `kind` is base, chat (instruct without thinking), hybrid
     (thinking can be switched) or thinking (always thinks). In a mixture of experts every layer is one and
     `intermediate_size` is unused. With `linear_attention` the layers of full attention have an output gate. `tower_of`
-    is the model type of a checkpoint that holds a vision tower too, which is neither described nor counted.
+    is the model type of a checkpoint that sees or hears too, and `tower` what does, which is not counted in here.
     """
 
     id: str
@@ -79,6 +81,7 @@ class ModelSpec:
     source: str
     linear_attention: LinearAttentionSpec | None = None
     tower_of: str | None = None
+    tower: TowerSpec | None = None
 
     @property
     def checkpoint_type(self) -> str:
@@ -162,6 +165,19 @@ class ModelSpec:
         """All parameters of the model."""
         layers = self.linear_parameters + self.num_layers * self.expert_parameters_per_layer + self.other_parameters
         return layers + self.embedding_parameters + self.hidden_size
+
+    @property
+    def all_parameters(self) -> int:
+        """All parameters of the checkpoint, what sees and hears included."""
+        return self.parameters + (0 if self.tower is None else self.tower.parameters)
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """The kinds of content that the model takes."""
+        if self.tower is None:
+            return ("text",)
+        pictures = ("image", "video") if self.tower.vision is not None else ()
+        return ("text", *pictures, *(("audio",) if self.tower.audio is not None else ()))
 
     @property
     def active_body_parameters(self) -> int:

@@ -7,7 +7,7 @@ public code; where transformers and vLLM differ (positions after a video, marks 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 Number: TypeAlias = tuple[float, float, float]
@@ -22,10 +22,11 @@ class Vision:
     """How pictures and videos become patches.
 
     Sizes in pixels are multiples of `patch * merge`; a grid step of a video is `temporal` frames. A picture has from
-    `min_pixels` to `max_pixels`, a video (all frames together) from `min_video_pixels` to `max_video_pixels`; these
-    four are the published folders' and give way to what a folder says. `video` says how a prompt shows one: `one_span`
-    (marks around all pads) or `timestamped` (`<0.1 seconds>`, marks and pads for each step). `clock` says what the
-    first axis of a position counts in a video: `steps`, or `seconds` times `tokens_per_second`; pictures have one step.
+    `min_pixels` to `max_pixels`; a video from `min_video_pixels` to `max_video_pixels`, in each frame where `video` is
+    `one_span`, in all frames together where it is `timestamped`; these four are the published folders' and give way to
+    what a folder says. `video` says how a prompt shows one: `one_span` (marks around all pads) or `timestamped`
+    (`<0.1 seconds>`, marks and pads for each step). `clock` says what the first axis of a position counts in a video:
+    `steps`, or `seconds` times `tokens_per_second`; pictures have one step.
     """
 
     patch: int
@@ -50,7 +51,7 @@ class Hearing:
     """How sounds become mel frames (hop 160 at 16 kHz, `mel_bins` each) and how many pads stand for them.
 
     `count`: `halved_twice` (the whole clip in two strides of 2) or `by_hundred` (blocks of 100 frames of 13 pads).
-    `most_seconds` is what the model takes of one clip; None: any length.
+    `most_seconds` is what the model takes of one clip, to which shorter ones are padded; None: any length, unpadded.
     """
 
     count: Literal["halved_twice", "by_hundred"]
@@ -76,9 +77,30 @@ class MediaFamily:
 
 
 _PICTURES = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-_VL2 = Vision(14, 3136, 12_845_056, 128 * 28 * 28, 768 * 28 * 28 * 768, CLIP_MEAN, CLIP_STD, "one_span")
+_OMNI_2 = {"image": "<|IMAGE|>", "video": "<|VIDEO|>", "audio": "<|AUDIO|>"}
+_OMNI_3 = {**_PICTURES, "audio": "<|audio_pad|>"}
+_VL2 = Vision(14, 3_136, 12_845_056, 3_136, 12_845_056, CLIP_MEAN, CLIP_STD, "one_span")
 _VL3 = Vision(16, 65_536, 16_777_216, 4_096, 25_165_824, HALF, HALF, "timestamped")
+_VL2_5 = replace(_VL2, clock="seconds", tokens_per_second=2.0)
+_SEES_2_5 = replace(_VL2, clock="seconds", tokens_per_second=25.0)
+_SEES_3 = replace(_SEES_2_5, patch=16, mean=HALF, std=HALF, tokens_per_second=13.0)
+_WHOLE_CLIP, _ANY_LENGTH = Hearing("halved_twice", 30.0), Hearing("halved_twice", None)
+_BY_HUNDRED = Hearing("by_hundred", None)
 
-FAMILIES: Mapping[str, MediaFamily] = {family.model_type: family for family in (
-    MediaFamily("qwen2_vl", _PICTURES, _VL2),
-)}
+FAMILIES: Mapping[str, MediaFamily] = {
+    family.model_type: family
+    for family in (
+        MediaFamily("qwen2_vl", _PICTURES, _VL2),
+        MediaFamily("qwen2_5_vl", _PICTURES, _VL2_5),
+        MediaFamily("qwen3_vl", _PICTURES, _VL3),
+        MediaFamily("qwen3_vl_moe", _PICTURES, _VL3),
+        MediaFamily("qwen3_5", _PICTURES, _VL3),
+        MediaFamily("qwen3_5_moe", _PICTURES, _VL3),
+        MediaFamily("qwen2_audio", {"audio": "<|AUDIO|>"}, hearing=_WHOLE_CLIP, axes=1),
+        # The whole folder, and the thinker saved alone.
+        MediaFamily("qwen2_5_omni", _OMNI_2, _SEES_2_5, _ANY_LENGTH),
+        MediaFamily("qwen2_5_omni_thinker", _OMNI_2, _SEES_2_5, _ANY_LENGTH),
+        MediaFamily("qwen3_omni_moe", _OMNI_3, _SEES_3, _BY_HUNDRED),
+        MediaFamily("qwen3_omni_moe_thinker", _OMNI_3, _SEES_3, _BY_HUNDRED),
+    )
+}

@@ -9,11 +9,13 @@ from typing import cast
 
 from qwentune.errors import Problem, UsageError, nearest
 from qwentune.facts.architecture import Kind, LinearAttentionSpec, ModelSpec, MoeSpec
-from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES, LARGEST_TOKENIZER_BYTES, read_object, read_text, shown
+from qwentune.facts.config_file import ConfigFile
+from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES, LARGEST_TOKENIZER_BYTES, read_object, read_text
 from qwentune.facts.generation_config import read_generation_config
 from qwentune.facts.packing import packing_problems
-from qwentune.facts.published import MODELS
+from qwentune.facts.published_media import MODELS, NOT_TAKEN
 from qwentune.facts.quantised import quantised_config, quantised_name
+from qwentune.facts.tower_config import read_tower, tower_sections
 from qwentune.facts.towers import DECODERS, training_problems
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "model_spec",
     "previewed_spec",
     "refuse_untrainable",
+    "whole_config_of",
 ]
 
 _ENDOFTEXT = "<|endoftext|>"
@@ -32,12 +35,15 @@ _ENDOFTEXT_ID = 151643
 _HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 _MIXTURES = ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text")
 _MODEL_TYPES = ("qwen2", "qwen3", *_MIXTURES, "qwen3_5_text", *DECODERS)
+_ONE_AXIS = ("qwen2_audio", "qwen3_asr")  # whose positions are those of text
 _DTYPES = ("float32", "bfloat16", "float16")
 _ROTARY_SHARE = 0.25  # of a head, in hybrids
-_LARGEST = 2**24  # of any size in a config.json but those below; vocabularies have some 2**18 rows
-_LARGEST_OF = {
-    **{"num_hidden_layers": 2**10, "num_experts": 2**14, "num_local_experts": 2**14},
-    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), 2**30),
+# What published files leave to the defaults of transformers' configuration classes.
+_LEFT_OUT: Mapping[str, Mapping[str, object]] = {
+    "qwen2_audio": {
+        **{"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
+        **{"rope_theta": 1e4, "max_position_embeddings": 32768},
+    }
 }
 
 
@@ -56,7 +62,7 @@ def model_spec(model: str, *, packing: bool = False) -> ModelSpec:
         return _from_folder(Path(model), packing)
     if model.startswith(("/", ".", "~")):
         raise UsageError(Problem(model, "There is no such folder.", "Give a folder that holds a config.json."))
-    if problem := quantised_name(model, MODELS):
+    if problem := quantised_name(model, MODELS) or _not_taken(model):
         raise UsageError(problem)
     what = f"'{model}' is not a known model.{_did_you_mean(model)}"
     raise UsageError(Problem("model", what, "`qwentune models` lists all."))
@@ -141,9 +147,34 @@ def config_of(spec: ModelSpec) -> dict[str, object]:
     return config
 
 
+def whole_config_of(spec: ModelSpec) -> dict[str, object]:
+    """The dimensions of decoder and towers as the config.json of the model has them, of an omni model its thinker."""
+    if spec.tower is None:
+        return config_of(spec)
+    text = config_of(spec)
+    tied = text.pop("tie_word_embeddings")
+    del text["model_type"]  # each class has a decoder's class of its own
+    model_type = spec.checkpoint_type
+    if spec.checkpoint_type not in _ONE_AXIS:
+        rope = cast("dict[str, object]", text["rope_parameters"])
+        half = int(spec.head_dim * cast(float, rope.get("partial_rotary_factor", 1))) // 2
+        section = [half - 2 * (half // 3), half // 3, half // 3]  # how the axes share a head changes no size
+        text["rope_parameters"] = {**rope, "mrope_section": section}
+    model_type += "_thinker" if model_type.endswith(("omni", "omni_moe")) else ""
+    return {"model_type": model_type, "tie_word_embeddings": tied, "text_config": text, **tower_sections(spec)}
+
+
 def _listed(model: str) -> ModelSpec | None:
     by_lower_case = {name.lower(): spec for name, spec in MODELS.items()}
     return by_lower_case.get(model.lower())
+
+
+def _not_taken(model: str) -> Problem | None:
+    found = next((name for name in NOT_TAKEN if name.lower() == model.lower()), None)
+    if found is None:
+        return None
+    what, _, fix = NOT_TAKEN[found].partition(". ")
+    return Problem("model", f"'{found}' {what}", fix)
 
 
 def _did_you_mean(model: str) -> str:
@@ -155,87 +186,17 @@ def _did_you_mean(model: str) -> str:
     return f" Did you mean '{by_lower_case[name]}'?" if quote else ""
 
 
-class _Config:
-    """Reads typed values out of a config.json and gathers every problem on the way."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.problems: list[Problem] = []
-        self.file = read_object(path)
-        self.values = self.file
-        self.tower_of = str(self.values.get("model_type"))
-        self.model_type = DECODERS.get(self.tower_of, self.tower_of)
-        text = self.values.get("text_config")
-        if self.tower_of in DECODERS and isinstance(text, dict):
-            # Older checkpoints have the tower's sizes at the top; whether the head is tied is said there in all.
-            tied = {key: self.values[key] for key in ("tie_word_embeddings",) if key in self.values}
-            self.values = {**self.values, **cast("dict[str, object]", text), **tied}
-
-    def number(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key)
-        if value is None and default is not None:
-            return default
-        most = _LARGEST_OF.get(key, _LARGEST)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:
-            return value
-        is_large = isinstance(value, int) and value > most
-        self.refuse(key, value, f"a whole number {f'from 1 to {most}' if is_large else '>= 1'} is needed")
-        return 1
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        if value is None or isinstance(value, bool):
-            return default if value is None else value
-        self.refuse(key, value, "true or false is needed")
-        return default
-
-    def positive(self, key: str, default: float, section: str = "") -> float:
-        """A number above 0, of a section of the file where one is named."""
-        value = (self.nested(section) if section else self.values).get(key)
-        if value is None:
-            return default
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _LARGEST**2:
-            return float(value)
-        self.refuse(f"{section}.{key}" if section else key, value, "a number > 0 is needed")
-        return default
-
-    def nested(self, key: str) -> dict[str, object]:
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, dict):
-            self.refuse(key, value, "an object is needed")
-        return cast("dict[str, object]", value) if isinstance(value, dict) else {}
-
-    @property
-    def max_positions(self) -> int:
-        known = self.number("max_position_embeddings")
-        stretched = known
-        for section in ("rope_parameters", "rope_scaling"):
-            factor = self.positive("factor", 0.0, section)
-            original = self.positive("original_max_position_embeddings", known, section)
-            stretched = max(stretched, int(factor * original))  # YaRN and its like stretch what was trained
-        return stretched
-
-    @property
-    def rope_theta(self) -> float:
-        # transformers 5 writes rope_parameters, older versions rope_theta.
-        return self.positive("rope_theta", self.positive("rope_theta", 1e4), "rope_parameters")
-
-    def refuse(self, key: str, value: object, needed: str) -> None:
-        """Notes a value of another kind than is needed."""
-        found = "is missing" if value is None else f"is {shown(value)}"
-        problem = Problem(f"{self.path}: {key}", f"{key} {found}; {needed}.")
-        if problem not in self.problems:
-            self.problems.append(problem)
-
-
 def _from_folder(folder: Path, packing: bool) -> ModelSpec:
-    file = None if (folder / "config.json").exists() else next(folder.glob("*.gguf"), None)
-    if file is not None and (problem := quantised_name(str(file), MODELS)):
+    gguf = None if (folder / "config.json").exists() else next(folder.glob("*.gguf"), None)
+    if gguf is not None and (problem := quantised_name(str(gguf), MODELS)):
         raise UsageError(problem)
-    config = _Config(folder / "config.json")
-    model_type = config.model_type
+    file = ConfigFile(folder / "config.json")
+    tower_of = str(file.values.get("model_type"))
+    model_type = DECODERS.get(tower_of, tower_of)
+    thinker = file.section("thinker_config") if "thinker_config" in file.values else file
+    config = _decoder_of(tower_of, thinker)
     if packing:
-        config.problems += packing_problems(config.tower_of)
+        config.problems += packing_problems(tower_of)
     if model_type not in _MODEL_TYPES:
         unknown = Problem(
             f"{config.path}: model_type",
@@ -282,9 +243,10 @@ def _from_folder(folder: Path, packing: bool) -> ModelSpec:
         licence="not stated",
         source=str(config.path),
         linear_attention=_linear_attention(config) if is_hybrid else None,
-        tower_of=config.tower_of if config.tower_of in DECODERS else None,
+        tower_of=tower_of if tower_of in DECODERS else None,
+        tower=read_tower(tower_of, thinker, hidden_size),
     )
-    if problem := quantised_config(str(config.path), config.file, None if config.problems else spec, MODELS):
+    if problem := quantised_config(str(config.path), file.values, None if config.problems else spec, MODELS):
         config.problems.append(problem)
     for key in ("dtype", "torch_dtype"):
         if config.values.get(key) not in (None, *_DTYPES):
@@ -301,7 +263,19 @@ def _from_folder(folder: Path, packing: bool) -> ModelSpec:
     return spec
 
 
-def _linear_attention(config: _Config) -> LinearAttentionSpec:
+def _decoder_of(tower_of: str, file: ConfigFile) -> ConfigFile:
+    """The values of the text decoder in the file of a model that may see or hear too."""
+    if tower_of not in DECODERS or not isinstance(file.values.get("text_config"), dict):
+        return file
+    text = file.nested("text_config")
+    # Older checkpoints have the decoder's sizes at the top; whether the head is tied is said there in all.
+    tied = {key: file.values[key] for key in ("tie_word_embeddings",) if key in file.values}
+    found = ConfigFile(file.path, values={**_LEFT_OUT.get(tower_of, {}), **file.values, **text, **tied})
+    found.problems = file.problems
+    return found
+
+
+def _linear_attention(config: ConfigFile) -> LinearAttentionSpec:
     num_layers, period = config.number("num_hidden_layers"), config.number("full_attention_interval", 4)
     types = config.values.get("layer_types")
     if isinstance(types, list) and "full_attention" in types:

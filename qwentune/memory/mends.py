@@ -9,7 +9,7 @@ from itertools import combinations
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.facts.launch import Sharding, uses_deepspeed
-from qwentune.memory.closed_form.phases import disk_bytes
+from qwentune.memory.closed_form.host_memory import disk_bytes
 from qwentune.memory.plan_request import Device, PlanRequest, request_problems
 from qwentune.memory.search import Candidate, leanest, needed_host_bytes, shortages
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from qwentune.facts.architecture import ModelSpec
 from qwentune.memory.closed_form.adapter_sizes import adapts_experts, adapts_head
-from qwentune.memory.closed_form.phases import Terms, base_weight_bytes
+from qwentune.memory.closed_form.model_states import base_weight_bytes
+from qwentune.memory.closed_form.terms import Terms
 from qwentune.memory.settings import GIB, Settings
 
 LARGE_SHARE = 0.25  # of the peak, or of the weights: what is less surprises nobody

@@ -14,7 +14,7 @@ from qwentune.errors import Problem, ResumeError
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.facts.launch import Sharding
-from qwentune.memory.closed_form.phases import disk_bytes
+from qwentune.memory.closed_form.host_memory import disk_bytes
 from qwentune.memory.closed_form.roofline import step_seconds
 from qwentune.memory.mends import Mend, find_mends
 from qwentune.memory.plan_request import Device, PlanRequest, usable_bytes

@@ -10,8 +10,10 @@ from qwentune.errors import UsageError
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.facts.launch import Sharding
-from qwentune.memory.closed_form.phases import Terms, disk_bytes, host_bytes, offloaded_bytes, phases
+from qwentune.memory.closed_form.host_memory import disk_bytes, host_bytes, offloaded_bytes
+from qwentune.memory.closed_form.phases import phases
 from qwentune.memory.closed_form.roofline import step_seconds
+from qwentune.memory.closed_form.terms import Terms
 from qwentune.memory.plan_request import Device, PlanRequest, adapts_head, divisors, request_problems, usable_bytes
 from qwentune.memory.settings import (
     Attention,

@@ -14,6 +14,7 @@ Attention: TypeAlias = Literal["sdpa", "eager", "flex_attention", "flash_attenti
 Dtype: TypeAlias = Literal["bf16", "fp32"]
 StateDtype: TypeAlias = Literal["fp32", "8bit"]
 Targets: TypeAlias = Literal["all-linear"] | tuple[str, ...]
+TowerTuning: TypeAlias = Literal["frozen", "trained", "adapters"]
 
 # The most micro-batches whose gradients may be added up in bf16. Of 32 the sums of a tensor were off by 6e-3 to 8e-3 of
 # their norm, of 256 by 1.7e-2; 1e-2 is allowed.
@@ -21,6 +22,24 @@ MOST_BF16_SUMS = 32
 
 MIB = 2**20
 GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class TowerUse:
+    """How a run uses what sees and hears: the most patches and mel frames of one row, and what of it is tuned.
+
+    Patches are those of pictures and of all steps of videos, frames those of all sounds.
+    """
+
+    patches: int = 0
+    frames: int = 0
+    body: TowerTuning = "frozen"
+    merger: TowerTuning = "frozen"
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the backward pass goes through the mergers at least."""
+        return (self.body, self.merger) != ("frozen", "frozen")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +51,7 @@ class Settings:
     `rank`, `targets`, `drops` (dropout on the adapters' inputs), `dora` and `trains_rows` (some rows of embedding and
     head are trained too) count only for adapters. `branches` says that rows may hold examples that share beginnings,
     `on_cpu` that the step runs on a CPU. Hybrids run the delta rule and the convolution before it in torch, or
-    fused by flash-linear-attention and causal-conv1d.
+    fused by flash-linear-attention and causal-conv1d. `towers` is None where what sees and hears is not loaded.
     """
 
     kind: Tuning
@@ -56,11 +75,27 @@ class Settings:
     on_cpu: bool = False
     fuses_delta_rule: bool = False
     fuses_convolution: bool = False
+    towers: TowerUse | None = None
 
     @property
     def forward_tokens(self) -> int:
         """Tokens of one forward pass on one rank, rows at their fullest."""
         return self.micro_batch * self.max_tokens
+
+    @property
+    def forward_patches(self) -> int:
+        """Patches of one forward pass on one rank, rows at their fullest."""
+        return 0 if self.towers is None else self.micro_batch * self.towers.patches
+
+    @property
+    def forward_frames(self) -> int:
+        """Mel frames of one forward pass on one rank, rows at their fullest."""
+        return 0 if self.towers is None else self.micro_batch * self.towers.frames
+
+    @property
+    def recomputes_towers(self) -> bool:
+        """Whether the blocks of towers are recomputed: where they are tuned and layers of the decoder are too."""
+        return self.towers is not None and self.towers.is_tuned and bool(self.gradient_checkpointing)
 
     @property
     def weight_bytes(self) -> int:

@@ -65,7 +65,8 @@ class Visibility:
     def of(cls, batch: dict[str, Tensor]) -> Visibility:
         """The visibility of a batch, whose `trees` lie on the CPU."""
         trees = tuple((int(size), bool(branches)) for size, branches in batch["trees"].tolist())
-        return cls(batch["visible_until"][0], batch["position_ids"][0], trees)
+        depths = batch.get("depths", batch["position_ids"])  # beside positions with three axes
+        return cls(batch["visible_until"][0], depths[0], trees)
 
     def allowed(self, q: Tensor, k: Tensor, window: int | None = None) -> Tensor:
         """Which tokens `q` see which tokens `k`, both given by their places: (len(q), len(k)) bool.

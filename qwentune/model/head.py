@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qwentune.model.attention import KERNELS, attention_arguments
+from qwentune.model.senses import media_arguments
 from qwentune.model.trained_rows import rows_of
 
 LOSS_CHUNK_TOKENS = 1024  # the plan counts the logits of as many
@@ -83,10 +85,14 @@ class LossHead:
         network: Any = model
         self.head: nn.Module = network.get_output_embeddings()
         self.chunked = kind == "supervised" and type(self.head) in (nn.Linear, TrainableTokensWrapper)
-        self.attention: str | None = network.config._attn_implementation
-        if self.attention not in KERNELS and "linear_attention" in (getattr(network.config, "layer_types", None) or ()):
+        text = network.config.get_text_config()
+        self.attention: str | None = text._attn_implementation
+        if self.attention not in KERNELS and "linear_attention" in (getattr(text, "layer_types", None) or ()):
             self.attention = None  # a row is one example, and linear attention refuses to be told where it begins
         self.targets: tuple[Tensor, Tensor] | None = None
+        self.places: Tensor | None = None
+        whole: Any = network.get_base_model() if hasattr(network, "get_base_model") else network
+        self.is_given_all = "logits_to_keep" not in signature(whole.forward).parameters  # as in models that hear
         self.logits = self.head.forward
         self.head.forward = self._forward  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -94,6 +100,8 @@ class LossHead:
         if self.targets is None:
             return self.logits(hidden, *args, **kwargs)
         target_N, weight_N = self.targets
+        if self.places is not None:
+            hidden = hidden[:, self.places]
         if self.chunked:
             weight, *rows = rows_of(self.head) or (cast(Tensor, self.head.weight), None, None)
             if not torch.is_grad_enabled():
@@ -105,6 +113,7 @@ class LossHead:
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the batch's cross-entropies, a scalar in fp32; the model runs once."""
         self.targets = (batch["target"], batch["weight"])
+        self.places = batch["predict_from"] if self.is_given_all else None
         try:
             outputs = model(
                 input_ids=batch["input_ids"],
@@ -112,7 +121,8 @@ class LossHead:
                 use_cache=False,
                 logits_to_keep=batch["predict_from"],
                 **attention_arguments(self.attention, batch),
+                **media_arguments(batch),
             )
         finally:
-            self.targets = None
+            self.targets = self.places = None
         return outputs.logits

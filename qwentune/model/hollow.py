@@ -9,21 +9,22 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from qwentune.errors import Problem, ResumeError
 from qwentune.facts.adapter_config import ADAPTER_CONFIG, largest_trained_token, read_adapter_config
 from qwentune.facts.weight_files import ADAPTER_WEIGHTS, read_adapter
 from qwentune.model.loading import listed, load_model
+from qwentune.model.senses import network_class
 
 
-def refuse_other_weights(base: Path, adapter: Path | None = None) -> None:
+def refuse_other_weights(base: Path, adapter: Path | None = None, *, has_media: bool = False) -> None:
     """Raises ResumeError where a tensor of the base, or of the adapter on it, is missing, another, or not its model's.
 
     Only headers are read, so that it takes a second or two whatever the model's size. UsageError for a config.json of
     which no model can be built.
     """
-    model = load_model(base, dtype="fp32", device=torch.device("meta"))
+    model = load_model(base, dtype="fp32", device=torch.device("meta"), has_media=has_media)
     if adapter is not None:
         refuse_other_adapter(model.config, adapter)
 
@@ -32,7 +33,7 @@ def refuse_other_adapter(config: PreTrainedConfig, folder: Path) -> None:
     """Raises ResumeError where the adapter's tensors are not exactly those of its configuration around this model."""
     described = read_adapter_config(folder)
     stored = {name: tensor.shape for name, tensor in read_adapter(folder).items()}
-    path, vocabulary = folder / ADAPTER_CONFIG, int(config.vocab_size)
+    path, vocabulary = folder / ADAPTER_CONFIG, int(config.get_text_config().vocab_size)
     if (token := largest_trained_token(described)) >= vocabulary:
         what = f"trains the row of token {token}, but the model has {vocabulary} rows"
         raise ResumeError(Problem(f"{path}: trainable_token_indices", what))
@@ -51,7 +52,7 @@ def _shapes(config: PreTrainedConfig, folder: Path) -> dict[str, tuple[int, ...]
     lora.init_lora_weights = False  # which needs weights for some kinds, and changes no shape
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = network_class(config)._from_config(config)
         adapted = get_peft_model(model, lora, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
         state: dict[str, Any] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in state.items()}

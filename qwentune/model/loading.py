@@ -8,11 +8,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -26,12 +25,16 @@ from qwentune.durable import replace_file
 from qwentune.errors import Problem, ResumeError, UsageError
 from qwentune.facts.adapter_config import ADAPTER_CONFIG
 from qwentune.facts.documents import MEND
+from qwentune.facts.media import FAMILIES
+from qwentune.facts.towers import PROJECTOR, TOWERS
 from qwentune.facts.weight_files import StoredTensor, read_weights
+from qwentune.model.senses import attention_of, network_class, network_config, odd_tower, take_media
 from qwentune.model.sharded import no_warm_up, sharding
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUILTIN_SEED = 20250428
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
+NOT_IN_4_BITS = ["lm_head", *(f"model.{name}" for name in (*TOWERS, PROJECTOR))]
 NUM_NAMED = 5  # tensors of a kind of fault
 OTHERS = "These weights are not the model's."
 
@@ -55,19 +58,19 @@ def weights_folder(model: str, revision: str | None = None) -> Path:
     return folder
 
 
-def decoder_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of the text decoder in `folder`, which may hold a vision tower too.
+def read_config(folder: Path, *, has_media: bool) -> PreTrainedConfig:
+    """The configuration of what is loaded of `folder` for a run on media, or on texts alone.
 
-    Raises UsageError where transformers cannot read it.
+    Raises UsageError where transformers cannot read it, or where a tower is not as the published ones.
     """
+    path = folder / "config.json"
     try:
-        config: Any = AutoConfig.from_pretrained(folder)
-        text: Any = config.get_text_config()
+        config = network_config(AutoConfig.from_pretrained(folder), has_media=has_media)
     except Exception as error:  # whatever transformers raises, this file was all that it read
-        raise UsageError(_unusable(folder / "config.json", error)) from None
-    if text is not config:  # whether the head is tied is said above both, and transformers looks below
-        text.tie_word_embeddings = config.tie_word_embeddings
-    return text
+        raise UsageError(_unusable(path, error)) from None
+    if config.model_type in FAMILIES and (what := odd_tower(config)):
+        raise UsageError(Problem(str(path), what, "Use the config.json of the published checkpoint."))
+    return config
 
 
 def _unusable(path: Path, error: Exception) -> Problem:
@@ -84,8 +87,11 @@ def load_model(
     attention: str = "sdpa",  # or one of `IMPLEMENTATIONS`
     device: torch.device | None = None,
     sharded: bool = False,
+    has_media: bool = False,
 ) -> PreTrainedModel:
     """The causal language model of `folder`, its cache off, every key of it loaded; `sharded` only this rank's rows.
+
+    With towers where the run `has_media`, or where the decoder is not to be had alone.
 
     On the meta device no weight is read, only what the files' headers say of them.
 
@@ -95,24 +101,26 @@ def load_model(
     stored = read_weights(folder)
     if problems := _odd_experts(stored):
         raise ResumeError(problems, OTHERS)
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "attn_implementation": attention, "use_safetensors": True}
+    config = read_config(folder, has_media=has_media)
+    has_towers = config.model_type in FAMILIES
+    options: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype], "use_safetensors": True}
+    options["attn_implementation"] = attention_of(config, attention)
     if four_bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[dtype],
+            llm_int8_skip_modules=NOT_IN_4_BITS if has_towers else None,
         )
     # ZeRO-3 gives each rank its part by itself, and only where no device is named.
     if device is not None and device.type != "cpu" and not is_deepspeed_zero3_enabled():
         options["device_map"] = {"": device}
-    config = options["config"] = decoder_config(folder)
-    loader: Any = AutoModelForCausalLM
-    if sharded:
-        known: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-        loader = sharding(known[type(config)], device or torch.device("cpu"))
     with no_warm_up() if sharded else nullcontext():
         try:
+            loader: Any = network_class(config)
+            if sharded:
+                loader = sharding(loader, device or torch.device("cpu"))
             model, info = loader.from_pretrained(
                 folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
@@ -126,6 +134,9 @@ def load_model(
         keep_four_bit_exact(model)
     _keep_rotary_exact(model)
     model.config.use_cache = False
+    if has_towers:
+        model.config.get_text_config().use_cache = False
+        take_media(model)
     return model
 
 
@@ -180,13 +191,22 @@ def _mismatch(name: str, there: Any, wanted: Any) -> str:
     return f"{name} {list(there)} for {list(wanted)}"
 
 
-def recompute_layers(model: PreTrainedModel, layers: bool | int) -> None:
-    """Switches activation checkpointing on for all decoder layers (True) or for the first `layers` of them."""
+def recompute_layers(model: PreTrainedModel, layers: bool | int, *, towers: bool = False) -> None:
+    """Switches activation checkpointing on for all decoder layers (True) or for the first `layers` of them.
+
+    With `towers` for the blocks of towers too; a frozen one it would pull into the backward pass.
+    """
+    how = {"use_reentrant": False}
+    has_towers = model.config.model_type in FAMILIES
+    for name, module in model.named_modules() if towers and has_towers else ():
+        if name.rpartition(".")[2] in TOWERS:
+            cast(Any, module).gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     if not layers:
         return
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    network: Any = model.get_decoder() if has_towers else model
+    network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     if layers is not True:
-        switched: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+        switched: list[Any] = [m for m in network.modules() if getattr(m, "gradient_checkpointing", False)]
         for layer in [m for m in switched if type(m).__name__.endswith("DecoderLayer")][layers:]:
             layer.gradient_checkpointing = False
 

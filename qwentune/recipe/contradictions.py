@@ -57,6 +57,15 @@ def contradictions(root: Node) -> Iterator[Problem]:
                 what = f"{key}: tuning.kind is full, which has no adapters"
                 fix = f"Leave it out (on the command line: {key}=null), or use kind: lora."
                 yield Problem(place.where, what, fix)
+        for key in ("tuning.towers", "tuning.merger"):
+            if (place := given.place(key)) and given.value(key, "") == "adapters":
+                what = f"{key}: adapters, but tuning.kind is full, which has none"
+                yield Problem(place.where, what, "Use trained, or kind: lora.")
+    for part in ("towers", "merger"):
+        place = given.place(f"tuning.{part}_learning_rate")
+        if place and given.value(f"tuning.{part}", "frozen") == "frozen":
+            what = f"tuning.{part}_learning_rate: tuning.{part} is frozen"
+            yield Problem(place.where, what, f"Leave it out, or use tuning.{part}=trained or adapters.")
     for first, second, decided in EITHER:
         if (place := given.place(second)) and given.place(first):
             what = f"{second}: {first} is given too, and one of them decides {decided}"
@@ -75,6 +84,9 @@ def contradictions(root: Node) -> Iterator[Problem]:
         if (place := given.place(key)) and not has_eval:
             what = f"{key}: nothing is evaluated"
             yield Problem(place.where, what, "Give data.eval_fraction or data.eval, or leave it out.")
+    least, most = (given.number(f"data.media.{end}_pixels", 0) for end in ("min", "max"))
+    if (place := given.place("data.media.min_pixels")) and least and most and least > most:
+        yield Problem(place.where, f"data.media.min_pixels: max_pixels is {most}, which is less", "Lower it.")
     if place := given.place("data.template_args.enable_thinking"):
         what = "data.template_args.enable_thinking: data.thinking decides this"
         yield Problem(place.where, what, "Use data.thinking: on, off or auto.")

@@ -39,7 +39,10 @@ Epochs = Annotated[float, Gt(0), Le(10_000)]
 Rate = Annotated[float, Gt(0), Le(10)]
 Share = Annotated[float, Ge(0), Le(1)]
 ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
+Pixels = Annotated[int, Ge(1), Le(2**31)]
 Dtype = Literal["auto", "bf16", "fp32"]
+Part = Literal["language", "tower", "merger"]  # of a model that sees or hears
+PartTuning = Literal["frozen", "trained", "adapters"]
 Tracker = Literal["clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 TemplateArgument = bool | int | float | str
 if TYPE_CHECKING:
@@ -98,9 +101,26 @@ class Tuning(Section):
         None,
         "an adapter folder to continue from (a new run, no resume); keys that are left out are its",
     )
+    towers: PartTuning = _key("frozen", "what sees and hears: frozen, trained, or with adapters")
+    merger: PartTuning = _key("frozen", "what turns that into embeddings: frozen, trained, or with adapters")
+    towers_learning_rate: Rate | None = _key(None, "of the towers; null: optimizer.learning_rate")
+    merger_learning_rate: Rate | None = _key(None, "of the merger; null: optimizer.learning_rate")
+
+    @property
+    def trained_parts(self) -> tuple[Part, ...]:
+        """Whose weights are not frozen."""
+        asked: dict[Part, str] = {"tower": self.towers, "merger": self.merger}
+        return ("language", *(part for part, how in asked.items() if how != "frozen"))
+
+    @property
+    def part_rates(self) -> dict[Part, float]:
+        """The learning rates that are given for parts of a model."""
+        given: dict[Part, float | None] = {"tower": self.towers_learning_rate, "merger": self.merger_learning_rate}
+        return {part: rate for part, rate in given.items() if rate is not None}
 
 
-ADAPTER_KEYS = tuple(name for name in Tuning.model_fields if name != "kind")
+TOWER_KEYS = ("towers", "merger", "towers_learning_rate", "merger_learning_rate")
+ADAPTER_KEYS = tuple(name for name in Tuning.model_fields if name not in ("kind", *TOWER_KEYS))
 
 
 class Objective(Section):
@@ -136,6 +156,24 @@ class Fim(Section):
     loss: Literal["middle", "all"] = _key("middle", "what of a cut text is trained")
 
 
+class MediaOptions(Section):
+    max_pixels: Pixels | None = _key(
+        None,
+        "largest picture or frame of a video, in pixels; larger ones are scaled",
+        shown="the checkpoint's",
+    )
+    min_pixels: Pixels | None = _key(None, "smallest picture, in pixels", shown="the checkpoint's")
+    fps: Annotated[float, Gt(0), Le(1000)] | None = _key(
+        None, "frames taken of a second of a video", shown="the checkpoint's"
+    )
+    max_frames: Annotated[int, Ge(2), Le(2**16)] | None = _key(
+        None, "most frames taken of a video", shown="the checkpoint's"
+    )
+    max_seconds: Annotated[float, Gt(0), Le(10**6)] | None = _key(
+        None, "longest video or clip of sound, in seconds; a longer one is a wrong row; null: what the model takes"
+    )
+
+
 class DataOptions(Section):
     train: Sources = _key(..., "where the training rows are; a bare path is a source too")
     evaluation: Sources | None = _key(None, "where the eval rows are", alias="eval")
@@ -159,6 +197,7 @@ class DataOptions(Section):
     system: str | None = _key(None, "system text for dialogues that have none")
     chat_template: Name | None = _key(None, "a template file instead of the checkpoint's own")
     fim: Fim = _key(Fim(), "how texts are cut for fill-in-the-middle")
+    media: MediaOptions = _key(MediaOptions(), "what pictures, videos and sounds may cost")
 
     @property
     def has_turns(self) -> bool:

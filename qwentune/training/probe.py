@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qwentune.data.layout.batch import Batch, collate
+from qwentune.data.layout.batch import Batch, collated
 from qwentune.data.layout.rows import Rows
 
 if TYPE_CHECKING:
@@ -75,4 +75,4 @@ class Probe(TrainerCallback):
 def longest(rows: Rows, count: int) -> Batch:
     """The batch of the rows with the most tokens, so no batch of the run has more."""
     chosen = heapq.nlargest(count, range(len(rows)), key=rows.num_tokens.__getitem__)
-    return collate([rows[row] for row in chosen], 1.0 / sum(rows.trained_weight(row) for row in chosen))
+    return collated(rows, chosen, 1.0 / sum(rows.trained_weight(row) for row in chosen))

@@ -117,6 +117,10 @@ class Run:
         )
         return EXIT_OK
 
+    @property
+    def _has_media(self) -> bool:
+        return getattr(self.dataset, "media", None) is not None
+
     def _base(self) -> tuple[Path, dict[str, Any]]:
         """The folder of the base weights, proved to be those of the plan, and the facts that decide this run."""
         from qwentune.data.tokenizing.checkpoint_folder import BUILTIN
@@ -132,7 +136,8 @@ class Run:
         base = weights_folder(recipe.model, recipe.revision)
         start_from = None if recipe.tuning.kind == "full" else recipe.tuning.start_from
         # Before an old run is moved aside; one rank looks for all.
-        self.ranks.agree(lambda: refuse_other_weights(base, Path(start_from) if start_from else None))
+        adapter = Path(start_from) if start_from else None
+        self.ranks.agree(lambda: refuse_other_weights(base, adapter, has_media=self._has_media))
         facts = run_facts(
             recipe.model_dump(mode="json", by_alias=True),
             data=self.dataset.content,
@@ -271,7 +276,8 @@ class Run:
         if start.checkpoint is not None and not start.trained:
             # A changed base may have been allowed.
             trained = start.checkpoint.folder
-            refuse_other_weights(*([trained] if self.loaded.recipe.tuning.kind == "full" else [base, trained]))
+            whose = [trained] if self.loaded.recipe.tuning.kind == "full" else [base, trained]
+            refuse_other_weights(*whose, has_media=self._has_media)
         if not start.complete:
             self.folder.rewind(start.step)
             console.log_to(self.folder.path / LOG)
@@ -351,6 +357,7 @@ class Run:
             recorder=recorder,
             patience=recipe.output.early_stopping,
             lora_plus_ratio=recipe.optimizer.lora_plus_ratio or 1.0,
+            part_rates=recipe.tuning.part_rates,
             eight_bit=choices.optimizer_state == "8bit",
             fp32_sums=adds_in_fp32,
             shards=shards,
@@ -369,6 +376,7 @@ class Run:
         from qwentune.model.adapters import add_adapters, load_adapters
         from qwentune.model.attention import IMPLEMENTATIONS
         from qwentune.model.loading import load_model, recompute_layers
+        from qwentune.model.senses import freeze
         from qwentune.model.sharded import Shards
 
         tuning, choices = self.loaded.recipe.tuning, self.plan.choices
@@ -386,10 +394,12 @@ class Run:
             attention=IMPLEMENTATIONS[choices.attention],
             device=self.ranks.device,
             sharded=self.ranks.shards_weights,
+            has_media=self._has_media,
         )
         shards = Shards(model) if self.ranks.shards_weights else None
-        recompute_layers(model, choices.gradient_checkpointing)
+        recompute_layers(model, choices.gradient_checkpointing, towers=tuning.towers != "frozen")
         if full:
+            freeze(model, tuning.trained_parts)
             return model, shards
         if checkpoint is not None:
             return load_adapters(model, checkpoint.folder, choices.adapters, tuning), shards

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwentune.memory.closed_form.phases import DEEPSPEED_BUCKET_VALUES
+from qwentune.memory.closed_form.model_states import DEEPSPEED_BUCKET_VALUES
 
 
 def load_only_weights() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from qwentune.data.layout.batch import Batch
+from qwentune.facts.towers import Part, part_of
 from qwentune.model.adamw import AdamW
 from qwentune.model.head import LossHead
 from qwentune.model.sharded import Shards
@@ -31,6 +32,7 @@ class ExactStep(_Mixed):
     loss_head: LossHead
     learning_rate_factor: Callable[[int], float]
     lora_plus_ratio: float
+    part_rates: Mapping[Part, float]  # learning rates other than that of the language model
     eight_bit: bool
     fp32_sums: bool
     shards: Shards | None
@@ -63,21 +65,23 @@ class ExactStep(_Mixed):
         # Of most rows of an embedding a batch says nothing: their moments, small as they get, stay in fp32.
         wide = {module.weight for module in network.modules() if self.eight_bit and isinstance(module, nn.Embedding)}
         faster = {"lora_B", "lora_embedding_B"} if self.lora_plus_ratio != 1 else set[str]()
-        groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[Part, bool, bool, bool], list[nn.Parameter]] = {}
         for name, parameter in network.named_parameters():
             if parameter.requires_grad:
                 is_faster = not faster.isdisjoint(name.split("."))
-                groups.setdefault((is_faster, name in decayed, parameter in wide), []).append(parameter)
+                kind = (part_of(name), is_faster, name in decayed, parameter in wide)
+                groups.setdefault(kind, []).append(parameter)
         self.adamw = AdamW(
             [
                 {
                     "params": parameters,
-                    "lr": self.args.learning_rate * (self.lora_plus_ratio if is_faster else 1.0),
+                    "lr": self.part_rates.get(part, self.args.learning_rate)
+                    * (self.lora_plus_ratio if is_faster else 1.0),
                     "weight_decay": self.args.weight_decay if is_decayed else 0.0,
                     "eight_bit": self.eight_bit and not is_wide,
                 }
-                for (is_faster, is_decayed, is_wide), parameters in sorted(
-                    groups.items(), key=lambda group: group[0][0]
+                for (part, is_faster, is_decayed, is_wide), parameters in sorted(
+                    groups.items(), key=lambda group: (group[0][0] != "language", group[0][1])
                 )
             ],  # the first group's learning rate is the one that is logged
             betas=(self.args.adam_beta1, self.args.adam_beta2),

@@ -17,9 +17,11 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from qwentune.data.layout.batch import Batch, EvalBatches, TrainBatches
+from qwentune.data.layout.batch import Ahead, Batch, EvalBatches, TrainBatches
+from qwentune.data.layout.tower_inputs import stays_on_cpu
 from qwentune.durable import remove
 from qwentune.errors import NotFiniteError, Problem, UserError
+from qwentune.facts.towers import Part
 from qwentune.model.head import LossHead
 from qwentune.model.sharded import Shards
 from qwentune.training.best import has_stopped_improving
@@ -53,6 +55,7 @@ class ExactResume(ExactStep):
         recorder: Recorder | None,
         patience: int | None = None,
         lora_plus_ratio: float = 1.0,
+        part_rates: Mapping[Part, float] | None = None,
         eight_bit: bool = False,
         fp32_sums: bool = False,
         shards: Shards | None = None,
@@ -70,6 +73,7 @@ class ExactResume(ExactStep):
         self.recorder = recorder
         self.patience = patience
         self.lora_plus_ratio = lora_plus_ratio
+        self.part_rates = part_rates or {}
         self.eight_bit = eight_bit
         self.fp32_sums = fp32_sums
         self.shards = shards
@@ -88,7 +92,8 @@ class ExactResume(ExactStep):
 
     def _loader(self, batches: TrainBatches | EvalBatches) -> DataLoader[Batch]:
         pinned = self.args.device.type == "cuda"
-        return DataLoader(batches, batch_size=1, shuffle=False, collate_fn=_only, pin_memory=pinned)
+        made = batches if batches.rows.media is None else Ahead(batches)
+        return DataLoader(made, batch_size=1, shuffle=False, collate_fn=_only, pin_memory=pinned)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Batch]:
         raise AssertionError("qwentune has no test set")
@@ -98,9 +103,9 @@ class ExactResume(ExactStep):
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         # The stock method casts floats to DeepSpeed's dtype, which would round the weights.
-        # The sizes of trees are read on the CPU: on a GPU reading them would wait for the device.
+        # Sizes are read on the CPU: on a GPU reading them would wait for the device.
         device = self.args.device
-        return {n: t if n == "trees" else t.to(device, non_blocking=True) for n, t in inputs.items()}
+        return {n: t if stays_on_cpu(n) else t.to(device, non_blocking=True) for n, t in inputs.items()}
 
     # Logging.
 

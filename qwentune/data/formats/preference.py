@@ -11,6 +11,7 @@ from dataclasses import replace
 from qwentune.data.formats.messages.calls import read_tools
 from qwentune.data.formats.messages.conversation import read_system, read_template_args
 from qwentune.data.formats.messages.normalise import read_messages
+from qwentune.data.formats.messages.tags import with_media
 from qwentune.data.formats.sharegpt import read_turn
 from qwentune.data.reading.loss import refuse_other_weight
 from qwentune.data.reading.row_reader import RowReader
@@ -50,11 +51,10 @@ def parse(row: dict[str, Json], source: Source) -> Pair | list[Problem]:
         reader.refuse("chosen and rejected are the same", "Give two answers that differ, or leave the row out.")
     context = [replace(message, weight=0.0) for message in prompt]
     places = tuple(range(-len(system), len(context) + max(len(chosen), len(rejected))))
-    whole = [
-        Conversation(source, (*context, *end), tools, places[: len(context) + len(end)], args) for end in ends.values()
-    ]
+    said = [with_media(row, [*context, *end], reader) for end in ends.values() if not reader.problems]
     if reader.problems:
         return reader.problems
+    whole = [Conversation(source, tuple(one), tools, places[: len(one)], args) for one in said]
     preferred = replace(whole[0], unread=tuple(reader.unread), offered=tuple(reader.offered))
     return Pair(source, preferred, whole[1])
 

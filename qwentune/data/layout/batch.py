@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from qwentune.data.cache import cache_folder
+from qwentune.data.layout.media_table import RunMedia, UnloadableError
 from qwentune.data.layout.rows import Rows
 from qwentune.data.layout.schedule import Schedule
 from qwentune.data.layout.trie import Packed
+from qwentune.data.media.pads import pad_of
 from qwentune.errors import DataError, Problem
 
 Batch = dict[str, torch.Tensor]
+NUM_AHEAD = 4  # micro-batches with media that are made while a step runs
 
 
-def collate(rows: Sequence[Packed], weight_scale: float) -> Batch:
+def collate(rows: Sequence[Packed], weight_scale: float, media: RunMedia | None = None) -> Batch:
     """Rows end to end as one sequence of T tokens in M trees with N supervised positions.
 
     `input_ids`, `position_ids`, `visible_until`: (1, T) int64; `predict_from`, `target`: (N,) int64; `weight`: (N,)
     float32, multiplied by `weight_scale`; `trees`: (M, 2) int64, the size of each and whether it branches. No row is
-    padded.
+    padded. With `media`, also what `layout/media_batch.py` says, and where positions have a time, a row and a column
+    `position_ids` is (3, 1, T) and `depths` (1, T). UnloadableError where a medium cannot be read.
     """
     starts = np.cumsum([0] + [len(row.input_ids) for row in rows[:-1]])
 
@@ -32,7 +37,7 @@ def collate(rows: Sequence[Packed], weight_scale: float) -> Batch:
         return torch.as_tensor(np.concatenate(parts).astype(np.int64))
 
     weights = np.concatenate([row.weight for row in rows]).astype(np.float64) * weight_scale
-    return {
+    batch = {
         "input_ids": joined("input_ids")[None],
         "position_ids": joined("position_ids")[None],
         "visible_until": joined("visible_until", shift=True)[None],
@@ -41,6 +46,22 @@ def collate(rows: Sequence[Packed], weight_scale: float) -> Batch:
         "weight": torch.as_tensor(weights.astype(np.float32)),
         "trees": torch.tensor([tree for row in rows for tree in row.trees]),
     }
+    if media is None:
+        return batch
+    from qwentune.data.layout.media_batch import with_media
+
+    return with_media(batch, rows, media)
+
+
+def collated(rows: Rows, chosen: Sequence[int], weight_scale: float) -> Batch:
+    """The batch of some rows; DataError where a medium is not what was rendered, with the rows that show it."""
+    try:
+        return collate([rows[row] for row in chosen], weight_scale, rows.media)
+    except UnloadableError as unloadable:
+        error, pad = unloadable.error, pad_of(unloadable.number)
+        examples = dict.fromkeys(i for row in chosen for i in rows.examples_of(row))
+        sources = dict.fromkeys(str(rows.examples.source(i)) for i in examples if pad in rows.examples.ids(i))
+        raise DataError(Problem(", ".join(sources), error.what, error.fix), "The data was rendered before.") from None
 
 
 @dataclass(frozen=True)
@@ -66,8 +87,8 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
         scale = 1.0 / sum(self.rows.trained_weight(row) for row in rows)
         mine = self._mine(k)
         if not mine:  # a short last step leaves this rank nothing: it takes part with a row that weighs nothing
-            return collate([self.rows[rows[0]]], 0.0)
-        return collate([self.rows[row] for row in mine], scale)
+            return collated(self.rows, rows[:1], 0.0)
+        return collated(self.rows, mine, scale)
 
     def _mine(self, k: int) -> list[int]:
         step, turn = divmod(k, self.accumulation)
@@ -109,7 +130,7 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
         these = f"({len(others) + 1} samples)"
         if not sum(self.rows.trained_weight(row) for row in rows):
             return where, f"{these} carries no loss"
-        batch = self[k]
+        batch = collate([self.rows[row] for row in rows], 1.0)
         trained = Counter(map(int, batch["target"][batch["weight"] > 0]))
         examples = [self.rows.examples.example(i) for row in rows for i in self.rows.examples_of(row)]
         ends = [token for example in examples for token in example.last_tokens]
@@ -135,5 +156,29 @@ class EvalBatches(torch.utils.data.Dataset[Batch]):
     def __getitem__(self, k: int) -> Batch:
         row = self.rank + k * self.num_ranks
         if row >= len(self.rows):  # every rank runs as many forwards as the others
-            return collate([self.rows[0]], 0.0)
-        return collate([self.rows[row]], 1.0)
+            return collated(self.rows, [0], 0.0)
+        return collated(self.rows, [row], 1.0)
+
+
+class Ahead(torch.utils.data.Dataset[Batch]):
+    """Batches that are asked for one after the other; the next ones are made in threads meanwhile.
+
+    Reading and scaling pictures lets go of Python's lock, and threads hand a batch over without a copy.
+    """
+
+    def __init__(self, batches: TrainBatches | EvalBatches) -> None:
+        self.batches = batches
+        self.threads = ThreadPoolExecutor(NUM_AHEAD, thread_name_prefix="media")
+        self.begun: dict[int, Future[Batch]] = {}
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, k: int) -> Batch:
+        wanted = range(k, min(k + 1 + NUM_AHEAD, len(self)))
+        for place in [place for place in self.begun if place not in wanted]:
+            self.begun.pop(place).cancel()
+        for place in wanted:
+            if place not in self.begun:
+                self.begun[place] = self.threads.submit(self.batches.__getitem__, place)
+        return self.begun.pop(k).result()

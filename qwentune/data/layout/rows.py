@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
+from qwentune.data.layout.media_table import RunMedia
 from qwentune.data.layout.pack import pack
 from qwentune.data.layout.store import Examples
 from qwentune.data.layout.trie import Packed, lay_out
@@ -19,18 +20,19 @@ class Rows:
     """The rows that a model is given: packed ones, or one example each.
 
     A row's members are groups of examples, each of which becomes one tree. Rows stand in blocks of `per_epoch`, one for
-    each version of the examples.
+    each version of the examples. `media` are those that the examples show; None: they show none.
     """
 
     examples: Examples
     members: tuple[tuple[Trie, ...], ...]
     per_epoch: tuple[int, ...]
+    media: RunMedia | None = None
 
     def __len__(self) -> int:
         return len(self.members)
 
     def __getitem__(self, row: int) -> Packed:
-        return lay_out([[self.examples.tokens(i) for i in trie] for trie in self.members[row]])
+        return lay_out([[self.examples.tokens(i) for i in trie] for trie in self.members[row]], self.media)
 
     def examples_of(self, row: int) -> list[int]:
         """The indices of the examples in a row."""

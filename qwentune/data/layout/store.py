@@ -22,6 +22,10 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from qwentune.data.layout import media_table
+from qwentune.data.layout.media_table import MediaTable, read_table
+from qwentune.data.media.pads import pad_of
+from qwentune.data.media.seen import Seen
 from qwentune.data.rendering.example import PARTS, Example, Span
 from qwentune.data.sample import Source
 
@@ -53,6 +57,10 @@ class DamagedError(Exception):
     """A folder of the cache that is not what was written: which file, and what is wrong with it."""
 
 
+class StaleError(DamagedError):
+    """A folder of the cache that is what was written, of media whose files are no longer what they were."""
+
+
 OF_EXAMPLES = tuple(name for name in DTYPES if name not in ("files", "train", "evaluation"))
 TRAINED = ("input_ids", "offsets", "shared", "back", "span_offsets", "starts", "stops", "weights", "versions", "train")
 
@@ -66,7 +74,7 @@ class Examples:
     each with `weights[k]`, for k from `span_offsets[i]` to `span_offsets[i + 1]`; `turns[k]` is the message they belong
     to, -1 in a text. Every epoch trains the examples of version -1 and those of one other version. `train` and
     `evaluation` are indices of examples in training order, an index standing as often as its source is repeated.
-    `parts` are indices of `PARTS`.
+    `parts` are indices of `PARTS`. A negative id −(k + 1) is a pad of `media[k]`.
     """
 
     input_ids: NDArray[np.int32]
@@ -85,14 +93,23 @@ class Examples:
     train: NDArray[np.int64]
     evaluation: NDArray[np.int64]
     file_names: tuple[str, ...]
+    media: tuple[Seen, ...] = ()
 
     @classmethod
     def open(cls, folder: Path, sums: Mapping[str, Any], file_names: Sequence[str]) -> Examples:
-        """The examples that an `ExampleWriter` wrote into `folder`; DamagedError where a file has not its sums.
+        """The examples that an `ExampleWriter` wrote into `folder`; DamagedError where a file has not its sums,
+        StaleError with the row where that of a medium is not what it was.
 
         What was proved is what is mapped, and stays so where the folder is moved or removed meanwhile.
         """
-        return cls(**{name: _mapped(folder, name, sums) for name in DTYPES}, file_names=tuple(file_names))
+        arrays = {name: _mapped(folder, name, sums) for name in DTYPES}
+        media, changed = _media(folder, sums)
+        examples = cls(**arrays, file_names=tuple(file_names), media=media)
+        if changed is not None:
+            place = int(np.flatnonzero(examples.input_ids == pad_of(changed))[0])
+            source = examples.source(int(np.searchsorted(examples.offsets, place, side="right")) - 1)
+            raise StaleError(f"{source}: {media[changed].path} was written or removed since the data was rendered")
+        return examples
 
     def __len__(self) -> int:
         return len(self.shared)
@@ -147,7 +164,7 @@ class Examples:
             for k in range(self.span_offsets[i], self.span_offsets[i + 1])
         )
         version, part = int(self.versions[i]), PARTS[int(self.parts[i])]
-        return Example(self.source(i), self.ids(i).tolist(), spans, version=version, part=part)
+        return Example(self.source(i), self.ids(i).tolist(), spans, version=version, part=part, media=self.media)
 
     def _summed(self, values: NDArray[Any]) -> NDArray[Any]:
         sums = np.concatenate([[0], np.cumsum(values)])
@@ -159,6 +176,7 @@ class ExampleColumns:
 
     def __init__(self) -> None:
         self.values: dict[str, array[Any]] = {name: array(np.dtype(DTYPES[name]).char) for name in OF_EXAMPLES}
+        self.media = MediaTable()
 
     def __len__(self) -> int:
         return len(self.values["shared"])
@@ -167,7 +185,10 @@ class ExampleColumns:
         """Adds the examples of one sample."""
         values = self.values
         for example in examples:
-            values["input_ids"].extend(example.tail)
+            tail = example.tail
+            if example.media:
+                tail = self.media.renumbered(np.asarray(tail, dtype=np.int32), example.media).tolist()
+            values["input_ids"].extend(tail)
             values["offsets"].append(len(values["input_ids"]))
             values["shared"].append(example.shared)
             values["back"].append(example.back)
@@ -189,6 +210,7 @@ class Mark:
     num_examples: int
     num_tokens: int
     num_spans: int
+    num_media: int
     control_ids_used: frozenset[int]
     num_bytes: Mapping[str, int]
 
@@ -201,6 +223,7 @@ class ExampleWriter:
         self.control_ids = np.asarray(sorted(control_ids), dtype=np.int32)
         self.control_ids_used: set[int] = set()
         self.file_names: dict[str, int] = {}
+        self.media = MediaTable()
         self.num_examples = 0
         self._num_tokens = self._num_spans = 0
         self._values: dict[str, array[Any]] = {name: array(np.dtype(dtype).char) for name, dtype in DTYPES.items()}
@@ -227,6 +250,9 @@ class ExampleWriter:
             if name in before:
                 ends = np.frombuffer(values, dtype=np.int64) + before[name]
                 self._values[name].frombytes(ends.tobytes())
+            elif name == "input_ids" and len(examples.media):
+                ids = np.frombuffer(values, dtype=np.int32)
+                self._values[name].frombytes(self.media.renumbered(ids, list(examples.media.numbers)).tobytes())
             else:
                 self._values[name].extend(values)
         self._values["files"].extend([self.file_names.setdefault(file, len(self.file_names))] * len(examples))
@@ -241,7 +267,7 @@ class ExampleWriter:
         self._flush()
         sizes = {name: file.tell() for name, file in self._files.items()}
         used = frozenset(self.control_ids_used)
-        return Mark(self.num_examples, self._num_tokens, self._num_spans, used, sizes)
+        return Mark(self.num_examples, self._num_tokens, self._num_spans, len(self.media), used, sizes)
 
     def take_back(self, mark: Mark) -> None:
         """Takes back what was added since."""
@@ -251,6 +277,7 @@ class ExampleWriter:
             file.truncate()
         self.num_examples, self._num_tokens, self._num_spans = mark.num_examples, mark.num_tokens, mark.num_spans
         self.control_ids_used = set(mark.control_ids_used)
+        self.media.shorten(mark.num_media)
 
     def finish(self, train: NDArray[np.int64], evaluation: NDArray[np.int64]) -> str:
         """Writes the order of examples; a hash of what is trained, wherever it was read."""
@@ -261,6 +288,8 @@ class ExampleWriter:
         for name in TRAINED:
             with _path(self.folder, name).open("rb") as file:
                 content.update(hashlib.file_digest(file, "sha256").digest())
+        if len(self.media):
+            content.update(self.media.write(self.folder))
         return content.hexdigest()[:32]
 
     def _flush(self) -> None:
@@ -277,7 +306,8 @@ def seal(folder: Path, description: Mapping[str, Any]) -> None:
     """Writes the description of a finished folder, and last the sums by which all of it is proved when it is opened."""
     (folder / DESCRIPTION).write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
     sums: dict[str, list[int]] = {}
-    for name in (DESCRIPTION, *(_path(folder, name).name for name in DTYPES)):
+    media = [media_table.FILE] if (folder / media_table.FILE).exists() else []
+    for name in (DESCRIPTION, *media, *(_path(folder, name).name for name in DTYPES)):
         with _opened(folder / name) as file:
             sums[name] = sums_of(file)
     (folder / MANIFEST).write_text(json.dumps(sums), encoding="utf-8")
@@ -340,6 +370,16 @@ def _opened(path: Path) -> Generator[BinaryIO]:
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         raise DamagedError(f"{path.name} {'is missing' if missing else f'cannot be read: {error.strerror}'}") from None
+
+
+def _media(folder: Path, sums: Mapping[str, Any]) -> tuple[tuple[Seen, ...], int | None]:
+    """The media of a sealed folder, and the number of one whose file is not what it was."""
+    if media_table.FILE not in sums:
+        return (), None
+    with _opened(folder / media_table.FILE) as file:
+        _prove(file, media_table.FILE, sums)
+        file.seek(0)
+        return read_table(file.read())
 
 
 def _path(folder: Path, name: str) -> Path:

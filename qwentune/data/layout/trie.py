@@ -15,6 +15,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from qwentune.data.layout.media_table import RunMedia
+
 Example: TypeAlias = tuple[NDArray[np.int32], NDArray[np.float32]]  # its ids, and the loss weight of each
 
 
@@ -24,6 +26,8 @@ class Packed:
 
     `input_ids`, `position_ids`, `visible_until`: int32, shape (T,). `predict_from`, `target`: int32, shape (N,);
     `weight`: float32, shape (N,). `trees`: in order the size of each, and whether it branches (1) or is a chain (0).
+    `media` are the numbers of the media in the order of their pads, which are negative ids. `positions`, int32, shape
+    (3, T), are those of a model whose positions have a time, a row and a column; None: they are the depths.
     """
 
     input_ids: NDArray[np.int32]
@@ -33,11 +37,13 @@ class Packed:
     target: NDArray[np.int32]
     weight: NDArray[np.float32]
     trees: tuple[tuple[int, int], ...]
+    media: tuple[int, ...] = ()
+    positions: NDArray[np.int32] | None = None
 
 
-def lay_out(tries: Sequence[Sequence[Example]]) -> Packed:
-    """The row of the given groups of examples, a tree for each group."""
-    trees = [_tree(examples) for examples in tries]
+def lay_out(tries: Sequence[Sequence[Example]], media: RunMedia | None = None) -> Packed:
+    """The row of the given groups of examples, a tree for each group; `media` are those that the ids are pads of."""
+    trees = [_tree(examples, media) for examples in tries]
     sizes = [len(tree.input_ids) for tree in trees]
     starts = np.cumsum([0, *sizes[:-1]])
 
@@ -45,24 +51,28 @@ def lay_out(tries: Sequence[Sequence[Example]]) -> Packed:
         parts = [getattr(tree, name) + (start if shift else 0) for tree, start in zip(trees, starts, strict=True)]
         return np.concatenate(parts).astype(np.int32)
 
+    input_ids, positions = joined("input_ids"), [tree.positions for tree in trees if tree.positions is not None]
     return Packed(
-        input_ids=joined("input_ids"),
+        input_ids=input_ids,
         position_ids=joined("position_ids"),
         visible_until=joined("visible_until", shift=True),
         predict_from=joined("predict_from", shift=True),
         target=joined("target"),
         weight=np.concatenate([tree.weight for tree in trees]).astype(np.float32),
         trees=tuple(size for tree in trees for size in tree.trees),
+        media=() if media is None else media.order(input_ids),
+        positions=np.concatenate(positions, axis=1) if positions else None,
     )
 
 
-def _tree(examples: Sequence[Example]) -> Packed:
+def _tree(examples: Sequence[Example], media: RunMedia | None) -> Packed:
     """The trie of some examples: sorted, each begins with what it shares with the one before it, and with no more."""
     ordered = sorted(examples, key=lambda example: example[0].astype(">i4").tobytes())
     visible_until = np.zeros(sum(len(ids) for ids, _ in ordered), dtype=np.int32)
     path = np.zeros(max(len(ids) for ids, _ in ordered), dtype=np.int32)  # where the tokens of the example stand
     nodes: list[NDArray[np.int32]] = []
     depths: list[NDArray[np.int32]] = []
+    positions: list[NDArray[np.int32]] = []
     triples: list[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]] = []
     size = 0
     previous = np.empty(0, dtype=np.int32)
@@ -72,6 +82,8 @@ def _tree(examples: Sequence[Example]) -> Packed:
         path[shared : len(ids)] = np.arange(size, size + len(ids) - shared)
         nodes.append(ids[shared:])
         depths.append(np.arange(shared, len(ids), dtype=np.int32))
+        if media is not None and media.has_axes:
+            positions.append(media.positions(ids)[:, shared:])
         size += len(ids) - shared
         trained = np.flatnonzero(weights)
         assert not len(trained) or trained[0] > 0, "the first token of an example has no predictor"
@@ -87,6 +99,7 @@ def _tree(examples: Sequence[Example]) -> Packed:
         target=target,
         weight=weight,
         trees=((size, int((visible_until[:size] < size).any())),),
+        positions=np.concatenate(positions, axis=1) if positions else None,
     )
 
 

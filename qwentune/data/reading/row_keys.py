@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Literal
 
 from qwentune.data.sample import Json
+from qwentune.row_formats import MEDIA
 
 LONGEST_MISSPELT = 40  # characters: no key that is read has half as many
 
@@ -40,11 +41,18 @@ def _is_given(value: Json) -> bool:
 # In data_templates/README.md for the user. A misspelt key that is read otherwise is refused as well.
 REFUSALS = (
     Refusal(
-        ("image", "images", "video", "videos", "audio", "audios", "objects"),
+        MEDIA,
         ("row", "message"),
         bool,
         "{key}",
-        "Only text is trained on: leave the row out, or remove the key.",
+        "Media belong to dialogues: name them in parts of a content, or beside the messages.",
+    ),
+    Refusal(
+        ("objects",),
+        ("row", "message"),
+        bool,
+        "{key}",
+        "Boxes and points are trained as the text says them: write them there, and remove the key.",
     ),
     Refusal(
         ("label", "kto_tag"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import math
@@ -235,9 +236,14 @@ def json_row(row: Mapping[str, Any]) -> Json:
 
 
 def json_value(value: Any) -> Json:
-    """The value without null fields; ValueError where JSON has no such value."""
+    """The value without null fields; ValueError where JSON has no such value.
+
+    The bytes of a file, which `datasets` keeps as `{"bytes", "path"}`, become a text of base64.
+    """
     if isinstance(value, dict):
         fields = cast(dict[Any, Any], value)
+        if isinstance(data := fields.get("bytes"), bytes):
+            fields = {**fields, "bytes": base64.b64encode(data).decode()}
         return {str(key): json_value(item) for key, item in fields.items() if item is not None}
     if isinstance(value, list):
         return [json_value(item) for item in cast(list[Any], value)]

@@ -36,11 +36,12 @@ def first_lost(
                 if found < 0:
                     return "the turn's reasoning"
                 position = found + len(message.reasoning.strip())
-        text = message.content.strip()
-        found = rendering.find(text, position)
-        if found < 0:
-            return f"the text {_short(text)}, which the {message.role} says,"
-        position = found + len(text)
+        texts = (part for part in message.parts if isinstance(part, str)) if message.media else (message.content,)
+        for text in map(str.strip, texts):
+            found = rendering.find(text, position)
+            if found < 0:
+                return f"the text {_short(text)}, which the {message.role} says,"
+            position = found + len(text)
         for call in message.tool_calls:
             found = rendering.find(call.name, position)
             if found < 0:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+from qwentune.data.media.limits import MediaLimits
+from qwentune.data.media.pads import ShownMedia
 from qwentune.data.rendering.conservation import first_lost
 from qwentune.data.rendering.pieces import Encoder, Piece
 from qwentune.data.rendering.reasoning import has_stray_tag, with_reasoning_apart, with_uncarried_reasoning
@@ -68,13 +70,23 @@ class Dialogue:
     template: ChatTemplate
     options: RenderOptions
     encoder: Encoder
+    media: ShownMedia | None = None
     remarks: tuple[str, ...] = ()  # what deserves a second look under this template
 
     @classmethod
     def of(
-        cls, conversation: Conversation, template: ChatTemplate, options: RenderOptions, encoder: Encoder
+        cls,
+        conversation: Conversation,
+        template: ChatTemplate,
+        options: RenderOptions,
+        encoder: Encoder,
+        limits: MediaLimits | None = None,
     ) -> Dialogue:
-        """The conversation as this template takes it; RowError where it cannot carry the reasoning."""
+        """The conversation as this template takes it.
+
+        `limits` are what the model takes of media. RowError where the template cannot carry the reasoning, or the
+        model not the media.
+        """
         messages = list(conversation.messages)
         if template.reasoning_form is not None:
             messages = [with_reasoning_apart(message) for message in messages]
@@ -112,6 +124,7 @@ class Dialogue:
             template=template,
             options=options,
             encoder=encoder,
+            media=ShownMedia.of(messages, limits, encoder.tokenizer.control_ids),
             remarks=tuple(remarks),
         )
 
@@ -177,6 +190,7 @@ class Dialogue:
         has_reasoning = self.template.reasoning_form is not None
         messages = [self.messages[k] for k in kept]
         lost = first_lost(messages, self.tools, rendering, len(context), has_reasoning=has_reasoning)
+        lost = lost or self._first_lost_medium(kept, context) or self._first_lost_medium(kept, rendering)
         if lost is not None:
             self._refuse_stray_tag(kept)
             lost = lost.replace(self.guard, "|")
@@ -191,7 +205,21 @@ class Dialogue:
                 "the model would never learn to stop",
                 "Give a template that closes every turn with data.chat_template.",
             )
-        return Turn(i, (), self.split(context), self.split(target))
+        return Turn(i, (), self._with_media(context, kept), self.split(target))
+
+    def _first_lost_medium(self, kept: Sequence[int], rendering: str) -> str | None:
+        """The first medium that has no pad in the rendering of messages; None: each has one."""
+        if self.media is None or self.media.kinds_in(rendering) == self.media.kinds_of(kept):
+            return None
+        for end, k in enumerate(kept, 1):
+            beginning = kept[:end]
+            try:
+                shown = self.media.kinds_in(self.template.render([[self.rows[m] for m in beginning]], self.tools)[0])
+            except TemplateRefusalError:  # a dialogue need not be one before its question
+                continue
+            if shown != self.media.kinds_of(beginning):
+                return f"{self.messages[k].media[0].where}, which the {self.messages[k].role} shows,"
+        return "a medium"
 
     def _mend(self, i: int) -> str:
         """What to do about turn `i`, after which every turn that is trained continues its prompt."""
@@ -231,7 +259,8 @@ class Dialogue:
         if self.options.thinking == "auto" or not self.template.has_thinking_switch:
             return False
         options = replace(self.options, thinking="auto")
-        dialogue = Dialogue.of(self.conversation, self.template, options, self.encoder)
+        limits = None if self.media is None else self.media.limits
+        dialogue = Dialogue.of(self.conversation, self.template, options, self.encoder, limits)
         return all(map(dialogue._continues, dialogue.trained))
 
     def _refuse_stray_tag(self, kept: Sequence[int]) -> None:
@@ -247,9 +276,13 @@ class Dialogue:
     def prompt(self, mode: Mode) -> list[Piece]:
         """All messages and the generation prompt."""
         try:
-            return self.split(self.template.render([self.rows], self.tools, mode=mode, generation_prompt=True)[0])
+            prompt = self.template.render([self.rows], self.tools, mode=mode, generation_prompt=True)[0]
         except TemplateRefusalError as error:
             raise RowError(f"the chat template refuses the messages: {error}", _REFUSED) from None
+        everything = range(len(self.rows))
+        if lost := self._first_lost_medium(everything, prompt):
+            raise RowError(f"the chat template leaves out {lost}", _REFUSED)
+        return self._with_media(prompt, everything)
 
     def count_forged(self) -> int:
         """How many control tokens the row's texts spell, also with what the template writes beside them."""
@@ -282,6 +315,11 @@ class Dialogue:
     def split(self, rendering: str) -> list[Piece]:
         """The pieces of a rendering of this dialogue."""
         return self.encoder.split(rendering, self.guard)
+
+    def _with_media(self, rendering: str, kept: Sequence[int]) -> list[Piece]:
+        """The pieces of a rendering of messages, each medium with all its pads."""
+        pieces = self.split(rendering)
+        return pieces if self.media is None else self.media.in_place(pieces, kept)
 
     @cached_property
     def rendering(self) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, TypeAlias, get_args
 
+from qwentune.data.media.seen import Seen
 from qwentune.data.rendering.dialogue import Dialogue
 from qwentune.data.rendering.pieces import Encoder, Piece, ids_of
 from qwentune.data.rendering.runs import Beginnings, Run, Tokens
@@ -34,7 +35,7 @@ class Example:
     It begins with `shared` tokens of `earlier` and goes on with `tail`. Of the earlier examples of its sample that one,
     `back` places before it, begins most alike. Code is cut anew each epoch: an epoch trains the examples of one
     version, and those of version -1, which are the same in every epoch. Where a row is trained as several, `part` says
-    which of them it is.
+    which of them it is. A negative id −(k + 1) is a pad of `media[k]`.
     """
 
     source: Source
@@ -45,6 +46,7 @@ class Example:
     version: int = -1
     earlier: Example | None = None
     part: Part = ""
+    media: Sequence[Seen] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -149,10 +151,11 @@ class DialogueExamples:
     def finished(self) -> list[Example]:
         """The examples in the order of their turns."""
         source, beginnings, examples = self.dialogue.conversation.source, Beginnings(), list[Example]()
+        media = () if self.dialogue.media is None else self.dialogue.media.table
         for tokens, spans in zip(self.tokens, self.spans, strict=True):
             shared, back = beginnings.add(tokens)
             tail, earlier = tokens.ids(shared, len(tokens)), examples[-back] if shared else None
-            examples.append(Example(source, tail, tuple(spans), shared, back, earlier=earlier))
+            examples.append(Example(source, tail, tuple(spans), shared, back, earlier=earlier, media=media))
         return examples
 
 

@@ -43,8 +43,8 @@ class Grammar:
     cuts: bool = False
 
     def turns(self, dialogue: Dialogue) -> list[Turn] | None:
-        """The trained turns, as the rule gives them; None where the dialogue does not look as expected."""
-        if self.particulars.occur_in(dialogue.lines):
+        """The trained turns, as the rule gives them; None where it has media, or does not look as expected."""
+        if dialogue.media is not None or self.particulars.occur_in(dialogue.lines):
             return None
         together: dict[Mode | None, list[int]] = {}
         for i in dialogue.trained:

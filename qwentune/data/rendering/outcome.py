@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qwentune.data.media.pads import Shown
 from qwentune.data.rendering.credentials import Credential
 from qwentune.data.rendering.example import Example
 from qwentune.data.rendering.fill_in_the_middle import Order
@@ -42,6 +43,7 @@ class Outcome:
     unread: Sequence[str] = ()  # keys of the row that nothing reads
     remarks: list[str] = field(default_factory=list[str])  # what deserves a second look
     credentials: list[Credential] = field(default_factory=list[Credential])  # secrets that stand in its texts
+    media: Sequence[Shown] = ()  # that its messages show, in order
     identity: int = 0  # a hash, the same for samples that train the same
     answers: tuple[int, ...] = ()  # of a logged call, as its sample has them
     checked_turns: int = 0  # turns read off one rendering that the rule confirmed

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+from qwentune.data.media.limits import MediaLimits
 from qwentune.data.rendering.credentials import credentials
 from qwentune.data.rendering.dialogue import Dialogue, RenderOptions
 from qwentune.data.rendering.example import DialogueExamples, Example, Part, Span, TurnIds
@@ -91,13 +92,15 @@ class _Planned:
 class Renderer:
     """Renders samples of one run: one tokenizer, one template, one set of options.
 
-    `by_rule`: each turn on its own, which takes longer and leaves nothing to be checked.
+    `by_rule`: each turn on its own, which takes longer and leaves nothing to be checked. `limits` are what the model
+    takes of media, None where it takes text alone.
     """
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
     options: RenderOptions
     by_rule: bool = False
+    limits: MediaLimits | None = None
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -138,7 +141,7 @@ class Renderer:
         """The ids after which the model answers `messages` in `mode`; raises RowError where the template refuses."""
         assert self.template is not None
         conversation = Conversation(Source("chat", 1), tuple(messages))
-        pieces = Dialogue.of(conversation, self.template, self.options, self.encoder).prompt(mode)
+        pieces = Dialogue.of(conversation, self.template, self.options, self.encoder, self.limits).prompt(mode)
         return ids_of(pieces, self.encoder.encode([pieces]))
 
     def _plan(self, sample: Sample, source_number: int) -> _Planned:
@@ -159,13 +162,14 @@ class Renderer:
             assert voice.template is not None
             offered = (one.path for one in sample.offered if not self.template.reads(one))
             planned.outcome.unread = (*sample.unread, *offered)
-            dialogue = Dialogue.of(sample, voice.template, voice.options, self.encoder)
+            dialogue = Dialogue.of(sample, voice.template, voice.options, self.encoder, self.limits)
             dialogue.prove_guard(by_rendering=planned.is_checked)
             planned.outcome.forged_control_tokens = dialogue.count_forged()
             planned.outcome.unreachable_turns = len(dialogue.candidates) - len(dialogue.trained)
             unreachable = [UNREACHABLE] * planned.outcome.unreachable_turns
             planned.outcome.remarks = [*remarks(sample), *dialogue.remarks, *unreachable]
             planned.dialogue = dialogue
+            planned.outcome.media = () if dialogue.media is None else dialogue.media.shown
             planned.outcome.answers = sample.answers
             planned.turns = voice._turns(dialogue, planned)
         except RowError as error:
@@ -298,6 +302,7 @@ class Renderer:
             outcome.problems += [Problem(p.where, f"{name}: {p.what}", p.fix) for p in end.problems]
             outcome.dropped += end.dropped
             outcome.examples += [replace(example, part=name) for example in end.examples]
+            outcome.media = (*outcome.media, *end.media)
             outcome.modes += end.modes
             outcome.turns_with_reasoning += end.turns_with_reasoning
             outcome.forged_control_tokens += end.forged_control_tokens
@@ -381,7 +386,9 @@ def _texts(planned: _Planned) -> Iterable[str]:
 def _identity(sample: Sample, examples: Sequence[Example]) -> int:
     if isinstance(sample, Code):  # each row is cut at other places
         return hash((sample.repo, sample.files, sample.cut))
-    return hash(tuple((one.shared, one.back, *one.tail) for one in examples))
+    return hash(
+        (*(tuple(one.media) for one in examples if one.media), *((one.shared, one.back, *one.tail) for one in examples))
+    )
 
 
 def _evenly(turns: Sequence[Turn], count: int) -> Sequence[Turn]:

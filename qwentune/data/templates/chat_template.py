@@ -169,14 +169,19 @@ def inline_reasoning(reasoning: str, answer: str) -> str:
 
 
 def template_message(message: Message, form: ReasoningForm | None) -> TemplateMessage:
-    """The message as a template reads it, its reasoning in the given form."""
-    content = message.content
+    """The message as a template reads it, its reasoning in the given form; its content in parts where it has media."""
+    content: Json = message.content
     fields: TemplateMessage = {}
     if message.reasoning is not None:
         if form == "field":
             fields["reasoning_content"] = message.reasoning
         elif form == "inline" and message.reasoning:
-            content = inline_reasoning(message.reasoning, content)
+            content = inline_reasoning(message.reasoning, message.content)
+    if message.media:
+        content = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind, part.kind: part.kind}
+            for part in message.parts
+        ]
     if message.tool_calls:
         fields["tool_calls"] = [
             {"type": "function", **call.extra, "function": {"name": call.name, "arguments": call.arguments}}

@@ -8,7 +8,7 @@ gradients), and the optimizer step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 from qwentune.facts.architecture import ModelSpec
 from qwentune.memory.closed_form.activations import (
@@ -19,68 +19,26 @@ from qwentune.memory.closed_form.activations import (
     mask_bytes,
 )
 from qwentune.memory.closed_form.adapter_sizes import adapter_parameters, adapts_head
-from qwentune.memory.settings import GIB, MIB, HostMemory, Overheads, Settings, device_overheads
+from qwentune.memory.closed_form.host_memory import merging
+from qwentune.memory.closed_form.model_states import (
+    DEEPSPEED_LIVE_VALUES,
+    base_weight_bytes,
+    gradient_bytes,
+    largest_tensor_bytes,
+    leaving_bytes,
+    moving_bytes,
+    share_of,
+    state_bytes,
+    sum_bytes,
+    trained_parameters,
+)
+from qwentune.memory.closed_form.terms import Terms, with_overheads
+from qwentune.memory.settings import Overheads, Settings
 
 # Two fp32 gradients and the log-softmax, with the model's outputs dropped (transformers 5).
 FULL_LOSS_BYTES_PER_LOGIT = 12
 # The positions whose logits qwentune's own head holds at a time.
 LOSS_CHUNK_TOKENS = 1024
-# NF4: half a byte, an 8-bit scale per 64 values, and an fp32 scale per 256 of those scales.
-NF4_BYTES_PER_PARAMETER = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-# The most values in a bucket in which DeepSpeed reduces gradients; it is made whole, so runs ask for no larger one.
-DEEPSPEED_BUCKET_VALUES = 500_000_000
-# The most gathered values that its stage 3 keeps for later; what runs now may be more. For one rank it gathers nothing.
-DEEPSPEED_LIVE_VALUES = 1_000_000_000
-# The most values that AdamW moves at a time, and those of which moments in 8 bits share a scale: model/adamw.py's.
-PIECE_VALUES = 2**24
-BLOCK_VALUES = 256
-# One NCCL communicator; up to 1.6 GB was reported once (NVIDIA/nccl#864), unverified.
-NCCL_BYTES = 512 * MIB
-# Interpreter, torch, CUDA libraries and pinned buffers of a rank on a GPU, unverified.
-HOST_BYTES_PER_RANK = 3 * GIB
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What the bytes of one moment are for.
-
-    `workspaces` are libraries' own buffers inside torch's count; `allocator` (reserved but not handed out) and
-    `context` (CUDA and NCCL) stand outside of it.
-    """
-
-    weights: int = 0
-    adapters: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    activations: int = 0
-    logits: int = 0
-    temporaries: int = 0
-    workspaces: int = 0
-    allocator: int = 0
-    context: int = 0
-
-    @property
-    def total(self) -> int:
-        """All bytes that the process takes, as nvidia-smi shows them."""
-        return self.allocated + self.allocator + self.context
-
-    @property
-    def allocated(self) -> int:
-        """Bytes of tensors: torch's `max_memory_allocated`."""
-        return (
-            self.weights
-            + self.adapters
-            + self.gradients
-            + self.optimizer
-            + self.activations
-            + self.logits
-            + self.temporaries
-            + self.workspaces
-        )
-
-    def as_dict(self) -> dict[str, int]:
-        """The terms by name."""
-        return asdict(self)
 
 
 def phases(spec: ModelSpec, settings: Settings, overheads: Overheads, merges_here: bool) -> Mapping[str, Terms]:
@@ -95,105 +53,10 @@ def phases(spec: ModelSpec, settings: Settings, overheads: Overheads, merges_her
         "train_step": max(_step_moments(spec, settings, static), key=lambda terms: terms.allocated),
         "evaluate": _evaluate(spec, replace(settings, micro_batch=1), static),
         "save": replace(static, temporaries=static.temporaries + _gather_bytes(spec, settings)),
-        "resume": replace(static, temporaries=static.temporaries + _largest_tensor_bytes(spec, settings)),
-        "merge": _merge(spec, settings) if merges_here else Terms(),
+        "resume": replace(static, temporaries=static.temporaries + largest_tensor_bytes(spec, settings)),
+        "merge": merging(spec, settings) if merges_here else Terms(),
     }
-    return {name: _with_overheads(terms, settings, overheads) for name, terms in moments.items()}
-
-
-def trained_parameters(spec: ModelSpec, settings: Settings) -> int:
-    """Parameters that receive gradients, over all ranks."""
-    return spec.parameters if settings.kind == "full" else adapter_parameters(spec, settings)
-
-
-def base_weight_bytes(spec: ModelSpec, settings: Settings) -> int:
-    """Bytes of the model's own weights, unsharded; QLoRA quantises linear modules only, never fused experts."""
-    if settings.kind != "qlora":
-        return settings.weight_bytes * spec.parameters
-    quantised = quantised_parameters(spec)
-    return round(NF4_BYTES_PER_PARAMETER * quantised) + settings.weight_bytes * (spec.parameters - quantised)
-
-
-def quantised_parameters(spec: ModelSpec) -> int:
-    """Parameters that bitsandbytes holds in 4 bits: the linear modules of the layers."""
-    return spec.linear_parameters
-
-
-def state_bytes(spec: ModelSpec, settings: Settings) -> int:
-    """Bytes of AdamW's states over all ranks: two moments, and what makes trained weights exact fp32 values.
-
-    That are 16 more bits of a weight in bf16, or DeepSpeed's fp32 weights.
-    """
-    trained = trained_parameters(spec, settings)
-    if settings.uses_deepspeed:
-        return trained * (4 + 8)
-    rests = 2 * trained if settings.trained_bytes == 2 else 0
-    if settings.optimizer_state == "fp32":
-        return rests + 8 * trained
-    # Embeddings keep fp32 moments.
-    in_fp32 = spec.head_parameters if settings.kind == "full" else 0
-    return rests + 8 * in_fp32 + round((2 + 8 / BLOCK_VALUES) * (trained - in_fp32))
-
-
-def moving_bytes(spec: ModelSpec, settings: Settings) -> int:
-    """Bytes that AdamW's step of one rank takes beside weights, gradients and states, wherever the states are.
-
-    Of a piece their fp32 values before the step; of weights in bf16 also the exact ones, and of gradients in bf16 the
-    same in fp32. Moments in 8 bits are unpacked, and new codes of a tensor are there twice, to be chosen from.
-    """
-    values, is_half = trained_parameters(spec, settings), settings.trained_bytes == 2 and not settings.uses_deepspeed
-    if settings.is_sharded or settings.uses_deepspeed:
-        values = _share(values, settings.num_ranks)
-    piece = min(values, PIECE_VALUES)
-    num_copies = 1 if not is_half else 2 if settings.adds_in_fp32 else 3
-    moved = 4 * num_copies * piece
-    if settings.optimizer_state != "8bit":
-        return moved
-    largest = min(piece, _largest_tensor_bytes(spec, settings) // settings.trained_bytes)
-    return moved + 8 * piece + round(2 * (1 + 4 / BLOCK_VALUES) * largest)
-
-
-def host_bytes(spec: ModelSpec, settings: Settings) -> dict[str, int]:
-    """Bytes of host memory by phase that one machine needs beside its GPUs, the page cache left out.
-
-    Its ranks train at once; adapters are merged later, by one process without a GPU.
-    """
-    running = settings.num_ranks * (HOST_BYTES_PER_RANK + offloaded_bytes(spec, settings))
-    loading = saving = running
-    if settings.is_sharded:  # rank 0 gathers what is trained, not the states, which every rank writes for itself
-        saving += settings.trained_bytes * trained_parameters(spec, settings)
-    if settings.is_sharded and settings.uses_deepspeed:  # what rank 0 fuses
-        loading += settings.weight_bytes * spec.expert_parameters_per_layer
-    elif settings.is_sharded:  # FSDP2 shares adapters out when all are there
-        loading += settings.num_ranks * settings.trained_bytes * adapter_parameters(spec, settings)
-    merging = _with_overheads(_merge(spec, settings), settings, device_overheads(HostMemory(0))).total
-    phases = dict.fromkeys(("load", "train_step", "evaluate", "save", "resume"), running)
-    return {**phases, "load": loading, "save": saving, "resume": loading, "merge": merging}
-
-
-def offloaded_bytes(spec: ModelSpec, settings: Settings) -> int:
-    """Bytes of host memory for what a rank's GPU hands over: the optimizer's states, gradients, and staging.
-
-    fp32 weights and gradients, the new weights and one tensor's gradient are pinned, in blocks of a power of two as
-    torch takes them. The two moments are not; nor are the gradients summed over micro-batches, or, while a checkpoint
-    is read, its fp32 weights, which are more; nor what the step takes.
-    """
-    if not settings.offloads:
-        return 0
-    trained = _share(trained_parameters(spec, settings), settings.num_ranks)
-    pinned = (4 * trained, 4 * trained, settings.trained_bytes * trained, _largest_tensor_bytes(spec, settings))
-    return sum(1 << (size - 1).bit_length() for size in pinned) + (8 + 4) * trained + moving_bytes(spec, settings)
-
-
-def disk_bytes(spec: ModelSpec, settings: Settings, keep: int) -> int:
-    """Bytes of the run folder: `keep` checkpoints, the one being written, and the final weights or adapter."""
-    weights = settings.trained_bytes * trained_parameters(spec, settings)
-    num_written = 2 if settings.uses_deepspeed and not settings.is_sharded else 1  # DeepSpeed's own file has them too
-    return (keep + 1) * (num_written * weights + state_bytes(spec, settings)) + weights
-
-
-def _share(num_bytes: int, num_ranks: int) -> int:
-    return -(-num_bytes // num_ranks)
+    return {name: with_overheads(terms, settings, overheads) for name, terms in moments.items()}
 
 
 def _static(spec: ModelSpec, settings: Settings) -> Terms:
@@ -209,38 +72,12 @@ def _static(spec: ModelSpec, settings: Settings) -> Terms:
         if settings.uses_deepspeed:
             kept = settings.weight_bytes * min(spec.parameters, DEEPSPEED_LIVE_VALUES)
             unsharded = max(unsharded, kept) if settings.num_ranks > 1 else 0
-        weights, adapters = _share(weights, settings.num_ranks), _share(adapters, settings.num_ranks)
+        weights, adapters = share_of(weights, settings.num_ranks), share_of(adapters, settings.num_ranks)
     if settings.sharding == "zero2-offload":  # on its way to the host a gradient passes one tensor's room
-        unsharded = _largest_tensor_bytes(spec, settings)
+        unsharded = largest_tensor_bytes(spec, settings)
     if settings.is_sharded or settings.uses_deepspeed:
-        optimizer = 0 if settings.offloads else _share(optimizer, settings.num_ranks)
+        optimizer = 0 if settings.offloads else share_of(optimizer, settings.num_ranks)
     return Terms(weights=weights, adapters=adapters, optimizer=optimizer, temporaries=unsharded)
-
-
-def _gradient_bytes(spec: ModelSpec, settings: Settings) -> int:
-    """All gradients of one rank once the backward pass is through."""
-    trained = trained_parameters(spec, settings)
-    if settings.sharding == "zero1":  # nothing is shared out before the optimizer steps
-        return settings.trained_bytes * trained + _bucket_bytes(spec, settings)
-    if settings.uses_deepspeed:
-        share = 0 if settings.offloads else _share(4 * trained, settings.num_ranks)
-        # Stage 3 fills one bucket while another is on its way.
-        leaving = _leaving_bytes(spec, settings) if settings.is_sharded else 0
-        return share + _bucket_bytes(spec, settings) + leaving
-    if settings.sharding == "fsdp2":
-        one_layer = settings.trained_bytes * trained // spec.num_layers
-        return _share(settings.trained_bytes * trained, settings.num_ranks) + one_layer
-    # DDP holds the gradients a second time, in its buckets.
-    return settings.trained_bytes * trained * (2 if settings.sharding == "ddp" else 1)
-
-
-def _bucket_bytes(spec: ModelSpec, settings: Settings) -> int:
-    return settings.trained_bytes * min(trained_parameters(spec, settings), DEEPSPEED_BUCKET_VALUES)
-
-
-def _leaving_bytes(spec: ModelSpec, settings: Settings) -> int:
-    """What is laid flat once more to travel; a gradient larger than the bucket travels alone."""
-    return max(_bucket_bytes(spec, settings), _largest_tensor_bytes(spec, settings))
 
 
 def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Terms]:
@@ -253,7 +90,7 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
     # The first layers are the recomputed ones: where a layer after them keeps what it saved, it is free by then.
     recomputed = 0 if num_saved else last.saved_bytes
 
-    gradients = _gradient_bytes(spec, settings)
+    gradients = gradient_bytes(spec, settings)
     # Plain gradients are freed after each optimizer step, so in the only micro-batch of a step they do not exist yet.
     # Sums in fp32 take them over after each micro-batch.
     starts_without = settings.sharding == "none" and (settings.accumulation == 1 or settings.adds_in_fp32)
@@ -276,7 +113,7 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
     unpacked = 2 * spec.hidden_size * max(spec.dense_intermediate, spec.query_size)
     temporaries = static.temporaries + tied_gradient + (unpacked if settings.kind == "qlora" else 0)
     if settings.uses_deepspeed and not settings.is_sharded:
-        temporaries += _leaving_bytes(spec, settings)
+        temporaries += leaving_bytes(spec, settings)
 
     norm_copies = 2 if settings.kind == "full" else 1  # a norm that is trained keeps what it scales
     hidden = settings.forward_tokens * spec.hidden_size
@@ -300,20 +137,13 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
         early += (gradients - early) // spec.num_layers
         activations = before + max(first.backward_bytes, at_last + first.experts_bytes)
         moments.append(replace(static, gradients=early, activations=activations, temporaries=temporaries))
-    sums = _sum_bytes(spec, settings)
+    sums = sum_bytes(spec, settings)
     return [replace(moment, gradients=moment.gradients + sums) for moment in moments]
-
-
-def _sum_bytes(spec: ModelSpec, settings: Settings) -> int:
-    """Sums of gradients in fp32 beside those of a micro-batch; of shards their own."""
-    if not settings.adds_in_fp32:
-        return 0
-    return _share(4 * trained_parameters(spec, settings), settings.num_ranks if settings.is_sharded else 1)
 
 
 def _optimizer_moment(spec: ModelSpec, settings: Settings, static: Terms, gradients: int) -> Terms:
     """The optimizer's step; of what is shared a rank has its share, and under FSDP2 all weights are shared by then."""
-    share = _share(trained_parameters(spec, settings), settings.num_ranks)
+    share = share_of(trained_parameters(spec, settings), settings.num_ranks)
     temporaries = static.temporaries
     if settings.adds_in_fp32:  # of what was not added up yet nothing is left but DDP's buckets
         gradients = gradients // 2 if settings.sharding == "ddp" else 0
@@ -350,7 +180,7 @@ def _logit_bytes(spec: ModelSpec, settings: Settings) -> int:
 def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
     tokens, hidden = settings.forward_tokens, spec.hidden_size
     # DDP's buckets stay.
-    gradients = _gradient_bytes(spec, settings) // 2 if settings.sharding == "ddp" else 0
+    gradients = gradient_bytes(spec, settings) // 2 if settings.sharding == "ddp" else 0
     body = replace(static, gradients=gradients, activations=forward_bytes(spec, settings) + mask_bytes(spec, settings))
     # Logits in fp32 and their log-softmax; before them an adapter's part, and the sum with the base's in its type.
     is_chunked = settings.loss == "supervised"
@@ -376,7 +206,7 @@ def _load(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
     loading = _loading_bytes(spec, settings)
     if settings.uses_deepspeed and not settings.is_sharded:
         # The rank's share is copied once before it becomes fp32.
-        share = _share(settings.trained_bytes * trained_parameters(spec, settings), settings.num_ranks)
+        share = share_of(settings.trained_bytes * trained_parameters(spec, settings), settings.num_ranks)
         loading = max(loading, share)
     return replace(static, weights=base_weight_bytes(spec, settings), optimizer=0, temporaries=loading)
 
@@ -398,40 +228,11 @@ def _sharded_loading_bytes(spec: ModelSpec, settings: Settings) -> int:
     matrix = settings.weight_bytes * spec.hidden_size * max(spec.dense_intermediate, spec.query_outputs)
     embedding = settings.weight_bytes * spec.head_parameters
     if settings.uses_deepspeed:  # a tied head is made, and let go of when all is there
-        return max(experts, matrix, embedding) + (_share(embedding, settings.num_ranks) if spec.tied else 0)
+        return max(experts, matrix, embedding) + (share_of(embedding, settings.num_ranks) if spec.tied else 0)
     gathered = (matrix if settings.dora else 0, embedding if settings.trains_rows else 0)
-    return max(_share(experts, settings.num_ranks), *gathered)
+    return max(share_of(experts, settings.num_ranks), *gathered)
 
 
 def _gather_bytes(spec: ModelSpec, settings: Settings) -> int:
     """The largest unit, gathered on rank 0 on its way to the host."""
-    return _largest_tensor_bytes(spec, settings) if settings.is_sharded else 0
-
-
-def _largest_tensor_bytes(spec: ModelSpec, settings: Settings) -> int:
-    if settings.kind == "full":
-        largest = max(spec.head_parameters, spec.expert_parameters_per_layer)
-    else:
-        largest = adapter_parameters(spec, settings) // spec.num_layers
-    return settings.trained_bytes * largest
-
-
-def _merge(spec: ModelSpec, settings: Settings) -> Terms:
-    """The base in fp32, the adapters, one module's update and its sum; full tuning has nothing to merge."""
-    if settings.kind == "full":
-        return Terms()
-    largest = max(spec.hidden_size * spec.dense_intermediate, spec.expert_parameters_per_layer)
-    return Terms(
-        weights=4 * spec.parameters,
-        adapters=settings.trained_bytes * adapter_parameters(spec, settings),
-        temporaries=2 * 4 * largest,
-    )
-
-
-def _with_overheads(terms: Terms, settings: Settings, overheads: Overheads) -> Terms:
-    if terms.allocated == 0:
-        return terms
-    communicator = NCCL_BYTES if settings.sharding != "none" and overheads.context_bytes else 0
-    terms = replace(terms, workspaces=overheads.workspace_bytes)
-    slack = int(terms.allocated * overheads.allocator_fraction) + overheads.allocator_bytes
-    return replace(terms, allocator=slack, context=overheads.context_bytes + communicator)
+    return largest_tensor_bytes(spec, settings) if settings.is_sharded else 0

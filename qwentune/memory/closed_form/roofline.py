@@ -15,7 +15,7 @@ from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.memory.closed_form.activations import kept_bytes
 from qwentune.memory.closed_form.adapter_sizes import adapter_parameters
-from qwentune.memory.closed_form.phases import quantised_parameters, trained_parameters
+from qwentune.memory.closed_form.model_states import quantised_parameters, trained_parameters
 from qwentune.memory.settings import Dtype, HostMemory, Settings
 
 _GEMM_EFFICIENCY = 0.8

@@ -11,8 +11,9 @@ from dataclasses import asdict, replace
 from qwentune.console import busy
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
-from qwentune.memory.closed_form.phases import Terms, trained_parameters
+from qwentune.memory.closed_form.model_states import trained_parameters
 from qwentune.memory.closed_form.phases import phases as planned_phases
+from qwentune.memory.closed_form.terms import Terms
 from qwentune.memory.plan_request import Device, PlanRequest
 from qwentune.memory.run_plan import Choices, PhaseBytes, RunPlan, make_plan
 from qwentune.memory.settings import MIB, Settings, device_overheads

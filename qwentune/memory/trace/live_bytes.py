@@ -37,6 +37,8 @@ class Step:
 
     `blocks` are the layers in groups that are all alike. `states` are the optimizer's by parameter, as they are between
     steps; gradients that earlier micro-batches left lie in `.grad`, or have gone into the `sums` of a parameter.
+    `is_adapted` says that what is trained are adapters. `towers` are what sees and hears, `media` what a batch has for
+    them.
     """
 
     network: nn.Module
@@ -45,16 +47,22 @@ class Step:
     optimize: Callable[[], None]
     states: Mapping[Tensor, Sequence[Tensor]]
     sums: Mapping[Tensor, Tensor] = field(default_factory=dict[Tensor, Tensor])
+    is_adapted: bool = False
+    towers: Sequence[nn.Module] = ()
+    media: Sequence[Tensor] = ()
 
 
-def trace(build: Callable[[int, int], Step], num_recomputed: int, num_kept: int) -> dict[str, dict[str, int]]:
+def trace(
+    build: Callable[[int, int], Step], num_recomputed: int, num_kept: int, fewest: int = FEWEST_BLOCKS
+) -> dict[str, dict[str, int]]:
     """Bytes by term at the worst moment of each region of a step.
 
     Args:
         build: Makes the step of a model whose first blocks are recomputed and whose other blocks are kept.
         num_recomputed, num_kept: How many blocks the true model has of each.
+        fewest: Blocks of a kind that are traced as they are.
     """
-    counts = (min(num_recomputed, FEWEST_BLOCKS), min(num_kept, FEWEST_BLOCKS))
+    counts = (min(num_recomputed, fewest), min(num_kept, fewest))
     shallow = live_bytes(build(*counts), counts[0])
     found = {region: Counter(terms) for region, terms in shallow.items()}
     for more, count, whole in (((1, 0), counts[0], num_recomputed), ((0, 1), counts[1], num_kept)):
@@ -83,8 +91,10 @@ def live_bytes(step: Step, num_recomputed: int) -> dict[str, dict[str, int]]:
 def watch(step: Step, num_recomputed: int, live: LiveStorage) -> None:
     """Runs the step once under a mode that sees every storage come and go."""
     trained = [parameter for parameter in step.network.parameters() if parameter.requires_grad]
-    is_adapted = len(trained) < sum(1 for _ in step.network.parameters())
-    live.hold("adapters" if is_adapted else "weights", trained)
+    if step.is_adapted:
+        live.hold("adapters", trained)
+    live.hold("towers", (x for tower in step.towers for x in (*tower.parameters(), *tower.buffers())))
+    live.hold("media", step.media)
     live.hold("weights", (*step.network.parameters(), *step.network.buffers()))
     live.hold("optimizer", (state for states in step.states.values() for state in states))
     live.hold("gradients", step.sums.values())
@@ -93,6 +103,8 @@ def watch(step: Step, num_recomputed: int, live: LiveStorage) -> None:
     names = _block_names(num_recomputed, len(step.blocks))
     for name, block in zip(names, step.blocks, strict=True):
         hooks += _mark(live, block, name)
+    for tower in step.towers:
+        hooks += _mark_tower(live, tower)
     hooks.append(step.blocks[-1][-1].register_forward_hook(lambda *_: live.enter("head")))
     with live:
         live.enter("embedding")
@@ -128,6 +140,21 @@ def _mark(live: LiveStorage, block: Sequence[nn.Module], name: str) -> list[Any]
             hidden.register_hook(lambda _gradient: live.enter(f"backward {name}"))
 
     return [block[0].register_forward_pre_hook(begin_forward), block[-1].register_forward_hook(end_forward)]
+
+
+def _mark_tower(live: LiveStorage, tower: nn.Module) -> list[Any]:
+    """Hooks that tell when a tower's forward and backward pass begin; its forward pass is part of the embedding's."""
+
+    def end_forward(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        live.enter("embedding")
+        embeds = output if isinstance(output, Tensor) else output[0]
+        if embeds.requires_grad:
+            embeds.register_hook(lambda _gradient: live.enter("backward tower"))
+
+    return [
+        tower.register_forward_pre_hook(lambda *_: live.enter("tower")),
+        tower.register_forward_hook(end_forward),
+    ]
 
 
 class LiveStorage(TorchDispatchMode):
@@ -181,7 +208,7 @@ class LiveStorage(TorchDispatchMode):
         if self.region.startswith("backward"):
             # Only what is recomputed runs with gradients in the backward pass.
             return "recomputed" if torch.is_grad_enabled() else "temporaries"
-        return {"head": "logits", "optimizer": "temporaries"}.get(self.region, "activations")
+        return {"head": "logits", "optimizer": "temporaries", "tower": "media"}.get(self.region, "activations")
 
     def _add(self, tensor: Tensor, term: str) -> None:
         storage = tensor.untyped_storage()

@@ -167,7 +167,9 @@ class _Recorder(LiveStorage):
 
     def enter(self, region: str) -> None:
         super().enter(region)
-        self.visits.append([])
+        # What a tower does belongs to the visit of the embedding, and backward to that of the first block.
+        if region not in ("tower", "backward tower") and (region != "embedding" or not self.visits):
+            self.visits.append([])
 
     def made(self, key: Key, size: int) -> None:
         if self.visits and size:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwentune.memory.trace.live_bytes import Step, peak, trace
-from qwentune.memory.trace.meta_step import hold_in_4_bits, no_autocast
+from qwentune.memory.trace.stand_ins import hold_in_4_bits, no_autocast
 from tests.bench.rows import kernels
 from tests.bench.rows.settings import RowSettings
 from tests.bench.rows.sharding import sharded, units_of

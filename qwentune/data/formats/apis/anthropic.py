@@ -1,8 +1,8 @@
 """What Anthropic's messages have otherwise: blocks of a content become messages of the format chat, tools too.
 
-Read are text, thinking, tool_use and tool_result. A chat template has one place each for reasoning, text and calls, in
-that order; blocks in another order are refused, as are those whose meaning is lost on the way: redacted thinking and
-whatever runs on Anthropic's own servers.
+Read are text, thinking, tool_use and tool_result, and images of the user and of results. A chat template has one place
+each for reasoning, text and calls, in that order; blocks in another order are refused, as are those whose meaning is
+lost on the way: redacted thinking and whatever runs on Anthropic's own servers.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ def _check(block: Mapping[str, Json], role: Json, path: str, reader: RowReader) 
         what = "redacted thinking" if kind == "redacted_thinking" else "thinking without its text"
         fix = "Leave the row out: its answer rests on reasoning that nobody can read."
         reader.refuse(f"{path} is {what}", fix)
+    elif kind == "image" and role != "assistant":
+        pass  # of a content's parts, which read it
     elif isinstance(kind, str) and (kind == "text" or kind in BLOCKS):
         if others := [key for key in block if key not in BLOCK_KEYS]:
             reader.leave_unread(others, path)
@@ -92,7 +94,7 @@ def _check(block: Mapping[str, Json], role: Json, path: str, reader: RowReader) 
             fix = "Give the text of the error: a chat template has no other place for it."
             reader.refuse(f"{path} is an error without a text", fix)
     else:
-        reader.refuse(f"{path} is of the type {kind!r}", "Only text is trained on: leave the row out.")
+        reader.refuse(f"{path} is of the type {kind!r}", "Texts and the user's images are read: leave the row out.")
 
 
 def _answer(value: dict[str, Json], blocks: Sequence[dict[str, Json]], path: str, reader: RowReader) -> Json:
@@ -128,7 +130,7 @@ def _results_and_texts(
     messages: list[Json] = []
     texts: list[dict[str, Json]] = []
     for i, block in enumerate([*blocks, None]):
-        if block is not None and block.get("type") == "text":
+        if block is not None and block.get("type") in ("text", "image"):
             texts.append(block)
             continue
         if texts:
@@ -146,12 +148,14 @@ def _result(content: Json, path: str, reader: RowReader) -> Json:
         return "" if content is None else content
     texts: list[dict[str, Json]] = []
     for i, block in enumerate(content):
-        if isinstance(block, dict) and block.get("type") == "text":
+        if isinstance(block, dict) and block.get("type") == "image":
+            texts.append(block)
+        elif isinstance(block, dict) and block.get("type") == "text":
             texts.append(block)
             reader.leave_unread((key for key in block if key not in BLOCK_KEYS), path)
         else:
             kind = block.get("type") if isinstance(block, dict) else block
-            reader.refuse(f"{path}[{i}] is of the type {kind!r}", "Only text is trained on: leave the row out.")
+            reader.refuse(f"{path}[{i}] is of the type {kind!r}", "Texts and images are read: leave the row out.")
     return _text(texts)
 
 
@@ -162,6 +166,6 @@ def _joined(content: Json) -> str:
 
 def _text(blocks: Sequence[dict[str, Json]]) -> Json:
     """The one text, or the parts where there are several; what else a block has, such as citations, says nothing."""
-    if len(blocks) < 2:
+    if not blocks or (len(blocks) == 1 and blocks[0].get("type") == "text"):
         return blocks[0].get("text") if blocks else ""
-    return [{"type": "text", "text": block.get("text")} for block in blocks]
+    return [block if block["type"] != "text" else {"type": "text", "text": block.get("text")} for block in blocks]

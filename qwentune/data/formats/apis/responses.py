@@ -61,7 +61,7 @@ def messages_of(items: Sequence[Json], path: str, reader: RowReader) -> list[Jso
             case "message" if answer is not None:
                 _say(answer, item, place, reader)
             case "message":
-                content = _plain(item.get("content"), f"{place}.content", reader)
+                content = _shown(item.get("content"), f"{place}.content", reader)
                 messages.append({"role": item.get("role"), "content": content})
             case "reasoning" if answer is not None:
                 if thoughts := _plain(item.get("content") or [], f"{place}.content", reader):
@@ -72,7 +72,7 @@ def messages_of(items: Sequence[Json], path: str, reader: RowReader) -> list[Jso
                 assert isinstance(calls, list)
                 calls.append({"id": item.get("call_id"), "type": "function", "function": function})
             case "function_call_output":
-                content = _plain(item.get("output"), f"{place}.output", reader)
+                content = _shown(item.get("output"), f"{place}.output", reader)
                 messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
             case _:
                 reader.refuse(f"{place} is of the type {kind!r}", "No chat template shows it: leave the row out.")
@@ -90,6 +90,19 @@ def _say(answer: dict[str, Json], item: Mapping[str, Json], path: str, reader: R
             answer["content"] = f"{answer['content']}{_plain(content, f'{path}.content', reader)}"
 
 
+def _shown(content: Json, path: str, reader: RowReader) -> Json:
+    """The text of a content; its parts as those of chat completions where there are images among them."""
+    parts = content if isinstance(content, list) else []
+    if not any(isinstance(part, dict) and part.get("type") == "input_image" for part in parts):
+        return _plain(content, path, reader)
+    return [
+        part
+        if isinstance(part, dict) and part.get("type") == "input_image"
+        else {"type": "text", "text": _plain([part], path, reader)}
+        for part in parts
+    ]
+
+
 def _plain(content: Json, path: str, reader: RowReader) -> str:
     """The text of a content, or of its parts joined."""
     if isinstance(content, str):
@@ -104,5 +117,5 @@ def _plain(content: Json, path: str, reader: RowReader) -> str:
             reader.leave_unread((key for key in part if key not in PART_KEYS), f"{path}[{i}]")
         else:
             kind = part.get("type") if isinstance(part, dict) else part
-            reader.refuse(f"{path}[{i}] is of the type {kind!r}", "Only text is trained on: leave the row out.")
+            reader.refuse(f"{path}[{i}] is of the type {kind!r}", "Texts and images are read: leave the row out.")
     return "".join(texts)

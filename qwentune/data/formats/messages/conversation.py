@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from qwentune.data.formats.messages.calls import read_tools
+from qwentune.data.formats.messages.tags import with_media
 from qwentune.data.reading.faults import described
 from qwentune.data.reading.loss import read_weight
 from qwentune.data.reading.row_reader import RowReader
@@ -41,9 +42,12 @@ def read_conversation(
     said = [message for message in messages if message]
     if weight != 1:
         said = [replace(message, weight=weight * message.weight) for message in said]
+    said = with_media(row, [*system, *said], reader)
+    if reader.problems:
+        return reader.problems
     return Conversation(
         reader.source,
-        (*system, *said),
+        tuple(said),
         tuple(tools),
         (*[-1] * len(system), *places),
         args,

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from qwentune.data.formats.apis.anthropic import unfolded
 from qwentune.data.formats.messages.calls import CALLERS, read_calls, read_only_calls
+from qwentune.data.formats.messages.parts import read_parts
 from qwentune.data.reading.faults import described
 from qwentune.data.reading.loss import read_weight, refuse_loss
 from qwentune.data.reading.row_reader import RowReader
-from qwentune.data.sample import Json, Message
+from qwentune.data.sample import Json, Medium, Message
 from qwentune.errors import nearest
 from qwentune.row_formats import LOSS
 
@@ -26,7 +27,6 @@ ROLES = {
 }
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 MESSAGE_KEYS = frozenset(("role", "content", *REASONING_KEYS, "tool_calls", "function_call", "refusal", *LOSS))
-_PART_KEYS = frozenset(("type", "text"))
 _OF_THE_ASSISTANT = (*REASONING_KEYS, "tool_calls", "function_call")
 _OTHER_ROLES = {"human": "user", "gpt": "assistant", "ai": "assistant", "model": "assistant", "bot": "assistant"}
 
@@ -46,7 +46,7 @@ def read_message(value: Json, path: str, reader: RowReader) -> Message | None:
     role = _read_role(fields, path, reader)
     calls = read_calls(fields, path, reader)
     may_be_null = bool(calls or fields.get("tool_calls") or fields.get("function_call")) and role in ("assistant", "")
-    texts = _read_content(value, f"{path}.content", reader, may_be_null=may_be_null)
+    texts, media = _read_content(value, f"{path}.content", role, reader, may_be_null=may_be_null)
     reasoning = _read_reasoning(fields, path, reader)
     if role not in ("assistant", ""):
         for key in _OF_THE_ASSISTANT:
@@ -61,7 +61,7 @@ def read_message(value: Json, path: str, reader: RowReader) -> Message | None:
     if len(reader.problems) > num_problems:
         return None
     extra = {key: fields[key] for key in (*others, "refusal") if fields.get(key) != "" and key in fields}
-    return Message(role, "".join(texts), reasoning, calls, weight, extra, len(texts))
+    return Message(role, "".join(texts), reasoning, calls, weight, extra, max(1, len(texts)), media)
 
 
 def read_messages(
@@ -128,19 +128,21 @@ def _read_role(fields: Mapping[str, Json], path: str, reader: RowReader) -> str:
     return ""
 
 
-def _read_content(message: Mapping[str, Json], path: str, reader: RowReader, *, may_be_null: bool) -> list[str]:
-    """The text of a content, or the texts of its parts."""
+def _read_content(
+    message: Mapping[str, Json], path: str, role: str, reader: RowReader, *, may_be_null: bool
+) -> tuple[list[str], tuple[Medium, ...]]:
+    """The text of a content, or the texts of its parts and the media between them."""
     content = message.get("content")
     if isinstance(content, str):
-        return [content]
+        return [content], ()
     if isinstance(content, list):
-        return _read_parts(content, path, reader)
+        return read_parts(content, path, role, reader)
     if content is not None:
         reader.refuse(f"{path} is {described(content)}", "A text or a list of parts is needed.")
     elif not may_be_null:
         what = f"{path} is null" if "content" in message else f"{path.removesuffix('.content')} has no content"
         reader.refuse(what, "Give its text; only an assistant message with tool_calls goes without.")
-    return [""]
+    return [""], ()
 
 
 def _with_refusal_as_content(value: dict[str, Json], path: str, reader: RowReader) -> dict[str, Json]:
@@ -156,27 +158,6 @@ def _with_refusal_as_content(value: dict[str, Json], path: str, reader: RowReade
     if content:
         reader.refuse(f"{path} has both content and refusal", "Keep what was said.")
     return {**value, "content": refusal, "refusal": refusal}
-
-
-def _read_parts(content: list[Json], path: str, reader: RowReader) -> list[str]:
-    texts: list[str] = []
-    fix = 'A part is an object such as {"type": "text", "text": …}.'
-    for i, part in enumerate(content):
-        if not isinstance(part, dict):
-            reader.refuse(f"{path}[{i}] is {described(part)}", fix)
-            continue
-        kind, text = part.get("type"), part.get("text")
-        if not isinstance(kind, str):
-            reader.refuse(f"{path}[{i}] has no type", fix)
-        elif kind != "text":
-            reader.refuse(f"{path}[{i}] is of the type {kind!r}", "Only text is trained on: leave the row out.")
-        elif isinstance(text, str):
-            texts.append(text)
-            if others := [key for key, item in part.items() if key not in _PART_KEYS and item is not None]:
-                reader.leave_unread(others, f"{path}[{i}]")
-        else:
-            reader.refuse(f"{path}[{i}].text is {described(text)}", "A text is needed.")
-    return texts
 
 
 def _read_reasoning(fields: Mapping[str, Json], path: str, reader: RowReader) -> str | None:

@@ -1,0 +1,169 @@
+"""The parts of a message's content: texts, and the pictures, videos and sounds that stand between them.
+
+Read are Qwen's own parts, OpenAI's and vLLM's, transformers' and Anthropic's, with or without `type`, and the texts of
+JSON that `datasets` writes into Parquet where parts differ. A part that names no source takes one of the row's columns.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from qwentune.data.reading.faults import described
+from qwentune.data.reading.row_reader import RowReader
+from qwentune.data.sample import Json, MediaKind, Medium
+from qwentune.shipped import shipped
+
+Content = Path | bytes | tuple[Path | bytes, ...]
+
+UNNAMED = ()  # the content of a medium that takes the next item of the row's columns
+KINDS: Mapping[str, MediaKind] = {
+    **dict.fromkeys(("image", "image_url", "input_image"), "image"),
+    **dict.fromkeys(("video", "video_url"), "video"),
+    **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio"),
+}
+LIMITS = ("max_pixels", "min_pixels", "fps", "max_frames")
+# Qwen's other keys of a part: they would change what is seen.
+UNCARRIED = (
+    *("resized_height", "resized_width", "total_pixels", "nframes", "num_frames", "min_frames"),
+    *("video_start", "video_end", "sample_fps", "raw_fps"),
+)
+_SAY_NOTHING = ("detail", "cache_control", "uuid")
+_SOURCES = ("url", "path", "base64", "bytes", "source", "data")
+_TEXT = frozenset(("type", "text"))
+_ARTICLE = {"image": "an image", "video": "a video", "audio": "audio"}
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{1024,}={0,2}\s*")  # a path is never so long
+_A_PART = 'A part is an object such as {"type": "text", "text": …}.'
+
+
+def read_parts(content: list[Json], path: str, role: str, reader: RowReader) -> tuple[list[str], tuple[Medium, ...]]:
+    """The texts of the parts, and the media between them."""
+    texts: list[str] = []
+    media: list[Medium] = []
+    for i, given in enumerate(content):
+        place = f"{path}[{i}]"
+        part = reader.read_json(given, place) if isinstance(given, str) and given.lstrip().startswith("{") else given
+        if not isinstance(part, dict):
+            if part is given:
+                reader.refuse(f"{place} is {described(part)}", _A_PART)
+            continue
+        part = {key: item for key, item in part.items() if item is not None}
+        kind = part.get("type", _kind_by_keys(part))
+        if not isinstance(kind, str):
+            reader.refuse(f"{place} has no type", _A_PART)
+        elif kind in KINDS and role == "assistant":
+            fix = "A model of this kind writes text only: leave the row out."
+            reader.refuse(f"{place} is {_ARTICLE[KINDS[kind]]} in what the assistant says", fix)
+        elif kind in KINDS:
+            at = sum(map(len, texts))
+            content_of_part = _read_source_of(part, KINDS[kind], place, reader)
+            limits = _read_limits(part, KINDS[kind], place, reader)
+            if content_of_part is not None:
+                media.append(Medium(KINDS[kind], content_of_part, at, place, limits))
+        elif kind != "text":
+            fix = "Texts, images, videos and audio are read: leave the row out."
+            reader.refuse(f"{place} is of the type {kind!r}", fix)
+        elif isinstance(text := part.get("text"), str):
+            texts.append(text)
+            reader.leave_unread((key for key in part if key not in _TEXT), place)
+        else:
+            reader.refuse(f"{place}.text is {described(text)}", "A text is needed.")
+    return texts, tuple(media)
+
+
+def read_source(value: Json, kind: MediaKind, path: str, reader: RowReader) -> Content | None:
+    """What a row gives as a medium: a path, a text of base64, an object with one of them; of a video also its frames.
+
+    None where it is none of these, which is refused.
+    """
+    match value:
+        case str() if value.strip():
+            return _read_text(value.strip(), kind, path, reader)
+        case list() if kind == "video" and value:
+            frames = [read_source(item, "image", f"{path}[{i}]", reader) for i, item in enumerate(value)]
+            return tuple(frame for frame in frames if isinstance(frame, Path | bytes))
+        case {"bytes": str() as data} | {"base64": str() as data} | {"data": str() as data} if data:
+            return _read_text(data, kind, path, reader) if data.startswith("data:") else _decoded(data, path, reader)
+        case {"url": str() as text} | {"path": str() as text}:
+            return read_source(text, kind, path, reader)
+        case _:
+            wanted = "Give its path, its bytes in base64, or an object with bytes and path."
+            reader.refuse(f"{path} is {described(value)}", wanted)
+            return None
+
+
+def _kind_by_keys(part: Mapping[str, Json]) -> Json:
+    """The type of a part that names none: that of its one key which is the name of one."""
+    kinds = [key for key in part if key == "text" or key in KINDS]
+    return kinds[0] if len(kinds) == 1 else None
+
+
+def _read_source_of(part: Mapping[str, Json], kind: MediaKind, path: str, reader: RowReader) -> Content | None:
+    keys = [key for key in (*KINDS, *_SOURCES) if part.get(key) not in (None, "")]
+    known = {"type", *keys, *LIMITS, *UNCARRIED, *_SAY_NOTHING}
+    reader.leave_unread((key for key in part if key not in known), path)
+    if uncarried := [key for key in UNCARRIED if key in part]:
+        fix = "Only max_pixels, min_pixels, fps and max_frames are carried out: cut or scale the file itself."
+        reader.refuse(f"{path} has {', '.join(uncarried)}", fix)
+    match keys:
+        case []:
+            return UNNAMED
+        case ["path", "bytes"]:
+            return read_source({"bytes": part["bytes"]}, kind, path, reader)
+        case [key]:
+            value = {key: part[key]} if key in _SOURCES and key != "source" else part[key]
+            return read_source(value, kind, f"{path}.{key}", reader)
+        case _:
+            reader.refuse(f"{path} has {' and '.join(keys)}", "Keep the one that is meant.")
+            return None
+
+
+def _read_limits(part: Mapping[str, Json], kind: MediaKind, path: str, reader: RowReader) -> dict[str, float]:
+    limits: dict[str, float] = {}
+    for key in LIMITS if kind == "video" else LIMITS[:2] if kind == "image" else ():
+        value = part.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**40:
+            limits[key] = value
+        elif value is not None:
+            reader.refuse(f"{path}.{key} is {described(value)}", "A number above 0 is needed.")
+    return limits
+
+
+def _read_text(text: str, kind: MediaKind, path: str, reader: RowReader) -> Path | bytes | None:
+    scheme = text[:12].partition(":")[0].lower()
+    if scheme == "data":
+        head, _, data = text.partition(",")
+        if head.endswith(";base64"):
+            return _decoded(data, path, reader)
+        reader.refuse(f"{path} is {described(text)}", "Write data:;base64, and behind it the bytes in base64.")
+        return None
+    if "://" in text[:12] and scheme != "file":
+        name = os.path.basename(unquote(urlsplit(text).path)) or kind
+        command = f"curl -fL --create-dirs -o {shlex.quote(f'media/{name}')} {shlex.quote(text)}"
+        fix = "Nothing is fetched while training: put the file beside the rows and write its path."
+        fix = f"Fetch it, and write its path: {command}" if scheme in ("http", "https") else fix
+        reader.refuse(f"{path} is an address: {described(text)}", fix)
+        return None
+    if _BASE64.fullmatch(text):
+        return _decoded(text, path, reader)
+    return found(unquote(urlsplit(text).path) if scheme == "file" and "://" in text else text, reader.source.file)
+
+
+def found(name: str, rows: str) -> Path:
+    """The file that a row of the file `rows` means: the one beside it, else the one from where the command started."""
+    beside = shipped(rows).parent / name
+    return beside if os.path.exists(beside) or not os.path.exists(name) else Path(name)
+
+
+def _decoded(text: str, path: str, reader: RowReader) -> bytes | None:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        reader.refuse(f"{path} is no base64", "Write the bytes with base64.b64encode.")
+        return None

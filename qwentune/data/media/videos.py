@@ -1,0 +1,155 @@
+"""Videos: which of their frames are taken, and the frames themselves, resized.
+
+One rule of frames per family, as transformers' processors (5.24) have it for files: `fps` frames of a second, at least
+`min_frames` and at most `max_frames` of them. Where all pads stand in one span (Qwen2-VL, Qwen2.5-VL, Omni) their
+number is even and they are every n-th frame from the first, cut down to whole ones; where steps are timestamped
+(Qwen3-VL and later) they are spread from the first frame to the last, rounded. Frames that a row lists are all taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwentune.data.media.pictures import LONGEST_TO_SHORTEST, best_size, needed, opened, picture_size, resized
+from qwentune.data.sample import RowError
+from qwentune.facts.media import Vision
+
+MOST_FRAMES = 2**20  # of a file: ten hours
+
+
+@dataclass(frozen=True, slots=True)
+class Film:
+    """A video before frames are chosen; sizes as it is seen."""
+
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+
+
+def film(path: Path) -> Film:
+    """What a file says of its video, of which the first frame is decoded; RowError where it holds no whole one."""
+    with _container(path) as container:
+        stream = container.streams.video[0]
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise RowError("it has no frame", "Save it again as mp4.")
+        width, height = first.width, first.height
+        if first.rotation % 180:
+            width, height = height, width
+        fps, promised = float(stream.average_rate or 0), stream.frames
+    with _container(path) as container:
+        num_frames = sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+    if num_frames < promised:
+        raise RowError(f"it breaks off: {num_frames} of {promised} frames are there", "Download or save it again.")
+    if not 0 < fps < 10_000 or num_frames > MOST_FRAMES:
+        raise RowError(f"it has {num_frames:,} frames at {fps:g} a second", "Save it again as mp4, or cut it.")
+    return Film(width, height, num_frames, fps)
+
+
+def film_of(frames: Sequence[Path], fps: float) -> Film:
+    """The video of frames that a row lists, at so many a second; RowError where they differ in size."""
+    sizes = [picture_size(frame) for frame in frames]
+    if len(set(sizes)) > 1:
+        listed = ", ".join(f"{width}×{height}" for width, height in dict.fromkeys(sizes))
+        raise RowError(f"its frames are of different sizes: {listed}", "Scale them to one size.")
+    return Film(*sizes[0], len(sizes), fps)
+
+
+def frames_taken(video: Film, fps: float, vision: Vision) -> tuple[int, ...]:
+    """The indices of the frames that are shown to the model, by the rule of its family."""
+    total, wanted = video.num_frames, video.num_frames / video.fps * fps
+    if vision.video == "timestamped":
+        count = min(max(int(wanted), vision.min_frames), vision.max_frames, total)
+        return tuple(np.linspace(0, total - 1, count).round().astype(int).tolist())
+    most = math.floor(min(vision.max_frames, total) / vision.temporal) * vision.temporal
+    count = math.floor(min(max(wanted, vision.min_frames), most) / vision.temporal) * vision.temporal
+    if count == 0:  # one frame alone
+        return (0,)
+    return tuple(np.arange(0, total, total / count, dtype=np.float32).astype(int).tolist()[:count])
+
+
+def video_size(video: Film, num_frames: int, vision: Vision, most_of_frame: float | None) -> tuple[int, int]:
+    """Height and width to which the frames are resized; `most_of_frame` is a row's own bound of pixels."""
+    height, width = video.height, video.width
+    if max(width, height) > LONGEST_TO_SHORTEST * min(width, height):
+        what = f"it is {width}×{height}, and no side may be more than {LONGEST_TO_SHORTEST} times the other"
+        raise RowError(what, "Crop it.")
+    least, most = vision.min_video_pixels, vision.max_video_pixels
+    if vision.video == "one_span":
+        most = min(most, int(most_of_frame or most))
+        return best_size(height, width, vision, min(least, most), most)
+    most = min(most, int(most_of_frame * num_frames) if most_of_frame else most)
+    return _size_of_all(height, width, num_frames, vision, min(least, most), most)
+
+
+def frames_of(path: Path, indices: Sequence[int], height: int, width: int) -> NDArray[np.uint8]:
+    """(frames, height, width, 3) of a file; RowError where a frame cannot be decoded."""
+    found: dict[int, NDArray[np.uint8]] = {}
+    wanted, last = set(indices), max(indices)
+    with _container(path) as container:
+        for index, frame in enumerate(container.decode(container.streams.video[0])):
+            if index in wanted:
+                image = frame.to_image().rotate(frame.rotation, expand=True)
+                found[index] = resized(image, height, width)
+            if index == last:
+                break
+    if missing := len(wanted - found.keys()):
+        raise RowError(f"{missing} of its frames cannot be decoded", "Save it again as mp4.")
+    return np.stack([found[index] for index in indices])
+
+
+def frames_listed(frames: Sequence[Path], height: int, width: int) -> NDArray[np.uint8]:
+    """(frames, height, width, 3) of the pictures that a row lists."""
+    shown: list[NDArray[np.uint8]] = []
+    for frame in frames:
+        with opened(frame) as image:
+            shown.append(resized(image, height, width))
+    return np.stack(shown)
+
+
+def times_of(indices: Sequence[int], fps: float, temporal: int) -> tuple[float, ...]:
+    """The seconds of each grid step: the mean of its first and last frame."""
+    filled = [*indices, *[indices[-1]] * (-len(indices) % temporal)]
+    return tuple((filled[i] / fps + filled[i + temporal - 1] / fps) / 2 for i in range(0, len(filled), temporal))
+
+
+def _size_of_all(height: int, width: int, num_frames: int, vision: Vision, least: int, most: int) -> tuple[int, int]:
+    """The size where all frames together are bounded; the number of frames counts as Qwen3-VL's processor counts it."""
+    unit = vision.patch * vision.merge
+    if height < unit or width < unit:
+        scale = max(unit / height, unit / width)
+        height, width = int(height * scale), int(width * scale)
+    rows, columns = round(height / unit) * unit, round(width / unit) * unit
+    pixels = round(num_frames / vision.temporal) * vision.temporal * rows * columns
+    if pixels > most:
+        scale = math.sqrt(num_frames * height * width / most)
+        return max(unit, math.floor(height / scale / unit) * unit), max(unit, math.floor(width / scale / unit) * unit)
+    if pixels < least:
+        scale = math.sqrt(least / (num_frames * height * width))
+        return math.ceil(height * scale / unit) * unit, math.ceil(width * scale / unit) * unit
+    return rows, columns
+
+
+@contextmanager
+def _container(path: Path) -> Generator[Any]:
+    """The file, opened; whatever FFmpeg raises of it is a RowError."""
+    av = needed("av", "video", "videos")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise RowError("it holds no video", "Give sounds as audio.")
+            yield container
+    except RowError:
+        raise
+    except Exception as error:  # a decoder may raise anything of broken bytes
+        fix = "Save it again (ffmpeg -i FILE -c:v libx264 new.mp4), or leave the row out."
+        raise RowError(f"it is no video that can be read: {getattr(error, 'strerror', None) or error}", fix) from None

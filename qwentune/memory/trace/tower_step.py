@@ -1,0 +1,86 @@
+"""What sees and hears in a traced step: its media, which part of it is tuned, and what of it is recomputed."""
+# torch leaves many of its types unknown
+# pyright: standard
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from qwentune.data.layout.tower_inputs import AUDIO_FRAMES, stays_on_cpu, tower_inputs
+from qwentune.facts.media import FAMILIES
+from qwentune.facts.towers import PROJECTOR, TOWERS, Part
+from qwentune.memory.settings import Settings
+from qwentune.model.senses import OF_MEDIA, freeze
+
+
+@dataclass(frozen=True)
+class MediaBatch:
+    """The part of a batch that is no text."""
+
+    tensors_by_name: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor]) -> MediaBatch:
+        """The media of a batch."""
+        return cls({name: tensor for name, tensor in batch.items() if name.startswith(OF_MEDIA)})
+
+    @classmethod
+    def on_meta(cls, settings: Settings, config: PreTrainedConfig) -> MediaBatch:
+        """One picture of all patches of a forward pass, and one sound of all its frames, on meta.
+
+        How many pictures and windows share the patches changes no size; one of each spares the loop over them.
+        """
+        family = FAMILIES[config.model_type]
+        batch: dict[str, Tensor] = {}
+        if patches := settings.forward_patches:
+            assert family.vision is not None
+            merge, vision = family.vision.merge, family.vision
+            grid = torch.tensor([[1, merge, patches // merge]])
+            batch["pixel_values"] = torch.empty(patches, 3 * vision.temporal * vision.patch**2, device="meta")
+            batch |= tower_inputs(family, {"image_grid_thw": grid}) | {"image_grid_thw": grid}
+            if "image_cu_window_seqlens" in batch:
+                batch["image_cu_window_seqlens"] = batch["image_cu_seqlens"]
+        if frames := settings.forward_frames:
+            assert family.hearing is not None
+            count = 1 if family.hearing.most_seconds is None else -(-frames // AUDIO_FRAMES)
+            lengths = torch.tensor([frames // count] * count)
+            sounds = {"input_features": torch.empty(count, family.hearing.mel_bins, frames // count)}
+            batch |= sounds | {"feature_lengths": lengths} | tower_inputs(family, sounds | {"feature_lengths": lengths})
+        if family.axes == 3:
+            row = torch.empty((1, settings.forward_tokens), dtype=torch.int64)
+            batch |= {"depths": row, "position_ids": row.expand(3, 1, -1).contiguous()}
+        return cls({name: x if stays_on_cpu(name) else x.to("meta") for name, x in batch.items()})
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """All that lies on the device."""
+        return [tensor for name, tensor in self.tensors_by_name.items() if not stays_on_cpu(name)]
+
+
+def tower_modules(network: Any) -> list[nn.Module]:
+    """What sees and hears, and what stands between it and the decoder; none in a model of text."""
+    whole = getattr(network, "model", network)
+    return [module for name in (*TOWERS, PROJECTOR) if (module := getattr(whole, name, None)) is not None]
+
+
+def freeze_towers(network: Any, settings: Settings) -> None:
+    """Stops gradients into what is not tuned, under full tuning; adapters freeze what they do not train."""
+    if settings.towers is None or settings.kind != "full":
+        return
+    trained: list[Part] = ["language"]
+    trained += ["tower"] if settings.towers.body == "trained" else []
+    trained += ["merger"] if settings.towers.merger == "trained" else []
+    freeze(network, trained)
+
+
+def recompute_towers(towers: Sequence[Any], settings: Settings) -> None:
+    """Switches activation checkpointing on for the blocks of towers where they are recomputed."""
+    for tower in towers if settings.recomputes_towers else ():
+        if hasattr(tower, "gradient_checkpointing_enable"):
+            tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

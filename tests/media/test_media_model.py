@@ -1,0 +1,336 @@
+"""Models that see and hear: packed rows equal single examples, towers stay out of it, and what is saved comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from qwentune.data.layout.batch import collate
+from qwentune.data.layout.tower_inputs import tower_inputs
+from qwentune.data.layout.trie import lay_out
+from qwentune.facts.media import FAMILIES
+from qwentune.facts.towers import part_of
+from qwentune.facts.weight_files import read_weights
+from qwentune.model.adapters import add_adapters, load_adapters
+from qwentune.model.attention import IMPLEMENTATIONS
+from qwentune.model.head import LossHead
+from qwentune.model.loading import load_model, read_config, recompute_layers
+from qwentune.model.senses import freeze, network_class
+from qwentune.recipe import Tuning
+from qwentune.training.trainer import save_weights
+from tests.media.checkpoints import HEARS, HYBRIDS, TYPES, MediaType, add_media_weights, write_media_checkpoint
+
+PACKED = tuple(name for name in TYPES if name not in HYBRIDS)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A picture of noise, or a sound: the patches (P, ·) with their grid, or mel features (bins, frames)."""
+
+    kind: str
+    values: Tensor
+    grid: tuple[int, int, int]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class World:
+    """A checkpoint and things that it may be shown; thing k is written -(k + 1), once for each of its pads."""
+
+    folder: Path
+    things: tuple[Thing, ...]
+    marks: dict[str, tuple[int, int]]
+
+    @property
+    def model_type(self) -> str:
+        return self.folder.name
+
+    def example(self, seed: int, things: Sequence[int], answer: int = 4) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and weights: some text, things with text between them, and an answer; the seed decides the text."""
+        rng = np.random.default_rng(seed)
+        ids = [*rng.integers(10, 900, 3)]
+        for k in things:
+            start, end = self.marks[self.things[k].kind]
+            ids += [start, *[-(k + 1)] * self.things[k].num_tokens, end, *rng.integers(10, 900, 2)]
+        weights = [0.0] * len(ids) + [1.0] * answer
+        return np.array([*ids, *rng.integers(10, 900, answer)], np.int32), np.array(weights, np.float32)
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A world for each model type, made when it is first asked for."""
+    made: dict[str, World] = {}
+    folder = tmp_path_factory.mktemp("media")
+
+    def world(model_type: MediaType) -> World:
+        if model_type not in made:
+            made[model_type] = make_world(folder / model_type, model_type)
+        return made[model_type]
+
+    return world
+
+
+def make_world(folder: Path, model_type: MediaType) -> World:
+    family = FAMILIES[model_type]
+    add_media_weights(write_media_checkpoint(folder, model_type))
+    torch.manual_seed(1)
+    things: list[Thing] = []
+    if family.vision is not None:
+        width = 3 * family.vision.temporal * family.vision.patch**2
+        for h, w in ((4, 6), (4, 6), (8, 10)):
+            things.append(Thing("image", torch.randn(h * w, width), (1, h, w), h * w // 4))
+    if family.hearing is not None:
+        for frames in (130, 130, 420):
+            count = frames // 4 if family.hearing.count == "halved_twice" else num_by_hundred(frames)
+            things.append(Thing("audio", torch.randn(family.hearing.mel_bins, frames), (frames, 0, 0), count))
+    config: Any = read_config(folder, has_media=True)
+    marks = {
+        kind: (getattr(config, f"{name}_start_token_id", 11), getattr(config, f"{name}_end_token_id", 12))
+        for kind, name in (("image", "vision"), ("audio", "audio"))
+    }
+    return World(folder, tuple(things), marks)
+
+
+def num_by_hundred(frames: int) -> int:
+    rest = (frames % 100 - 1) // 2 + 1
+    return ((rest - 1) // 2 + 1 - 1) // 2 + 1 + 13 * (frames // 100)
+
+
+def positions(ids: Sequence[int], things: Sequence[Thing]) -> np.ndarray:
+    """(3, T): text counts up, a picture has its rows and columns from where it begins."""
+    out, place, at = np.zeros((3, len(ids)), np.int64), 0, 0
+    while at < len(ids):
+        thing = things[-ids[at] - 1] if ids[at] < 0 else None
+        if thing is None or thing.kind == "audio":
+            out[:, at] = place
+            place, at = place + 1, at + 1
+            continue
+        _, h, w = thing.grid
+        block = np.stack(np.meshgrid(0, np.arange(h // 2), np.arange(w // 2), indexing="ij")).reshape(3, -1) + place
+        out[:, at : at + thing.num_tokens] = block[:, : len(ids) - at]  # the path may end inside
+        place, at = int(block.max()) + 1, at + thing.num_tokens
+    return out
+
+
+def batch_of(world: World, config: Any, tries: Any) -> dict[str, Tensor]:
+    """What collate gives of a row of tries with media: pads, 3-D positions, tensors of the things, tower inputs."""
+    row = lay_out(tries)
+    batch = collate([row], 1.0)
+    ids = row.input_ids
+    if FAMILIES[world.model_type].axes == 3:
+        paths = [[k for k in range(q + 1) if q < row.visible_until[k]] for q in range(len(ids))]
+        found = [positions([int(ids[k]) for k in path], world.things)[:, -1] for path in paths]
+        batch |= {"depths": batch["position_ids"], "position_ids": torch.tensor(np.array(found).T)[:, None]}
+    starts = [at for at in range(len(ids)) if ids[at] < 0 and (at == 0 or ids[at - 1] != ids[at])]
+    return batch | {"input_ids": with_pads(ids, world, config)} | tensors_of(world, [-ids[at] - 1 for at in starts])
+
+
+def with_pads(ids: np.ndarray, world: World, config: Any) -> Tensor:
+    pads = {kind: getattr(config, f"{kind}_token_id") for kind in {thing.kind for thing in world.things}}
+    return torch.tensor([[pads[world.things[-i - 1].kind] if i < 0 else i for i in map(int, ids)]])
+
+
+def tensors_of(world: World, numbers: Sequence[int]) -> dict[str, Tensor]:
+    shown = [world.things[k] for k in numbers]
+    batch: dict[str, Tensor] = {}
+    if pictures := [thing for thing in shown if thing.kind == "image"]:
+        batch["pixel_values"] = torch.cat([thing.values for thing in pictures])
+        batch["image_grid_thw"] = torch.tensor([thing.grid for thing in pictures])
+    if sounds := [thing.values for thing in shown if thing.kind == "audio"]:
+        longest = 3000 if world.model_type == "qwen2_audio" else max(sound.shape[1] for sound in sounds)
+        padded = [torch.nn.functional.pad(sound, (0, longest - sound.shape[1])) for sound in sounds]
+        batch["input_features"] = torch.stack(padded)
+        batch["feature_lengths"] = torch.tensor([sound.shape[1] for sound in sounds])
+    return batch | tower_inputs(FAMILIES[world.model_type], batch)
+
+
+def plain_loss(network: Any, world: World, example: tuple[np.ndarray, np.ndarray]) -> Tensor:
+    """The loss of one example as transformers' own forward has it, positions and all."""
+    ids, weights = example
+    row = with_pads(ids, world, network.config)
+    starts = [at for at in range(len(ids)) if ids[at] < 0 and (at == 0 or ids[at - 1] != ids[at])]
+    arguments = {
+        name: tensor
+        for name, tensor in tensors_of(world, [-ids[at] - 1 for at in starts]).items()
+        if name in ("pixel_values", "image_grid_thw", "input_features")
+    }
+    if "input_features" in arguments:
+        lengths = [world.things[-ids[at] - 1].grid[0] for at in starts if world.things[-ids[at] - 1].kind == "audio"]
+        frames = torch.arange(arguments["input_features"].shape[-1])
+        arguments["feature_attention_mask"] = (frames < torch.tensor(lengths)[:, None]).long()
+    if world.model_type in HEARS:
+        arguments["attention_mask"] = torch.ones_like(row)
+    else:
+        arguments["mm_token_type_ids"] = (row == network.config.image_token_id).int()
+    logits = network(input_ids=row, use_cache=False, **arguments).logits[0]
+    return (cross_entropy(logits[:-1], row[0, 1:], reduction="none") * torch.tensor(weights[1:])).sum()
+
+
+def plain_network(world: World) -> Any:
+    config = read_config(world.folder, has_media=True)
+    return network_class(config).from_pretrained(world.folder, config=config, dtype=torch.float32).train()
+
+
+def gradients(network: Any) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    scale = max(float(grad.abs().max()) for grad in expected.values())
+    for name, grad in expected.items():
+        assert float((found.get(name, torch.zeros(())) - grad).abs().max()) <= 1e-5 * scale, name
+
+
+def ours(world: World, **options: Any) -> Any:
+    network = load_model(world.folder, dtype="fp32", attention=IMPLEMENTATIONS["sdpa"], has_media=True, **options)
+    return network.train()
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_rows_with_media_train_as_single_examples_do(worlds: Any, model_type: MediaType) -> None:
+    """Packed and in a trie, against transformers' own forward of each example alone; towers trained."""
+    world: World = worlds(model_type)
+    every = range(len(world.things))
+    tries = [[world.example(0, every), world.example(1, [1])], [world.example(2, [0, *every])]]
+    shared, weights = world.example(0, [1, 0], answer=0)
+    for k in (5, 6):
+        ids, more = world.example(k, [2])
+        tries.append([(np.concatenate([shared, ids]), np.concatenate([weights, more]))])
+    tries[-2:] = [[*tries[-2], *tries[-1]]]
+    plain = plain_network(world)
+    total = sum(plain_loss(plain, world, example) for group in tries for example in group)
+    assert isinstance(total, Tensor)
+    total.backward()
+
+    network = ours(world)
+    head = LossHead(network, "supervised")
+    # Linear attention cannot be told where an example begins: one in a row.
+    rows = [[[example]] for group in tries for example in group] if model_type in HYBRIDS else [tries]
+    losses = [head.loss(network, batch_of(world, network.config, row)) for row in rows]
+    sum(losses).backward()  # type: ignore[union-attr]
+    assert float(sum(losses)) == pytest.approx(float(total), rel=1e-5)
+    assert_close(gradients(network), gradients(plain))
+    # Two things of one size in each other's places: what is equal above could tell.
+    other = replace(world, things=(*reversed(world.things[:2]), *world.things[2:]))
+    with torch.no_grad():
+        alone, after = (
+            float(head.loss(network, batch_of(each, network.config, [[world.example(0, every)]])))
+            for each in (world, other)
+        )
+    assert abs(alone - after) > 1e-3
+
+
+def lora(**keys: Any) -> Tuning:
+    return Tuning(kind="lora", rank=2, **keys)
+
+
+def parts_with_adapters(adapted: Any) -> set[str]:
+    return {part_of(name) for name, p in adapted.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_adapters_stand_only_where_they_are_asked_for(worlds: Any, model_type: MediaType, tmp_path: Path) -> None:
+    """Whatever a module of a tower is called; and what is saved is loaded again bit for bit."""
+    world: World = worlds(model_type)
+    batch = batch_of(world, read_config(world.folder, has_media=True), [[world.example(0, range(len(world.things)))]])
+    for k, (tuning, wanted) in enumerate(
+        (
+            (lora(), {"language"}),
+            (lora(targets=["q_proj", "k_proj", "gate_proj", "up_proj", "down_proj"]), {"language"}),
+            (lora(merger="adapters"), {"language", "merger"}),
+            (lora(targets=["q_proj"], towers="adapters"), {"language", "tower"}),
+            (lora(merger="trained"), {"language", "merger"}),
+            (lora(towers="trained", merger="trained"), {"language", "tower", "merger"}),
+        )
+    ):
+        adapted = add_adapters(ours(world), tuning, "fp32", [5, 6])
+        assert parts_with_adapters(adapted) == wanted
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.01)
+        save_weights(adapted, tmp_path / str(k))
+        again = load_adapters(ours(world), tmp_path / str(k), "fp32")
+        losses = [LossHead(model, "supervised").loss(model, batch) for model in (adapted, again)]
+        assert losses[0] == losses[1]
+        trained = {name: p for name, p in again.named_parameters() if p.requires_grad}
+        losses[1].backward()
+        assert [name for name, p in trained.items() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_recomputing_gives_the_same_bits_and_leaves_a_frozen_tower_alone(
+    worlds: Any, model_type: MediaType, kind: str
+) -> None:
+    world: World = worlds(model_type)
+    batch = batch_of(world, read_config(world.folder, has_media=True), [[world.example(0, range(len(world.things)))]])
+    found: list[Any] = []
+    for recomputed in (False, True):
+        network = ours(world)
+        torch.manual_seed(2)
+        recompute_layers(network, recomputed)
+        if kind == "full":
+            freeze(network, ["language"])
+        model = network if kind == "full" else add_adapters(network, lora(), "fp32")
+        outputs: list[Tensor] = []
+        for name, module in network.named_modules():
+            if part_of(name) != "language" and not list(module.children()):
+                module.register_forward_hook(lambda _m, _i, output, seen=outputs: seen.append(output))
+        loss = LossHead(model, "supervised").loss(model, batch)
+        loss.backward()
+        assert outputs
+        assert not any(output.requires_grad for output in outputs if isinstance(output, Tensor))
+        found.append((loss, gradients(model)))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(grad, found[1][1][name]) for name, grad in found[0][1].items())
+    assert {part_of(name) for name in found[0][1]} == {"language"}
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_trained_tower_is_recomputed_and_has_gradients_without_media_too(worlds: Any, model_type: MediaType) -> None:
+    """Zeros, on a batch of text alone: else the ranks that have pictures would wait for the one that has none."""
+    world: World = worlds(model_type)
+    config = read_config(world.folder, has_media=True)
+    batch = batch_of(world, config, [[world.example(0, range(len(world.things)))]])
+    found: list[dict[str, Tensor]] = []
+    for recomputed in (False, True):
+        network = ours(world)
+        recompute_layers(network, False, towers=recomputed)
+        freeze(network, ["tower", "merger"])
+        LossHead(network, "supervised").loss(network, batch).backward()
+        found.append(gradients(network))
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+    # What two text layers do with the second deep features comes after all attention.
+    assert {name for name, grad in found[0].items() if not grad.any() and "merger_list.1." not in name} == set()
+    network.zero_grad()
+    freeze(network, ["tower"])
+    text = batch_of(world, config, [[world.example(0, [])]])
+    LossHead(network, "supervised").loss(network, text).backward()
+    trained = {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(grad is not None and not grad.any() for grad in trained.values())
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_checkpoint_of_full_tuning_is_loaded_as_it_was(worlds: Any, model_type: MediaType, tmp_path: Path) -> None:
+    """Bit for bit, under the names that the base has on disk, and the folder says that it sees and hears."""
+    world: World = worlds(model_type)
+    network = ours(world)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    save_weights(network, tmp_path)
+    again = load_model(tmp_path, dtype="fp32", has_media=True)
+    assert type(again) is type(network)
+    there = dict(again.named_parameters())
+    assert all(torch.equal(p, there[name]) for name, p in network.named_parameters())
+    assert read_weights(tmp_path).keys() == read_weights(world.folder).keys()
