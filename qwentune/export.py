@@ -57,9 +57,10 @@ def run_export(folder: Path, merge: bool, verify: bool, output: Path | None) -> 
     finally:
         remove(staging)
     console.say(f"exported to {target}")
-    flags = _flags(run)
-    if flags:
-        console.say(f"serve it as it was trained: vllm serve {target} --default-chat-template-kwargs '{flags}'")
+    options = {"default-chat-template-kwargs": _flags(run), "mm-processor-kwargs": _processor_flags(run, target)}
+    said = " ".join(f"--{name} '{value}'" for name, value in options.items() if value)
+    if said:
+        console.say(f"serve it as it was trained: vllm serve {target} {said}")
     return EXIT_OK
 
 
@@ -70,8 +71,25 @@ def _flags(run: FinishedRun) -> str:
     return json.dumps(flags) if flags else ""
 
 
+def _processor_flags(run: FinishedRun, target: Path) -> str:
+    """What a server must be told of media beside an adapter: its processor files are the base's."""
+    from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
+    from qwentune.exporting.omni import is_omni
+    from qwentune.exporting.processors import is_whole, processor_arguments
+
+    if (target / "config.json").exists() or not is_whole(target):
+        return ""
+    base = checkpoint_folder(run.model, run.revision)
+    if is_omni(base):
+        console.say("warning: servers take adapters on an Omni model only merged: export with --merge")
+    arguments = processor_arguments(base, run.data.media)
+    return json.dumps(arguments) if arguments else ""
+
+
 def _write(run: FinishedRun, merge: bool, target: Path) -> None:
     from qwentune.exporting.package import stop_token_ids, write_package
+    from qwentune.exporting.processors import is_whole, write_processors
+    from qwentune.recipe import MediaOptions
 
     if merge and run.has_adapter:
         from qwentune.exporting.merge import merge as merge_adapter
@@ -93,12 +111,24 @@ def _write(run: FinishedRun, merge: bool, target: Path) -> None:
             stop_token_ids=stop_token_ids(run.report, run.tokenizer.control_ids),
             end_of_text_id=run.tokenizer.end_of_text_id,
         )
+        if is_whole(target):
+            write_processors(target, run.trained, MediaOptions())  # which say already what the recipe says
     else:
         shutil.copytree(run.trained, target, dirs_exist_ok=True)
+    _make_whole(run, target)
     if (run.folder / "README.md").is_file():
         shutil.copyfile(run.folder / "README.md", target / "README.md")
     else:
         console.say(f"warning: {run.folder / 'README.md'} is missing: there is no model card to export")
+
+
+def _make_whole(run: FinishedRun, target: Path) -> None:
+    """Puts a thinker that was trained alone back into its Omni checkpoint."""
+    from qwentune.exporting.omni import is_omni, is_thinker, put_thinker_in
+    from qwentune.model.loading import weights_folder
+
+    if is_thinker(target) and is_omni(base := weights_folder(run.model, run.revision)):
+        put_thinker_in(base, target)
 
 
 def _verify(run: FinishedRun, exported: Path) -> None:

@@ -186,7 +186,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     dataset = prepare(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=shares)
     for line in summary(dataset):
         console.say(line)
-    has_media = getattr(dataset, "media", None) is not None
+    has_media = dataset.media is not None
     if problems := part_problems(spec, recipe.tuning, has_media=has_media, sharding=ranks.sharding):
         raise UsageError(problems)
     schedule = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed)

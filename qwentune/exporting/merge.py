@@ -11,8 +11,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qwentune.console import busy
+from qwentune.exporting.processors import is_whole
 from qwentune.facts.documents import read_object
-from qwentune.facts.weight_files import read_adapter, read_weights
+from qwentune.facts.weight_files import read_weights
 from qwentune.model.hollow import refuse_other_weights
 from qwentune.model.loading import read_config
 from qwentune.model.senses import network_class
@@ -24,7 +25,7 @@ def load_tuned(base: Path, adapter: Path | None, dtype: torch.dtype | None = Non
 
     Raises ResumeError where a tensor of either is missing, another, or not the model's.
     """
-    has_media = adapter is None or adapts_whole_model(adapter)
+    has_media = adapter is None or is_whole(adapter)
     refuse_other_weights(base, adapter, has_media=has_media)
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     config = read_config(base, has_media=has_media)
@@ -32,11 +33,6 @@ def load_tuned(base: Path, adapter: Path | None, dtype: torch.dtype | None = Non
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
     return model.eval()
-
-
-def adapts_whole_model(adapter: Path) -> bool:
-    """Whether an adapter stands around a model with its towers, and not around its decoder loaded alone."""
-    return any(".language_model." in name for name in read_adapter(adapter))
 
 
 def merge_bytes(base: Path) -> int:
@@ -73,5 +69,6 @@ def largest_logit_difference(
 
 def _dtype(folder: Path) -> torch.dtype:
     config = read_object(folder / "config.json")
+    config = {**(config.get("thinker_config") or {}), **config}  # where an Omni checkpoint may say it
     names = {"float32": torch.float32, "float16": torch.float16}
     return names.get(str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16)

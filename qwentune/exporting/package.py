@@ -48,7 +48,9 @@ def write_package(
     if (target / "config.json").exists():
         # Servers that read no generation config take the stop token from here.
         config = _json(target / "config.json")
-        config["use_cache"] = True  # off only while training
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                part["use_cache"] = True  # off only while training
         config["eos_token_id"] = next(iter(stops), config.get("eos_token_id"))
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -11,6 +11,7 @@ from qwentune.data.tokenizing.tokenizer import Tokenizer
 from qwentune.durable import mark, remove, replace_folder
 from qwentune.errors import Problem, ResumeError
 from qwentune.exporting.package import copy_weights, model_card, stop_token_ids, write_package
+from qwentune.exporting.processors import is_whole, write_processors
 from qwentune.recipe import Recipe
 from qwentune.training.best import best_step
 from qwentune.training.checkpoints import Checkpoint, Checkpoints, verify
@@ -47,6 +48,8 @@ def publish(
         stop_token_ids=stop_token_ids(report, tokenizer.control_ids),
         end_of_text_id=tokenizer.end_of_text_id,
     )
+    if is_whole(staging):
+        write_processors(staging, base, recipe.data.media)
     aside = replace_folder(staging, target)
     if aside is not None:
         console.say(f"moved {target}, which no run wrote, to {aside}")

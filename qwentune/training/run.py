@@ -119,7 +119,7 @@ class Run:
 
     @property
     def _has_media(self) -> bool:
-        return getattr(self.dataset, "media", None) is not None
+        return self.dataset.media is not None
 
     def _base(self) -> tuple[Path, dict[str, Any]]:
         """The folder of the base weights, proved to be those of the plan, and the facts that decide this run."""
