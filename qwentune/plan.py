@@ -48,8 +48,7 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
 
 def _judge(loaded: LoadedRecipe, *, as_json: bool, trace: bool) -> int:
     """Prints the plan of a recipe; the exit code."""
-    from qwentune.data.at_hand import rendered
-    from qwentune.data.formats.samples import refuse_untrained
+    from qwentune.data.at_hand import refuse_untrained_rows, rendered
     from qwentune.facts.continued import continued
     from qwentune.facts.models import model_spec
     from qwentune.memory import render_plan
@@ -59,10 +58,9 @@ def _judge(loaded: LoadedRecipe, *, as_json: bool, trace: bool) -> int:
     spec = model_spec(loaded.recipe.model, packing=loaded.recipe.data.packing)
     loaded, remarks = continued(loaded, spec)
     recipe = loaded.recipe
+    refuse_untrained_rows(recipe.data)
     device, count, sharding = device_of(recipe.hardware, here=False)
     dataset = rendered(recipe)
-    if dataset is not None:  # as a preview left it, which shows such rows too
-        refuse_untrained([*recipe.data.train, *(recipe.data.evaluation or ())])
     longest_row = None if dataset is None else dataset.longest_row
     for remark in (*remarks, *recipe_remarks(spec, device, loaded, longest_row)):
         console.say(remark)

@@ -68,8 +68,7 @@ def _refuse_outputs(recipe_path: str, recipe: Recipe, outputs: Mapping[str, Path
     """Raises UsageError for every file, by its option, that cannot be written or would overwrite what is read."""
     from qwentune.bounded import refuse_name
 
-    sources = [*recipe.data.train, *(recipe.data.evaluation or ())]
-    names = (recipe_path, recipe.data.chat_template, *(source.path for source in sources))
+    names = (recipe_path, recipe.data.chat_template, *(source.path for source in recipe.data.sources))
     read = {Path(name).resolve() for name in names if name}
     problems: list[Problem] = []
     for option, file in outputs.items():
@@ -105,9 +104,8 @@ def _show(
     from rich.console import Console
 
     from qwentune.data.dataset import chat_template, prepare
-    from qwentune.data.formats.samples import detected
+    from qwentune.data.formats.samples import format_of_source
     from qwentune.data.layout.schedule import Schedule
-    from qwentune.data.reading.columns import Columns
     from qwentune.data.summary import summary
     from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
     from qwentune.data.tokenizing.tokenizer import load_tokenizer
@@ -123,10 +121,7 @@ def _show(
         with jsonl.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in example_rows(dataset))
     if html is not None:
-        formats = {
-            source.path: detected(source.path, columns=Columns.of(source)) if source.format == "auto" else source.format
-            for source in (*recipe.data.train, *(recipe.data.evaluation or ()))
-        }
+        formats = {source.path: format_of_source(source) for source in recipe.data.sources}
         shown = [
             ShownExample(
                 str(example.source),

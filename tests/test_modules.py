@@ -106,7 +106,7 @@ def test_every_wrong_target_has_its_place(tmp_path: Path, qwen3_folder: Path, mo
     commands: list[Callable[[], int]] = [
         lambda: plan.run("recipe.yaml", ["hardware.gpu=cpu"], None, None, as_json=False, trace=False),
         lambda: preview.run("recipe.yaml", [], None, None, None, as_json=False, strict=False),
-        lambda: supervise.run("recipe.yaml", ["hardware.gpu=cpu"], [], force_memory=False, replan=False, fresh=False),
+        lambda: supervise.run(Request("recipe.yaml", ("hardware.gpu=cpu",))),
         lambda: train.run(Request("recipe.yaml", ("hardware.gpu=cpu",))),
     ]
     for command in commands:

@@ -149,7 +149,7 @@ def prepared(
     shares_prefixes: bool = True,
 ) -> Dataset | None:
     """The same data where it stands in the cache already, else None; renders and fetches nothing."""
-    if not all(is_at_hand(source.path) for source in (*data.train, *(data.evaluation or ()))):
+    if not all(is_at_hand(source.path) for source in data.sources):
         return None
     try:
         fingerprint = _fingerprint(data, tokenizer, template, seed, _contents(data))
@@ -187,11 +187,10 @@ def chat_template(data: DataOptions, tokenizer: Tokenizer) -> ChatTemplate | Non
 def _fingerprint(
     data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int, contents: Mapping[str, Content]
 ) -> str:
-    sources = [*data.train, *(data.evaluation or ())]
     parts = {
         "format": CACHE_FORMAT,
         "options": {k: v for k, v in data.model_dump(mode="json").items() if k not in {"packing", "chat_template"}},
-        "contents": [contents[source.path].fingerprint for source in sources],
+        "contents": [contents[source.path].fingerprint for source in data.sources],
         "tokenizer": tokenizer.fingerprint,
         "template": None if template is None else template.text,
         "seed": seed,
@@ -203,7 +202,7 @@ def _contents(data: DataOptions) -> dict[str, Content]:
     """What each file holds; DataError with every file that cannot be read."""
     contents: dict[str, Content] = {}
     problems: list[Problem] = []
-    for path in dict.fromkeys(source.path for source in (*data.train, *(data.evaluation or ()))):
+    for path in dict.fromkeys(source.path for source in data.sources):
         try:
             contents[path] = content_of(path)
         except DataError as error:
@@ -283,7 +282,7 @@ def _build(
     identities, lines = array("q"), array("q")  # of the samples that have examples
     warnings: list[str] = []
     answers, before = array("Q"), array("Q")  # of logged calls: fingerprints with their answer, and with that before it
-    sources = [*data.train, *(data.evaluation or ())]
+    sources = data.sources
     with Workers(BlockRenderer(Renderer(tokenizer, template, options))) as workers:
         for number, source in enumerate(sources):
             mark, content = writer.mark(), contents[source.path]

@@ -106,10 +106,7 @@ def _no_such_columns(path: str, missing: Mapping[str, str], row: Json) -> list[P
 
 def refuse_untrained(sources: Iterable[DataSource]) -> None:
     """Raises DataError naming every source whose rows cannot be trained on yet."""
-    formats = {
-        source.path: detected(source.path, columns=Columns.of(source)) if source.format == "auto" else source.format
-        for source in sources
-    }
+    formats = {source.path: format_of_source(source) for source in sources}
     problems = [
         Problem(path, f"rows of the format {format} can be previewed, but not trained on yet", _TRAINED)
         for path, format in formats.items()
@@ -117,6 +114,11 @@ def refuse_untrained(sources: Iterable[DataSource]) -> None:
     ]
     if problems:
         raise DataError(problems)
+
+
+def format_of_source(source: DataSource) -> str:
+    """The format that a source names, or the one of its first rows; DataError where none is recognised."""
+    return detected(source.path, columns=Columns.of(source)) if source.format == "auto" else source.format
 
 
 def detected(path: str, content: Content | None = None, columns: Columns | None = None) -> str:
