@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwentune import console
-from qwentune.errors import EXIT_OK, DataError, DoesNotFitError, Problem, UsageError, UserError
+from qwentune.errors import EXIT_OK, DataError, DoesNotFitError, Problem, UsageError, UserError, counted
 
 if TYPE_CHECKING:
     from qwentune.facts.architecture import ModelSpec
@@ -53,7 +53,7 @@ class Seen:
     @property
     def count(self) -> str:
         """How many rows, in words."""
-        return ("more than " if self.has_more else "") + _rows(len(self.tokens))
+        return ("more than " if self.has_more else "") + counted(len(self.tokens), "row{|s}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,8 +315,10 @@ def _suitable(spec: ModelSpec, num_rows: int) -> tuple[Sequence[Kind], str]:
     if _is_random(spec):
         return KINDS[:1], "its weights are random, and all are to learn"
     if num_rows < FEWEST_ROWS_FOR_FULL:
-        return KINDS[1:], f"{_rows(num_rows)} are few for full tuning, which suits {FEWEST_ROWS_FOR_FULL:,} and more"
-    return KINDS, f"{_rows(num_rows)} suit full tuning"
+        return KINDS[
+            1:
+        ], f"{counted(num_rows, 'row{|s}')} are few for full tuning, which suits {FEWEST_ROWS_FOR_FULL:,} and more"
+    return KINDS, f"{counted(num_rows, 'row{|s}')} suit full tuning"
 
 
 def _learning_rate(spec: ModelSpec, kind: Kind) -> float:
@@ -328,10 +330,6 @@ def _learning_rate(spec: ModelSpec, kind: Kind) -> float:
 
 def _is_random(spec: ModelSpec) -> bool:
     return spec.id.startswith("builtin:")
-
-
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count:,} rows"
 
 
 def _source(file: Seen) -> dict[str, Any]:

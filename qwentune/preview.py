@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwentune import console
-from qwentune.errors import EXIT_OK, DataError, Problem, RecipeError, UsageError
+from qwentune.errors import EXIT_OK, DataError, Problem, RecipeError, UsageError, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -135,6 +135,8 @@ def _show(
         steps = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed).num_steps
         page = html_report(loaded.path, report, dataset, tokenizer, shown, steps)
         html.write_text(page, encoding="utf-8")
+    for file in filter(None, (jsonl, html)):
+        console.say(f"wrote {file}")
     if as_json:
         console.show_json(report)
     elif (jsonl is None and html is None) or is_terminal:
@@ -145,7 +147,7 @@ def _show(
     for line in summary(dataset):
         console.say(line)
     if strict and (count := len(report["warnings"])):
-        console.say(f"{count} warning{'s' if count > 1 else ''}, and --strict allows none.")
+        console.say(f"{counted(count, 'warning{|s}')}, and --strict allows none.")
         return DataError.exit_code
     return EXIT_OK
 
@@ -231,7 +233,7 @@ def show_report(terminal: Console, report: dict[str, Any], said: Sequence[str]) 
     if report["logged_calls"]:
         terminal.print(
             f"logged calls: {report['logged_calls']}, of which {report['calls_going_on']} go on with the dialogue of "
-            "another; of each only its own response is trained"
+            f"another and {report['calls_logged_again']} were logged before; of each only its response is trained, once"
         )
     histogram = report["lengths"]["histogram"]
     most = max((bucket["examples"] for bucket in histogram), default=1)

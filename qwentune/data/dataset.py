@@ -23,7 +23,7 @@ from qwentune.console import busy, say
 from qwentune.data.blocks import READ_OTHERWISE, BlockRenderer, render_source, source_of
 from qwentune.data.cache import alone, cache_folder
 from qwentune.data.layout.rows import Rows, Trie, packed_rows
-from qwentune.data.layout.split import copies, dialogues, fates, split, untrained_sources
+from qwentune.data.layout.split import copies, dialogues, fates, logged_again, split, untrained_sources
 from qwentune.data.layout.store import DamagedError, Examples, ExampleWriter, open_sealed, seal
 from qwentune.data.reading.faults import Unread
 from qwentune.data.reading.files import Content, content_of, is_at_hand
@@ -39,7 +39,7 @@ from qwentune.errors import FULL, DataError, DoesNotFitError, Problem, RecipeErr
 from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES
 from qwentune.recipe import DataOptions
 
-CACHE_FORMAT = 15  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 16  # raise it whenever rendering or storing changes what stands in the cache
 ANOTHER_CACHE = "Name another cache folder with the variable QWENTUNE_CACHE."
 
 
@@ -309,22 +309,24 @@ def _build(
     dropped += refused
     _refuse_losses(data, report, dropped, problems)
     first_calls = dialogues(np.asarray(answers), np.asarray(before))
-    train, evaluation = split(data, groups, first_calls, seed)
+    files = np.repeat(np.arange(len(sources)), [len(begins) - 1 for begins in groups])
+    again = logged_again(np.asarray(identities), np.asarray(answers), int((files < len(data.train)).sum()))
+    train, evaluation = split(data, groups, first_calls, again, seed)
     once = np.asarray(versions) <= 0
     evaluation = evaluation[once[evaluation]]
     if not len(train):
         fix = "Give rows with a turn that is trained, or raise `repeat` where it takes no row."
         raise DataError(Problem(data.train[0].path, "no row is left to train on", fix))
-    report.end(fates(groups, train, evaluation))
-    files = np.repeat(np.arange(len(sources)), [len(begins) - 1 for begins in groups])
+    report.end(fates(groups, train, evaluation, again))
+    found = copies(np.asarray(identities), groups, evaluation, again) | {"calls_logged_again": np.flatnonzero(again)}
     same = {
         name: (len(samples), [f"{sources[files[k]].path}:{lines[k]}" for k in samples[:NUM_PLACES].tolist()])
-        for name, samples in copies(np.asarray(identities), groups, evaluation).items()
+        for name, samples in found.items()
     }
-    going_on = int((first_calls != np.arange(len(first_calls))).sum())
+    going_on = int(((first_calls != np.arange(len(first_calls))) & ~again).sum())
     calls = {"logged_calls": int(np.count_nonzero(answers)), "calls_going_on": going_on}
     finished = report.finish(int(once[train].sum()), len(evaluation), dropped, same, calls)
-    finished["warnings"] += [*untrained_sources(data, groups, train, evaluation), *warnings]
+    finished["warnings"] += [*untrained_sources(data, groups, train, evaluation, again), *warnings]
     return {
         "content": writer.finish(train, evaluation),
         "file_names": list(writer.file_names),

@@ -11,7 +11,7 @@ from typing import Any
 
 from qwentune import durable
 from qwentune.bounded import refuse_name
-from qwentune.errors import Problem, ResumeError, UsageError, nearest
+from qwentune.errors import Problem, ResumeError, UsageError, counted, nearest
 from qwentune.memory.run_plan import Choices
 from qwentune.recipe import describe_keys
 from qwentune.recipe.keys import is_key
@@ -123,13 +123,13 @@ def choose_start(
         messages += [f"moved a later checkpoint to {folder}" for folder in checkpoints.set_aside(checkpoint.step)]
     step = checkpoint.step
     if step > num_steps:
-        what = f"is after the {num_steps} steps that the recipe asks for"
+        what = f"is after the {counted(num_steps, 'step{|s}')} that the recipe asks for"
         fix = "Ask for more steps, name an earlier checkpoint with --resume PATH, or start anew with --fresh."
         raise ResumeError(Problem(str(checkpoint.folder), what, fix))
     trained = step >= num_steps or has_stopped_improving(evaluated_steps(checkpoint), best_step(checkpoint), patience)
     complete = trained and run.finished_step() == step
     if complete:
-        messages.append(f"already complete: {run.path} was trained for {step} steps")
+        messages.append(f"already complete: {run.path} was trained for {counted(step, 'step{|s}')}")
     else:
         messages += _other_versions(checkpoint.facts.get("versions", {}), versions)
         messages.append(f"resuming {run.path} from step {step}")

@@ -98,8 +98,13 @@ def _with_unread(sample: Sample, keys: Sequence[str]) -> Sample:
 def _no_such_columns(path: str, missing: Mapping[str, str], row: Json) -> list[Problem]:
     """Of columns of the recipe, by our names, that no row of a file has; `row` is one of its rows."""
     names = row if isinstance(row, dict) else {}
+    fix = f"Its rows have {', '.join(map(repr, islice(names, 20)))}: name one of them, or leave it out of `columns`."
     return [
-        Unread(path, f"no row has the column {theirs!r}, which is to be {ours!r}", nearest(theirs, names).strip())
+        Unread(
+            path,
+            f"no row has the column {theirs!r}, which is to be {ours!r}",
+            f"{nearest(theirs, names)} {fix}".strip(),
+        )
         for ours, theirs in missing.items()
     ]
 
