@@ -70,13 +70,15 @@ class Lengths:
 
 
 def init(
-    model: Annotated[str | None, typer.Option(help="A hub id, a local folder, or builtin:tiny-qwen3.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="A data file; give it again for more.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The checkpoint to tune: a hub id, a local folder, or builtin:tiny-qwen3.")
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help="A file of training rows; give it again for more.")] = None,
     source: Annotated[
         Path | None, typer.Option("--from", help="A configuration of LLaMA-Factory, axolotl or ms-swift instead.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="A name that `qwentune gpus` lists, 24GiB, or cpu; else what is here.")
+        str | None, typer.Option(help="What will train: a name of `qwentune gpus`, 24GiB, or cpu; else what is here.")
     ] = None,
     kind: Annotated[str | None, typer.Option(help="full, lora or qlora; else what suits the rows and fits.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),

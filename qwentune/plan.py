@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as often as needed.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="A name that `qwentune gpus` lists, 24GiB, or cpu.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="How many of them.")] = None,
-    trace: Annotated[bool, typer.Option(help="Trace the real step on meta tensors too; it has the last word.")] = False,
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value: keys to change for this time.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="The GPU to plan for: a name of `qwentune gpus`, 24GiB, or cpu.")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="How many GPUs to plan for; else what the recipe says.")
+    ] = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Also run the real training step without weights, and judge by its peak.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Judge memory by phase and term, choose settings, name the cheapest changes that fit."""

@@ -28,9 +28,11 @@ NUM_SHOWN, NUM_IN_HTML, NUM_LOOKED_THROUGH = 5, 200, 20_000  # examples
 
 
 def preview(
-    recipe: Annotated[str, typer.Argument(help="A recipe file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as often as needed.")] = None,
-    limit: Annotated[int | None, typer.Option(min=0, help="Examples to show: 5, or 200 in HTML.")] = None,
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value: keys to change for this time.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=0, help="How many examples to show; else 5, or 200 with --html.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page for a browser to this file.")] = None,
     jsonl: Annotated[
         Path | None, typer.Option(help="Write every example of the first epoch to this file, one a line.")

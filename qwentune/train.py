@@ -37,12 +37,23 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as often as needed.")] = None,
-    resume: Annotated[str, typer.Option(help="auto, or the folder of a checkpoint.")] = "auto",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Move an old run aside and start anew.")] = False,
-    allow_change: Annotated[list[str] | None, typer.Option(help="A key that may differ from the checkpoint.")] = None,
-    force_memory: Annotated[bool, typer.Option("--force-memory", help="Train though the plan does not fit.")] = False,
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value: keys to change for this time.")] = None,
+    resume: Annotated[
+        str, typer.Option(help="Where to go on: auto is the newest whole checkpoint, else the folder of one.")
+    ] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move the old run folder aside and start at step 0.")] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="Go on though this differs from the checkpoint: a key or section of the recipe, or data, template, "
+            "tokenizer, base (its weights), ranks, plan. Give it again for more.",
+        ),
+    ] = None,
+    force_memory: Annotated[
+        bool, typer.Option("--force-memory", help="Train even where the plan says that memory does not suffice.")
+    ] = False,
 ) -> None:
     """Train in this process; `accelerate launch -m qwentune.train` makes several of them."""
     request = Request(recipe, tuple(overrides or ()), resume, fresh, tuple(allow_change or ()), force_memory)

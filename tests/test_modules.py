@@ -73,6 +73,7 @@ def test_peft_adapts_what_the_table_says(model: str, targets: str | list[str]) -
     ("model", "target", "nearest"),
     [
         ("Qwen/Qwen3-0.6B", "qproj", "q_proj"),
+        ("Qwen/Qwen3-0.6B", "Q_PROJ", "q_proj"),
         ("Qwen/Qwen3-0.6B", "down_projj", "down_proj"),
         ("Qwen/Qwen3-0.6B", "self_atn.q_proj", "self_attn.q_proj"),
         ("Qwen/Qwen3-0.6B", "linear_fc1x", ""),
