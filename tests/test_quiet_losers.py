@@ -195,7 +195,7 @@ def test_an_answer_that_the_template_splits_at_a_tag_is_refused(run: Run, conten
 @pytest.mark.parametrize("content", [*QUOTES, "<think>\nbecause"])
 def test_a_tag_that_is_trained_as_text_is_said(run: Run, content: str) -> None:
     assert run.last(user(), answer(content))[1] == f"{content}<|im_end|>"
-    assert run.warning("hold think tags", user(), answer(content)).startswith("1 turn ")
+    assert run.warning("think tags that are not taken", user(), answer(content)).startswith("1 turn ")
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen3_instruct_2507"])
