@@ -247,7 +247,7 @@ BAD = {
     "H58": Bad(
         lines(GOOD, asked("x", "")),
         [
-            [row("say nothing: .* Leave them out, or give their text. First: {row}", edit)]
+            [row("says? nothing: .* Leave them out, or give their text. First: {row}", edit)]
             for edit in (left_out, lambda *_: asked("x", "y"))
         ],
     ),
@@ -269,7 +269,7 @@ BAD = {
         [
             [
                 row(
-                    "tool results follow no tool call. Give the call in the assistant's message before. First: {row}",
+                    "tool results? follows? no tool call. Give the call in the assistant's message before. First: {row}",
                     with_call_before_result,
                 ),
                 row("Add those tools, or leave the rows out. First: {row}", edit),

@@ -14,7 +14,7 @@ NO_TOOLS = (
     "call{|s} in a row that defines no tool: the model learns to call what no prompt offers. Give the row's tools, or "
     "leave it out."
 )
-UNKNOWN_TOOL = "call{|s} of a tool that the row's tools do not have. Add such tools, or leave the rows out."
+UNKNOWN_TOOL = "call{|s} of a tool that the row's tools do not have. Add those tools, or leave the rows out."
 WRAPPED_TOOLS = (
     'tool{|s} stand{s|} in `tools` without {"type": "function", "function": …} and get{s|} it: servers show no model '
     "a tool without."
