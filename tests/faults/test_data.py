@@ -269,7 +269,7 @@ BAD = {
         [
             [
                 row(
-                    "tool results? follows? no tool call. Give the call in the assistant's message before. First: {row}",
+                    "tool results? follows? no tool call. Give the call in the assistant's message before. .*{row}",
                     with_call_before_result,
                 ),
                 row("Add those tools, or leave the rows out. First: {row}", edit),
