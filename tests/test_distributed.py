@@ -56,7 +56,7 @@ def test_two_ranks_train_like_one_process(tmp_path: Path, warm: Warm, launch: st
     assert together.returncode == 0, together.stderr
     assert losses(run) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
     manifest = json.loads((run / "checkpoints" / "step-6" / "manifest.json").read_text())
-    assert manifest["facts"]["run"]["number of ranks"] == 2
+    assert manifest["facts"]["run"]["ranks"] == 2
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= manifest["files"].keys()
     assert final_weights(run).keys() == final_weights(tmp_path / "alone").keys()
     if launch != "zero3-offload":  # whose tensors come and go

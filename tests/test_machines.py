@@ -24,6 +24,7 @@ from qwentune.memory import HostMemory
 from qwentune.memory.device_remarks import attention_remark, dtype_remark, remarks
 from qwentune.memory.judge import device_of, judge
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
+from qwentune.training.command_line import Request
 from qwentune.training.device import refuse_other_device, runs
 from qwentune.training.ranks import Ranks
 from tests.runs import ENVIRONMENT, write_recipe
@@ -189,7 +190,7 @@ def test_ranks_and_their_supervisor_count_cards_by_bus(monkeypatch: pytest.Monke
     started: list[str] = []
     monkeypatch.setattr(supervise, "supervise", lambda *_: started.append(os.environ[ORDER]) or 0)
     recipe = write_recipe(tmp_path, "builtin:tiny-qwen3", hardware={"gpu": "cpu"})
-    assert supervise.run(str(recipe), [], [], False, False, False) == 0
+    assert supervise.run(Request(str(recipe))) == 0
     assert started == ["PCI_BUS_ID"]
     os.environ.pop(ORDER)
 

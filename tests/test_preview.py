@@ -576,7 +576,7 @@ def test_what_deserves_a_look_is_said_in_every_mode(
     assert code == 0
     assert counts.startswith("2 rows → 2 examples (2 train, 0 eval) · ")
     assert dropped.startswith("dropped rows.jsonl:3: messages[1] has the unknown role 'assitant'")
-    assert warning.startswith("warning: 1 rows train exactly what an earlier row trains")
+    assert warning.startswith("warning: 1 row trains exactly what an earlier row trains")
     assert in_this_process(capsys, as_json=True) == (0, said)
     assert in_this_process(capsys, "out.jsonl") == (0, said)
     assert in_this_process(capsys, "", "out.html") == (0, said)

@@ -161,6 +161,11 @@ class DataOptions(Section):
     fim: Fim = _key(Fim(), "how texts are cut for fill-in-the-middle")
 
     @property
+    def sources(self) -> list[DataSource]:
+        """Where all rows are, those for training first."""
+        return [*self.train, *(self.evaluation or ())]
+
+    @property
     def has_turns(self) -> bool:
         """Whether a source may hold dialogues, as far as its format says."""
         return any(source.format == "auto" or ROW_FORMATS[source.format].has_turns for source in self.train)

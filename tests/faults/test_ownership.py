@@ -66,7 +66,7 @@ def test_a_project_that_looks_like_a_run_is_refused(tmp_path: Path, status: str)
     "run",
     [
         lambda recipe: train.run(Request(recipe, (), "auto", False, (), False)),
-        lambda recipe: supervise.run(recipe, [], [], False, False, False),
+        lambda recipe: supervise.run(Request(recipe)),
     ],
     ids=["train", "supervise"],
 )

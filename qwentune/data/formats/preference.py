@@ -35,7 +35,7 @@ def parse(row: dict[str, Json], source: Source) -> Pair | list[Problem]:
         read = (*read, "chosen", "rejected")
     system = read_system(row, [*prompt, *chosen, *rejected], reader)
     prompt = [*system, *prompt]
-    tools, args = tuple(read_tools(row, reader)), read_template_args(row, reader)
+    (tools, _), args = read_tools(row, reader), read_template_args(row, reader)
     refuse_other_weight(row, reader)
     reader.leave_unread(key for key in PREFERENCE if key not in read and row.get(key) is not None)
     reader.leave_unread(reader.other_keys(row, ROW_FORMATS["preference"].keys, "row"))
@@ -51,7 +51,8 @@ def parse(row: dict[str, Json], source: Source) -> Pair | list[Problem]:
     context = [replace(message, weight=0.0) for message in prompt]
     places = tuple(range(-len(system), len(context) + max(len(chosen), len(rejected))))
     whole = [
-        Conversation(source, (*context, *end), tools, places[: len(context) + len(end)], args) for end in ends.values()
+        Conversation(source, (*context, *end), tuple(tools), places[: len(context) + len(end)], args)
+        for end in ends.values()
     ]
     if reader.problems:
         return reader.problems
