@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from qwentune.errors import DataError, UsageError, UserError
 from qwentune.training.command_line import Request
 from qwentune.training.run_folder import RunFolder
 from tests.checkpoints import add_weights, write_checkpoint
-from tests.runs import ENVIRONMENT
+from tests.runs import in_a_fork
 
 THREE_MISTAKES = """\
 model: builtin:tiny-qwen3
@@ -52,15 +51,7 @@ RECIPE_COMMANDS = {
 
 
 def run(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=folder,
-        env=ENVIRONMENT | {"QWENTUNE_CACHE": str(folder / "cache")},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-        check=False,
-    )
+    return in_a_fork(module, folder, *arguments, QWENTUNE_CACHE=str(folder / "cache"))
 
 
 def write_recipe(folder: Path, model: Path | str, **sections: object) -> Path:

@@ -286,7 +286,7 @@ def test_ctrl_c_ends_all_at_once_and_is_left_to_the_first_process(started: list[
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         list(results(in_a_worker(lambda item: time.sleep(60))))
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 50
     assert not [pid for pid in started if psutil.pid_exists(pid)]
 
 
@@ -305,7 +305,7 @@ def test_workers_do_not_outlive_the_process_that_began_the_work() -> None:
     pids = list(map(int, run.stdout.split()))
     assert run.returncode == -signal.SIGKILL
     assert pids
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while any(map(lives, pids)) and time.monotonic() < until:
         time.sleep(0.05)
     assert not any(map(lives, pids))
