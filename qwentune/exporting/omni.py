@@ -36,7 +36,9 @@ def put_thinker_in(base: Path, thinker: Path) -> None:
     """
     stored = read_weights(base)
     # Under the name that the whole has, which transformers keeps or not.
-    tuned = {THINKER + name.removeprefix(THINKER): (name, tensor.file) for name, tensor in read_weights(thinker).items()}
+    tuned = {
+        THINKER + name.removeprefix(THINKER): (name, tensor.file) for name, tensor in read_weights(thinker).items()
+    }
     expected = {name for name in stored if name.startswith(THINKER)}
     if expected != tuned.keys():
         other = sorted(expected ^ tuned.keys())
@@ -65,4 +67,3 @@ def put_thinker_in(base: Path, thinker: Path) -> None:
     for file in base.iterdir():
         if file.is_file() and not (thinker / file.name).exists():
             shutil.copyfile(file, thinker / file.name)
-
