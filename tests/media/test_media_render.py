@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 from dataclasses import dataclass
@@ -18,12 +20,13 @@ from qwentune.data.dataset import Dataset, chat_template, prepare
 from qwentune.data.layout.batch import Ahead, TrainBatches, collate, collated
 from qwentune.data.layout.schedule import Schedule
 from qwentune.data.layout.trie import Packed
+from qwentune.data.media.thumbnails import thumbnails
 from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import EXIT_OK, DataError
 from qwentune.recipe import DataOptions, load_recipe
 from tests.media import material, oracle
 from tests.media.checkpoints import MediaType, write_media_checkpoint
-from tests.media.material import Item, Material
+from tests.media.material import Item, Kind, Material
 
 SMALL: list[MediaType] = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen2_audio"]
 
@@ -245,6 +248,31 @@ def test_rows_of_text_alone_carry_nothing_of_media(place: Place) -> None:
     }
     folder = Path(os.environ["QWENTUNE_CACHE"], "data", dataset.fingerprint)
     assert not (folder / "media.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count"), [("qwen2_5_vl", "image", 1), ("qwen3_vl", "video", 2), ("qwen2_audio", "audio", 1)]
+)
+def test_thumbnails_are_small_pictures_of_what_the_model_is_given(
+    place: Place, name: MediaType, kind: Kind, count: int
+) -> None:
+    from PIL import Image
+
+    item = place.files.of(kind)[0]
+    part = {"type": kind, kind: item.name}
+    row = dialogue({"role": "user", "content": [part, {"type": "text", "text": "What?"}]}, "It.")
+    media = place.prepared(name, [row]).media
+    assert media is not None
+    urls = thumbnails(media.seen[0], media.load(0), media.limits)
+    assert len(urls) == count
+    for url in urls:
+        with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as picture:
+            drawn = np.asarray(picture.convert("RGB"), dtype=float)
+        assert max(drawn.shape) <= 128
+    if kind == "image":
+        with Image.open(place.files.folder / item.name) as picture:
+            whole = np.asarray(picture.convert("RGB").resize(drawn.shape[1::-1]), dtype=float)
+        assert np.abs(drawn - whole).mean() < 40 < np.abs(drawn - 255 + whole).mean()
 
 
 def test_the_preview_shows_media(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
