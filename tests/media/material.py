@@ -24,8 +24,7 @@ SECONDS = (0.1, 0.37, 1.0, 1.5, 2.25, 3.2)
 CLIPS = ((16, 8.0), (30, 10.0), (8, 2.0))
 # An odd number of frames is taken of the first, all frames of the second (it has fewer than four).
 ODD_CLIPS = ((25, 10.0), (3, 10.0))
-# A frame on which the limits for one frame (of Qwen2-VL's processor) and those for all frames together agree.
-FRAME = (336, 308)
+FRAME = (96, 64)
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,12 @@ def write_wav(path: Path, samples: NDArray[np.float64], rate: int = RATE) -> Non
         file.setsampwidth(2)
         file.setframerate(rate)
         file.writeframes((samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
+
+
+def read_wav(path: Path) -> NDArray[np.float32]:
+    """The samples of a file of 16 bits, from -1 to 1."""
+    with wave.open(str(path), "rb") as file:
+        return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
 
 
 def video(

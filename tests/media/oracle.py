@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from random import Random
 from typing import Any, Literal, TypeAlias
 
@@ -88,6 +89,15 @@ RULES: dict[MediaType, Rules] = {
         {**_VL, "audio": "<|audio_pad|>"}, patch=16, position_of_second=13, count="by_hundred", in_system=True
     ),
 }
+
+
+@dataclass(frozen=True)
+class Class:
+    """A folder of one of the classes, and its tokenizer as transformers reads it."""
+
+    name: MediaType
+    folder: Path
+    tokenizer: PreTrainedTokenizerFast
 
 
 # --- one medium

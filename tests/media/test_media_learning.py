@@ -8,12 +8,10 @@ picture, which the checkpoint folder itself says, so that a lesson has few token
 from __future__ import annotations
 
 import json
-import wave
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
@@ -23,7 +21,7 @@ from qwentune.export import run_export
 from tests.media import lessons, oracle
 from tests.media.checkpoints import HYBRIDS, MediaType, add_media_weights, let_pictures_be_small, write_media_checkpoint
 from tests.media.lessons import Lesson
-from tests.media.material import RATE, Item
+from tests.media.material import RATE, Item, read_wav
 from tests.runs import train
 
 SIDE = 84  # pixels
@@ -105,15 +103,10 @@ def example_of(lesson: Lesson, name: MediaType, tokenizer: PreTrainedTokenizerFa
     item = (
         Item(lesson.kind, "", SIDE, SIDE)
         if lesson.kind == "image"
-        else Item("audio", "", num_samples=num_samples(lesson))
+        else Item("audio", "", num_samples=len(read_wav(lesson.path)))
     )
     (example,) = oracle.expected_examples(lesson.row(), tokenizer, name, {str(lesson.path): item}, rules)
     return example
-
-
-def num_samples(lesson: Lesson) -> int:
-    with wave.open(str(lesson.path)) as file:
-        return file.getnframes()
 
 
 def answers(folder: Path, name: MediaType, asked: list[Lesson]) -> list[str]:
@@ -150,10 +143,7 @@ def features(folder: Path, asked: list[Lesson]) -> dict[str, Any]:
 
         pictures = [Image.open(lesson.path) for lesson in asked]
         return dict(Qwen2VLImageProcessorPil.from_pretrained(folder)(images=pictures, return_tensors="pt"))
-    sounds = []
-    for lesson in asked:
-        with wave.open(str(lesson.path)) as file:
-            sounds.append(np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768)
+    sounds = [read_wav(lesson.path) for lesson in asked]
     extractor = WhisperFeatureExtractor.from_pretrained(folder)
     out = extractor(sounds, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True, padding="max_length")
     return {"input_features": out["input_features"], "feature_attention_mask": out["attention_mask"]}

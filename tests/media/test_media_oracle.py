@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,50 +21,19 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
 from qwentune import preview as preview_command
 from qwentune.errors import EXIT_OK
 from tests.media import material, oracle
-from tests.media.checkpoints import TYPES, MediaType, write_media_checkpoint
+from tests.media.checkpoints import TYPES, MediaType
 from tests.media.material import Item, Material
-from tests.media.oracle import RULES, UNTRAINED, Example
+from tests.media.oracle import RULES, UNTRAINED, Class, Example
 from tests.runs import ENVIRONMENT
 
 MAX_TOKENS = 32768  # more than any generated dialogue needs
 NUM_FAST, NUM_SLOW = 20, 200  # dialogues of each class
 WITH_PICTURES = [name for name in TYPES if "image" in RULES[name].pads]
 WITH_SOUNDS = [name for name in TYPES if "audio" in RULES[name].pads]
-
-
-@dataclass(frozen=True)
-class Class:
-    """A tiny folder of one of the nine classes and its tokenizer as transformers reads it."""
-
-    name: MediaType
-    folder: Path
-    tokenizer: PreTrainedTokenizerFast
-
-
-@pytest.fixture(scope="module")
-def classes(session_folder: Path) -> dict[str, Class]:
-    def one(name: MediaType) -> Class:
-        folder = session_folder / "media" / name
-        if not folder.exists():
-            write_media_checkpoint(folder, name)
-        return Class(name, folder, PreTrainedTokenizerFast.from_pretrained(folder))
-
-    return {name: one(name) for name in TYPES}
-
-
-@pytest.fixture(scope="module")
-def files(session_folder: Path) -> Material:
-    return material.make(session_folder / "material", clips=(*material.CLIPS, *material.ODD_CLIPS))
-
-
-@pytest.fixture(scope="module")
-def items(files: Material) -> dict[str, Item]:
-    return {item.name: item for item in (*files.pictures, *files.sounds, *files.clips)}
 
 
 # --- the oracle, held against what is published
@@ -144,7 +112,7 @@ def test_the_oracle_counts_sounds_as_the_published_processors_do(classes: dict[s
     one = classes["qwen2_audio"]
     extractor = WhisperFeatureExtractor.from_pretrained(one.folder)
     processor = Qwen2AudioProcessor(extractor, one.tokenizer)
-    sounds = [read_wav(files.folder / item.name) for item in files.sounds if item.name != "media/slow.wav"]
+    sounds = [material.read_wav(files.folder / item.name) for item in files.sounds if item.name != "media/slow.wav"]
     text = one.tokenizer.decode(one.tokenizer.convert_tokens_to_ids(["<|AUDIO|>"]))
     ids = processor(text=[text] * len(sounds), audio=sounds, sampling_rate=material.RATE)["input_ids"]
     seen = [oracle.shown(item, RULES["qwen2_audio"]) for item in files.sounds[: len(sounds)]]
@@ -170,17 +138,9 @@ def test_a_whole_dialogue_with_sounds_is_that_of_the_processor(
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": "Two tones."}]
     (example,) = oracle.expected_examples({"messages": messages}, one.tokenizer, one.name, items)
     text = str(one.tokenizer.apply_chat_template(messages, tokenize=False))
-    sounds = [read_wav(files.folder / name) for name in names]
+    sounds = [material.read_wav(files.folder / name) for name in names]
     whole = processor(text=[text], audio=sounds, sampling_rate=material.RATE)["input_ids"][0]
     assert [*example.input_ids, *one.tokenizer.encode("\n")] == list(whole)
-
-
-def read_wav(path: Path) -> np.ndarray:
-    """The samples of a file as the extractor takes them."""
-    import wave
-
-    with wave.open(str(path)) as file:
-        return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -146,6 +146,21 @@ def test_every_convention_means_the_same(rows: Path, name: str) -> None:
     assert meant(read(rows, row)) == expected
 
 
+@pytest.mark.parametrize(("name", "family"), [("image", "qwen3_vl"), ("video", "qwen2_5_vl"), ("audio", "qwen2_audio")])
+def test_the_shipped_rows_with_media_can_be_seen_and_heard_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, family: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    problems: list[Problem] = []
+    samples = list(read_samples(f"data_templates/{name}.jsonl", "auto", problems))
+    assert problems == []
+    media = [one for sample in samples if isinstance(sample, Conversation) for m in sample.messages for one in m.media]
+    assert len(media) >= len(samples)
+    for one in media:
+        assert one.kind == name
+        assert load(look(one, limits(family)), limits(family)).size
+
+
 def test_bytes_in_parquet_are_the_picture(rows: Path) -> None:
     messages = [{"role": "user", "content": "look: <image>"}, ANSWER]
     table = pyarrow.Table.from_pylist([{"messages": messages, "images": [{"bytes": PICTURE, "path": None}]}])
