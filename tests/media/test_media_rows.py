@@ -171,6 +171,21 @@ def test_bytes_in_parquet_are_the_picture(rows: Path) -> None:
     assert meant(sample)[0] == ("user", "look: ", [("image", 6, PICTURE, {})])
 
 
+def test_bytes_of_a_hub_dataset_are_kept_as_they_are(monkeypatch: pytest.MonkeyPatch, rows: Path) -> None:
+    import datasets
+
+    messages = [{"role": "user", "content": "<image>what is it?"}, ANSWER]
+    features = {"images": datasets.Sequence(datasets.Image())}
+    given = datasets.Dataset.from_dict(
+        {"images": [[{"bytes": PICTURE, "path": None}]]}, features=datasets.Features(features)
+    )
+    given = given.add_column("messages", [messages])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: given)
+    problems: list[Problem] = []
+    (sample,) = read_samples("owner/pictures", "auto", problems)
+    assert meant(sample)[0] == ("user", "what is it?", [("image", 0, PICTURE, {})])
+
+
 def test_sounds_and_videos_come_in_the_same_ways(rows: Path) -> None:
     data = base64.b64encode(SOUND).decode()
     for sound in (
