@@ -96,10 +96,15 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text; no control token is recognised."""
-        short = [text for text in texts if len(text) <= LONGEST_WHOLE]
-        batches = (short[start : start + BATCH_SIZE] for start in range(0, len(short), BATCH_SIZE))
-        ids = iter([encoded for batch in batches for encoded in self._encoded(batch)])
-        return [next(ids) if len(text) <= LONGEST_WHOLE else self._encoded_by_parts(text) for text in texts]
+        ids: list[list[int]] = [[]] * len(texts)
+        short = [k for k, text in enumerate(texts) if len(text) <= LONGEST_WHOLE]
+        for start in range(0, len(short), BATCH_SIZE):
+            places = short[start : start + BATCH_SIZE]
+            for k, encoded in zip(places, self._encoded([texts[k] for k in places]), strict=True):
+                ids[k] = encoded
+        for k in {*range(len(texts))}.difference(short):
+            ids[k] = self._encoded_by_parts(texts[k])
+        return ids
 
     def _encoded_by_parts(self, text: str) -> list[int]:
         """The ids of a long text: while the library encodes one, it holds some hundred bytes for each character."""
