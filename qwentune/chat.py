@@ -32,8 +32,10 @@ class Answer:
 
 def chat(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
-    message: Annotated[str | None, typer.Option(help="Print one greedy answer and end.")] = None,
-    thinking: Annotated[str | None, typer.Option(help="on or off; default: as most turns were trained.")] = None,
+    message: Annotated[str | None, typer.Option(help="Print one greedy answer to this and end; else you chat.")] = None,
+    thinking: Annotated[
+        str | None, typer.Option(help="Whether it reasons first: on or off; else as most turns were trained.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
 ) -> None:
     """Talk to the tuned model, with its own template and stop tokens."""

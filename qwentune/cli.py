@@ -25,7 +25,7 @@ for verb in (init, preview, plan, train, export, chat):
 
 @app.command()
 def models() -> None:
-    """List the checkpoints that qwentune knows."""
+    """List the checkpoints that qwentune knows: parameters, kind, architecture, licence."""
     from qwentune.facts.models import MODELS
     from qwentune.facts.published_media import NOT_TAKEN
 
@@ -40,7 +40,7 @@ def models() -> None:
 
 @app.command()
 def gpus() -> None:
-    """List the GPUs that qwentune knows, with the memory a program can use."""
+    """List the GPUs that qwentune knows, with the memory that a program can use."""
     from qwentune.facts.gpus import GPUS
 
     for name, spec in GPUS.items():

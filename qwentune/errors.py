@@ -49,8 +49,8 @@ class UserError(Exception):
     def __init__(self, problems: Problem | Sequence[Problem], closing: str | None = None) -> None:
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
         lines = grouped(self.problems)
-        count = len(self.problems)
-        lines.append(f"{count} problem{'s' if count != 1 else ''}. {self.closing if closing is None else closing}")
+        count = counted(len(self.problems), "problem{|s}")
+        lines.append(f"{count}. {self.closing if closing is None else closing}")
         super().__init__("\n".join(lines))
         self._made_of = (self.problems, closing)
 
@@ -118,6 +118,7 @@ class RunInUseError(UserError):
 NUM_PLACES = 10  # shown of each kind of problem
 NUM_KINDS = 30  # shown of all
 LONGEST_COMPARED, MOST_COMPARED = 100, 10_000  # characters of a name, and known names
+_FORMS = re.compile(r"\{([^{}|]*)\|([^{}|]*)\}")  # of a word for one and for many
 _PARTICULAR = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+(?:\.\d+)?")  # a value in a message
 
 
@@ -184,8 +185,19 @@ EXIT_INTERRUPTED = 130
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The sentence ` Did you mean 'x'?` for the closest known name, or an empty string."""
+    """The sentence ` Did you mean 'x'?` for the closest known name, in any case, or an empty string."""
     if len(name) > LONGEST_COMPARED:
         return ""
-    matches = difflib.get_close_matches(name, list(islice(known, MOST_COMPARED)), n=1, cutoff=0.6)
+    names = list(islice(known, MOST_COMPARED))
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if not matches:
+        by_lower_case = {one.lower(): one for one in names}
+        matches = [
+            by_lower_case[one] for one in difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.6)
+        ]
     return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def counted(count: int, words: str) -> str:
+    """The count and the words for it, of which `{one|many}` is what differs: `row{|s} follow{s|}`."""
+    return f"{count:,} " + _FORMS.sub(lambda match: match[1 if count == 1 else 2], words)

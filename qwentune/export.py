@@ -26,8 +26,12 @@ TOLERANCE_16_BIT = 0.05  # a merged weight is rounded once more than an adapter 
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapters into the base weights.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Load the result and compare it with the run.")] = False,
-    output: Annotated[Path | None, typer.Option("-o", help="Where to; default RUN/export or RUN/merged.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Load what was written, and compare what it computes with the run.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", help="The folder to write; else RUN/export, or RUN/merged with --merge.")
+    ] = None,
 ) -> None:
     """Package a finished run: weights, tokenizer, template, generation config, model card."""
     console.end(console.run(lambda: run_export(run, merge, verify, output)))

@@ -6,21 +6,23 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwentune import console
-from qwentune.errors import EXIT_OK, DataError, DoesNotFitError, Problem, UsageError, UserError
+from qwentune.errors import EXIT_OK, DataError, DoesNotFitError, Problem, UsageError, UserError, counted
 
 if TYPE_CHECKING:
     from qwentune.facts.architecture import ModelSpec
+    from qwentune.memory.alternatives import Kind
+    from qwentune.memory.plan_request import Device
+    from qwentune.memory.run_plan import RunPlan
 
 TEMPLATE = Path(__file__).with_name("recipe.yaml.jinja")
-Kind = Literal["full", "lora", "qlora"]
 KINDS: tuple[Kind, ...] = ("full", "lora", "qlora")
 NUM_ROWS_LOOKED_AT = 20_000  # of each file
 # Below, adapters learn as much from the rows and keep more of what the model knew (Biderman et al. 2024, "LoRA Learns
@@ -51,7 +53,7 @@ class Seen:
     @property
     def count(self) -> str:
         """How many rows, in words."""
-        return ("more than " if self.has_more else "") + _rows(len(self.tokens))
+        return ("more than " if self.has_more else "") + counted(len(self.tokens), "row{|s}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +70,15 @@ class Lengths:
 
 
 def init(
-    model: Annotated[str | None, typer.Option(help="A hub id, a local folder, or builtin:tiny-qwen3.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="A data file; give it again for more.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The checkpoint to tune: a hub id, a local folder, or builtin:tiny-qwen3.")
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help="A file of training rows; give it again for more.")] = None,
     source: Annotated[
         Path | None, typer.Option("--from", help="A configuration of LLaMA-Factory, axolotl or ms-swift instead.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="A name that `qwentune gpus` lists, 24GiB, or cpu; else what is here.")
+        str | None, typer.Option(help="What will train: a name of `qwentune gpus`, 24GiB, or cpu; else what is here.")
     ] = None,
     kind: Annotated[str | None, typer.Option(help="full, lora or qlora; else what suits the rows and fits.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
@@ -250,6 +254,7 @@ def draft(
     """
     from qwentune.facts.launch import offloads
     from qwentune.facts.packing import packing_problems
+    from qwentune.memory.alternatives import alternatives
     from qwentune.memory.device_remarks import rates_remark
     from qwentune.memory.judge import device_of, judge
     from qwentune.memory.run_plan import plan_warnings
@@ -267,18 +272,26 @@ def draft(
     folder = f"runs/{Path(path).stem}"
     if remark := rates_remark(device):
         console.say(remark)
+    learns_chat = any(file.format == "auto" or ROW_FORMATS[file.format].has_turns for file in files)
+    asked: dict[str, Any] = {}
+
+    def judged(spec: ModelSpec, kind: Kind, on: Device) -> RunPlan:
+        """The plan as it is `asked` for; another card than the one here stands alone."""
+        shared = {"num_ranks": ranks, "sharding": sharding} if on is device else {"num_ranks": 1, "sharding": "none"}
+        return judge(
+            spec, tuning=Tuning(kind=kind), precision=Precision(), memory=MemoryOptions(),
+            output=OutputOptions(dir=folder), device=on, learns_chat=learns_chat, **shared, **asked,
+        )  # fmt: skip
+
     plan = None
     for max_tokens in dict.fromkeys(lengths.within(share, spec.max_positions) for share in SHARES):
         kept = [number for number in lengths.tokens if number <= max_tokens]
         packing, batch, steps = _batch(kept, max_tokens, ranks, EPOCHS * (1 - (eval_fraction or 0)), can_pack)
+        asked |= {"max_tokens": max_tokens, "batch": BatchOptions(sequences_per_step=batch)}
+        asked["optimizer_steps"] = None if has_more else steps
         needs: list[str] = []
         for kind in kinds:
-            plan = judge(
-                spec, tuning=Tuning(kind=kind), max_tokens=max_tokens, batch=BatchOptions(sequences_per_step=batch),
-                precision=Precision(), memory=MemoryOptions(), output=OutputOptions(dir=folder),
-                device=device, num_ranks=ranks, sharding=sharding, optimizer_steps=None if has_more else steps,
-                learns_chat=any(file.format == "auto" or ROW_FORMATS[file.format].has_turns for file in files),
-            )  # fmt: skip
+            plan = judged(spec, kind, device)
             needs.append(f"{kind} ({plan.peak_bytes / 2**30:.1f} GiB)")
             if plan.fits and not offloads(plan.choices.sharding):
                 for warning in plan_warnings(plan):
@@ -293,7 +306,10 @@ def draft(
                     learning_rate=_learning_rate(spec, kind), epochs=EPOCHS, eval_fraction=eval_fraction,
                 )  # fmt: skip
     assert plan is not None
-    raise DoesNotFitError(refusal(plan))
+    mends = alternatives(spec, device, KINDS[KINDS.index(kinds[-1]) :], judged)
+    reasons = tuple(reason for reason in plan.reasons if "=" not in reason)  # which name keys, that init does not take
+    several = ("No single card holds it: `qwentune keys` says how a recipe shares it among GPUs (hardware.launch).",)
+    raise DoesNotFitError(refusal(replace(plan, mends=mends, reasons=reasons if mends else reasons + several)))
 
 
 def _suitable(spec: ModelSpec, num_rows: int) -> tuple[Sequence[Kind], str]:
@@ -301,8 +317,10 @@ def _suitable(spec: ModelSpec, num_rows: int) -> tuple[Sequence[Kind], str]:
     if _is_random(spec):
         return KINDS[:1], "its weights are random, and all are to learn"
     if num_rows < FEWEST_ROWS_FOR_FULL:
-        return KINDS[1:], f"{_rows(num_rows)} are few for full tuning, which suits {FEWEST_ROWS_FOR_FULL:,} and more"
-    return KINDS, f"{_rows(num_rows)} suit full tuning"
+        return KINDS[
+            1:
+        ], f"{counted(num_rows, 'row{|s}')} are few for full tuning, which suits {FEWEST_ROWS_FOR_FULL:,} and more"
+    return KINDS, f"{counted(num_rows, 'row{|s}')} suit full tuning"
 
 
 def _learning_rate(spec: ModelSpec, kind: Kind) -> float:
@@ -314,10 +332,6 @@ def _learning_rate(spec: ModelSpec, kind: Kind) -> float:
 
 def _is_random(spec: ModelSpec) -> bool:
     return spec.id.startswith("builtin:")
-
-
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count:,} rows"
 
 
 def _source(file: Seen) -> dict[str, Any]:

@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as often as needed.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="A name that `qwentune gpus` lists, 24GiB, or cpu.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="How many of them.")] = None,
-    trace: Annotated[bool, typer.Option(help="Trace the real step on meta tensors too; it has the last word.")] = False,
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value: keys to change for this time.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="The GPU to plan for: a name of `qwentune gpus`, 24GiB, or cpu.")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="How many GPUs to plan for; else what the recipe says.")
+    ] = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Also run the real training step without weights, and judge by its peak.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Judge memory by phase and term, choose settings, name the cheapest changes that fit."""
@@ -48,8 +54,7 @@ def run(recipe_path: str, overrides: list[str], gpu: str | None, gpus: int | Non
 
 def _judge(loaded: LoadedRecipe, *, as_json: bool, trace: bool) -> int:
     """Prints the plan of a recipe; the exit code."""
-    from qwentune.data.at_hand import rendered
-    from qwentune.data.formats.samples import refuse_untrained
+    from qwentune.data.at_hand import refuse_untrained_rows, rendered
     from qwentune.facts.continued import continued
     from qwentune.facts.models import model_spec
     from qwentune.memory import render_plan
@@ -59,10 +64,9 @@ def _judge(loaded: LoadedRecipe, *, as_json: bool, trace: bool) -> int:
     spec = model_spec(loaded.recipe.model, packing=loaded.recipe.data.packing)
     loaded, remarks = continued(loaded, spec)
     recipe = loaded.recipe
+    refuse_untrained_rows(recipe.data)
     device, count, sharding = device_of(recipe.hardware, here=False)
     dataset = rendered(recipe)
-    if dataset is not None:  # as a preview left it, which shows such rows too
-        refuse_untrained([*recipe.data.train, *(recipe.data.evaluation or ())])
     longest_row = None if dataset is None else dataset.longest_row
     for remark in (*remarks, *recipe_remarks(spec, device, loaded, longest_row)):
         console.say(remark)

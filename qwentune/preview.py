@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwentune import console
-from qwentune.errors import EXIT_OK, DataError, Problem, RecipeError, UsageError
+from qwentune.errors import EXIT_OK, DataError, Problem, RecipeError, UsageError, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,9 +30,11 @@ MOST_PATCHES = 400_000  # of media that are drawn on a page: some 20 s
 
 
 def preview(
-    recipe: Annotated[str, typer.Argument(help="A recipe file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as often as needed.")] = None,
-    limit: Annotated[int | None, typer.Option(min=0, help="Examples to show: 5, or 200 in HTML.")] = None,
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value: keys to change for this time.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=0, help="How many examples to show; else 5, or 200 with --html.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page for a browser to this file.")] = None,
     jsonl: Annotated[
         Path | None, typer.Option(help="Write every example of the first epoch to this file, one a line.")
@@ -70,8 +72,7 @@ def _refuse_outputs(recipe_path: str, recipe: Recipe, outputs: Mapping[str, Path
     """Raises UsageError for every file, by its option, that cannot be written or would overwrite what is read."""
     from qwentune.bounded import refuse_name
 
-    sources = [*recipe.data.train, *(recipe.data.evaluation or ())]
-    names = (recipe_path, recipe.data.chat_template, *(source.path for source in sources))
+    names = (recipe_path, recipe.data.chat_template, *(source.path for source in recipe.data.sources))
     read = {Path(name).resolve() for name in names if name}
     problems: list[Problem] = []
     for option, file in outputs.items():
@@ -107,9 +108,8 @@ def _show(
     from rich.console import Console
 
     from qwentune.data.dataset import chat_template, prepare
-    from qwentune.data.formats.samples import detected
+    from qwentune.data.formats.samples import format_of_source
     from qwentune.data.layout.schedule import Schedule
-    from qwentune.data.reading.columns import Columns
     from qwentune.data.summary import summary
     from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
     from qwentune.data.tokenizing.tokenizer import load_tokenizer
@@ -125,10 +125,7 @@ def _show(
         with jsonl.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in example_rows(dataset))
     if html is not None:
-        formats = {
-            source.path: detected(source.path, columns=Columns.of(source)) if source.format == "auto" else source.format
-            for source in (*recipe.data.train, *(recipe.data.evaluation or ()))
-        }
+        formats = {source.path: format_of_source(source) for source in recipe.data.sources}
         thumbnails = Thumbnails(dataset)
         shown = [
             ShownExample(
@@ -144,6 +141,8 @@ def _show(
         steps = Schedule.of(dataset.train.per_epoch, recipe.batch, recipe.optimizer, recipe.seed).num_steps
         page = html_report(loaded.path, report, dataset, tokenizer, shown, steps)
         html.write_text(page, encoding="utf-8")
+    for file in filter(None, (jsonl, html)):
+        console.say(f"wrote {file}")
     if as_json:
         console.show_json(report)
     elif (jsonl is None and html is None) or is_terminal:
@@ -154,7 +153,7 @@ def _show(
     for line in summary(dataset):
         console.say(line)
     if strict and (count := len(report["warnings"])):
-        console.say(f"{count} warning{'s' if count > 1 else ''}, and --strict allows none.")
+        console.say(f"{counted(count, 'warning{|s}')}, and --strict allows none.")
         return DataError.exit_code
     return EXIT_OK
 
@@ -310,7 +309,7 @@ def show_report(terminal: Console, report: dict[str, Any], said: Sequence[str]) 
     if report["logged_calls"]:
         terminal.print(
             f"logged calls: {report['logged_calls']}, of which {report['calls_going_on']} go on with the dialogue of "
-            "another; of each only its own response is trained"
+            f"another and {report['calls_logged_again']} were logged before; of each only its response is trained, once"
         )
     histogram = report["lengths"]["histogram"]
     most = max((bucket["examples"] for bucket in histogram), default=1)

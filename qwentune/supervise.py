@@ -10,7 +10,6 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,11 +23,10 @@ from qwentune.errors import (
     EXIT_OK,
     EXIT_PREEMPTED,
     DoesNotFitError,
-    Problem,
     RunInUseError,
-    UsageError,
 )
 from qwentune.training import reports
+from qwentune.training.command_line import Request
 from qwentune.training.hangs import HangWatch
 from qwentune.training.signals import ORPHAN_GRACE_SECONDS, stoppable, take_over
 
@@ -47,69 +45,74 @@ MAP_LOST = (
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as often as needed.")] = None,
-    resume: Annotated[str, typer.Option(help="auto, or the folder of a checkpoint.")] = "auto",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Move an old run aside and start anew.")] = False,
-    allow_change: Annotated[list[str] | None, typer.Option(help="A key that may differ from the checkpoint.")] = None,
-    force_memory: Annotated[bool, typer.Option("--force-memory", help="Train though the plan does not fit.")] = False,
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value: keys to change for this time.")] = None,
+    resume: Annotated[
+        str, typer.Option(help="Where to go on: auto is the newest whole checkpoint, else the folder of one.")
+    ] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move the old run folder aside and start at step 0.")] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="Go on though this differs from the checkpoint: a key or section of the recipe, or data, template, "
+            "tokenizer, base (its weights), ranks, plan. Give it again for more.",
+        ),
+    ] = None,
+    force_memory: Annotated[
+        bool, typer.Option("--force-memory", help="Train even where the plan says that memory does not suffice.")
+    ] = False,
 ) -> None:
     """Plan, then train under accelerate; the same command again resumes an unfinished run."""
-    from qwentune.memory.judge import changes_the_plan
-
-    arguments = [recipe, *(overrides or ()), "--resume", resume]
-    arguments += ["--fresh"] if fresh else []
-    arguments += ["--force-memory"] if force_memory else []
-    for key in allow_change or ():
-        arguments += ["--allow-change", key]
-    replan = fresh or changes_the_plan(allow_change or ())
-    code = stoppable(lambda: console.run(lambda: run(recipe, overrides or [], arguments, force_memory, replan, fresh)))
-    console.end(code)
+    request = Request(recipe, tuple(overrides or ()), resume, fresh, tuple(allow_change or ()), force_memory)
+    console.end(stoppable(lambda: console.run(lambda: run(request))))
 
 
-def run(
-    recipe_path: str, overrides: list[str], arguments: list[str], force_memory: bool, replan: bool, fresh: bool
-) -> int:
-    """Judges the run, chooses its launch file, and trains; the trainer's exit code.
-
-    The plan of an earlier start is judged again, not made anew, unless `replan` says so.
-    """
+def run(request: Request) -> int:
+    """Judges the run, chooses its launch file, and trains; the trainer's exit code."""
     from qwentune.facts.present import count_cards_by_bus
     from qwentune.recipe import load_recipe
     from qwentune.training.run_folder import RunFolder
+    from qwentune.training.start import refuse_unknown_changes
 
     count_cards_by_bus()
-    loaded = load_recipe(recipe_path, overrides)
+    refuse_unknown_changes(request.allow_change)
+    loaded = load_recipe(request.recipe, request.overrides)
     folder = RunFolder(Path(loaded.recipe.output.dir))
     folder.refuse_other_things()
     with loaded.located():
-        launch, count = _planned(loaded, folder, force_memory=force_memory, replan=replan, fresh=fresh)
-    return supervise(arguments, launch, count, folder)
+        launch, count = _planned(request, loaded, folder)
+    return supervise(request.arguments, launch, count, folder)
 
 
-def _planned(
-    loaded: LoadedRecipe, folder: RunFolder, *, force_memory: bool, replan: bool, fresh: bool
-) -> tuple[Path, int]:
-    """The launch file of a run whose plan fits, and the number of processes."""
-    from qwentune.data.at_hand import longest_row
+def _planned(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> tuple[Path, int]:
+    """The launch file of a run whose plan fits, and the number of processes.
+
+    The plan of an earlier start is judged again; it is made anew only where the request lets it change.
+    """
+    from qwentune.data.at_hand import longest_row, refuse_untrained_rows
+    from qwentune.data.reading.files import refuse_missing
     from qwentune.facts.continued import continued
-    from qwentune.facts.launch import launch_file, uses_deepspeed
+    from qwentune.facts.launch import launch_file
     from qwentune.facts.models import model_spec, refuse_untrainable
     from qwentune.memory import render_plan, verdict
     from qwentune.memory.device_remarks import recipe_remarks
-    from qwentune.memory.judge import device_of, judge_recipe
+    from qwentune.memory.judge import changes_the_plan, device_of, judge_recipe
     from qwentune.memory.shortage import refusal
+    from qwentune.training.prerequisites import refuse_what_is_not_here
 
     spec = model_spec(loaded.recipe.model, packing=loaded.recipe.data.packing)
     refuse_untrainable(spec)
     loaded, remarks = continued(loaded, spec)
     recipe = loaded.recipe
+    refuse_missing(source.path for source in recipe.data.sources)
+    refuse_untrained_rows(recipe.data)
     device, count, sharding = device_of(recipe.hardware, here=True)
     launch = recipe.hardware.launch
     longest = longest_row(recipe)
     for remark in (*remarks, *recipe_remarks(spec, device, loaded, longest)):
         console.say(remark)
-    stored = None if replan else folder.stored_plan()
+    stored = None if request.fresh or changes_the_plan(request.allow_change) else folder.stored_plan()
     plan = judge_recipe(
         spec,
         recipe,
@@ -118,20 +121,18 @@ def _planned(
         sharding=sharding,
         longest_row=longest,
         stored=stored,
-        fresh=fresh,
+        fresh=request.fresh,
     )
     if stored is not None and plan.fits:
         console.say(f"the plan of the earlier start: {verdict(plan)}")
     else:
         title = f"{recipe.model} · {recipe.tuning.kind}"
         console.say(render_plan(plan, spec.num_layers, title, columns=console.width(sys.stderr)))
-    if not plan.fits and not force_memory:
+    if not plan.fits and not request.force_memory:
         raise DoesNotFitError(refusal(plan))
+    refuse_what_is_not_here(recipe, plan.choices)
     if launch == "auto":
         launch = "single" if plan.choices.sharding == "none" else plan.choices.sharding
-    if uses_deepspeed(plan.choices.sharding) and find_spec("deepspeed") is None:
-        what = f"launch/{launch}.yaml needs DeepSpeed, which is not installed"
-        raise UsageError(Problem("hardware.launch", what, "pip install 'qwentune[deepspeed]'"))
     return launch_file(launch), count
 
 

@@ -10,7 +10,6 @@ import os
 import sys
 from contextlib import suppress
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +18,6 @@ import typer
 from qwentune import console
 from qwentune.errors import (
     DoesNotFitError,
-    Problem,
     RunInUseError,
     UsageError,
     UserError,
@@ -35,17 +33,28 @@ if TYPE_CHECKING:
     from qwentune.facts.launch import Sharding
     from qwentune.memory.plan_request import Auto
     from qwentune.memory.run_plan import RunPlan
-    from qwentune.recipe import LoadedRecipe, Recipe
+    from qwentune.recipe import LoadedRecipe
     from qwentune.training.run_folder import RunFolder
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as often as needed.")] = None,
-    resume: Annotated[str, typer.Option(help="auto, or the folder of a checkpoint.")] = "auto",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Move an old run aside and start anew.")] = False,
-    allow_change: Annotated[list[str] | None, typer.Option(help="A key that may differ from the checkpoint.")] = None,
-    force_memory: Annotated[bool, typer.Option("--force-memory", help="Train though the plan does not fit.")] = False,
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value: keys to change for this time.")] = None,
+    resume: Annotated[
+        str, typer.Option(help="Where to go on: auto is the newest whole checkpoint, else the folder of one.")
+    ] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move the old run folder aside and start at step 0.")] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="Go on though this differs from the checkpoint: a key or section of the recipe, or data, template, "
+            "tokenizer, base (its weights), ranks, plan. Give it again for more.",
+        ),
+    ] = None,
+    force_memory: Annotated[
+        bool, typer.Option("--force-memory", help="Train even where the plan says that memory does not suffice.")
+    ] = False,
 ) -> None:
     """Train in this process; `accelerate launch -m qwentune.train` makes several of them."""
     request = Request(recipe, tuple(overrides or ()), resume, fresh, tuple(allow_change or ()), force_memory)
@@ -76,9 +85,11 @@ def run(request: Request) -> int:
     """Trains the recipe to its end, or from where it was stopped; the exit code."""
     from qwentune.recipe import load_recipe
     from qwentune.training.run_folder import RunFolder
+    from qwentune.training.start import refuse_unknown_changes
 
     reports.refuse_another_users()
     Report().keep_crash()
+    refuse_unknown_changes(request.allow_change)
     loaded = load_recipe(request.recipe, request.overrides)
     folder = RunFolder(Path(loaded.recipe.output.dir))
     folder.refuse_other_things()
@@ -125,6 +136,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     from qwentune.recipe import load_recipe
     from qwentune.training.device import refuse_other_device
     from qwentune.training.once import once
+    from qwentune.training.prerequisites import refuse_what_is_not_here
     from qwentune.training.ranks import Ranks, expand_segments, launch_remarks
     from qwentune.training.relaunch import relaunched
     from qwentune.training.run import Run
@@ -173,16 +185,14 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
             return judged(changed.recipe, num_ranks=num_ranks, sharding=sharding)
 
         raise DoesNotFitError(refusal(plan, lambda mend: relaunched(mend, arguments, ranks.num_ranks, mended)))
-    _refuse_what_is_not_here(recipe, plan)
-    _refuse_damaged_weights(recipe)
+    refuse_what_is_not_here(recipe, plan.choices)
     if isinstance(device, GpuSpec) or may_have_gpu():  # else torch, which takes seconds to load, is asked below
         refuse_other_device(device, ranks)
 
     tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))
     template = chat_template(recipe.data, tokenizer)
     shares = recipe.memory.shares_prefixes
-    sources = [*recipe.data.train, *(recipe.data.evaluation or ())]
-    refuse_untrained(sources)
+    refuse_untrained(recipe.data.sources)
     dataset = prepare(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=shares)
     for line in summary(dataset):
         console.say(line)
@@ -198,39 +208,6 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
         ranks.join(plan.choices.weights)  # only now: no rank may wait for another that still renders
         plan = ranks.agree(lambda: plan)  # each judged by the memory that it saw
     return Run(request, loaded, ranks, folder, spec, device, plan, tokenizer, text, dataset, schedule, publish).run()
-
-
-def _refuse_what_is_not_here(recipe: Recipe, plan: RunPlan) -> None:
-    """Raises UsageError with everything that the recipe names and this machine does not have."""
-    problems: list[Problem] = []
-    if plan.choices.attention == "flash_attention_2" and find_spec("flash_attn") is None:
-        fix = "Install flash-attn, or leave memory.attention at auto."
-        problems.append(Problem("memory.attention", "flash_attention_2 is not installed", fix))
-    for tracker in recipe.output.report_to:
-        if find_spec(tracker) is None:
-            problems.append(Problem("output.report_to", f"{tracker} is not installed", f"pip install {tracker}"))
-    start = recipe.tuning.start_from
-    names = ("adapter_config.json", "adapter_model.safetensors")
-    if start is not None and not all(Path(start, name).is_file() for name in names):
-        fix = f"Name a folder with {' and '.join(names)}."
-        problems.append(Problem("tuning.start_from", f"{start!r} holds no adapter", fix))
-    if problems:
-        raise UsageError(problems)
-
-
-def _refuse_damaged_weights(recipe: Recipe) -> None:
-    """Raises ResumeError where a file of weights that is here is cut or broken: before data is read, without torch."""
-    from qwentune.facts.adapter_config import read_adapter_config
-    from qwentune.facts.generation_config import read_generation_config
-    from qwentune.facts.weight_files import read_adapter, read_weights
-
-    if Path(recipe.model).is_dir():
-        read_generation_config(Path(recipe.model))  # else it is read when all is trained
-    if Path(recipe.model).is_dir() and any(Path(recipe.model).glob("*.safetensors")):
-        read_weights(Path(recipe.model))
-    if recipe.tuning.start_from is not None:
-        read_adapter_config(Path(recipe.tuning.start_from))
-        read_adapter(Path(recipe.tuning.start_from))
 
 
 if __name__ == "__main__":

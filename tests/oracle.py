@@ -189,7 +189,7 @@ def context_and_target(
     if len(pieces) == 1 or pieces[-1].strip():
         raise UntrainableError(f"the turn {whole!r} does not end in a control token")
 
-    encode_text = text_encoder(tokenizer, guard)
+    encode_text = text_encoder(tokenizer.backend_tokenizer, guard)
 
     def encode(pieces: list[str]) -> list[int]:
         ids: list[int] = []
@@ -223,9 +223,9 @@ def markers_of(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, int], re.P
 
 
 @functools.lru_cache(maxsize=8)
-def text_encoder(tokenizer: PreTrainedTokenizerFast, guard: str) -> Callable[[str], list[int]]:
+def text_encoder(tokenizer: Tokenizer, guard: str) -> Callable[[str], list[int]]:
     """Encodes text in which no marker is a token: the markers of this copy are spelled with the guard."""
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content = json.loads(tokenizer.to_str())
     for token in content["added_tokens"]:
         if token["content"].startswith("<|"):
             token["content"] = token["content"].replace("|", guard)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import resource
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
+import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from tests.dialogues import random_rows
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 KILLED = -signal.SIGKILL
+LONGEST_SECONDS = 600  # that a command may take, also beside others
 # Kills the process right after the metrics of a step are written: the worst place, for what is known is not yet saved.
 KILL_AT = """
 import os, signal, sys
@@ -61,11 +65,10 @@ def train(
     *arguments: str,
     kill_at: int | None = None,
     launch: str | None = None,
-    largest_file_bytes: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Trains in a process of its own, killed with kill -9 after step `kill_at`; under accelerate with a launch file.
 
-    With `largest_file_bytes` a larger file cannot be written, as on a full disk. FSDP2 really shards.
+    FSDP2 really shards.
     """
     module = ["-m", "qwentune.train"]
     shards = launch is not None and Path(launch).stem == "fsdp2"
@@ -77,18 +80,58 @@ def train(
         module = ["tests/fsdp2.py"]
     launcher = [] if launch is None else ["-m", "accelerate.commands.launch", "--config_file", launch]
     command = [sys.executable, *launcher, *module]
-    limit = None
-    if largest_file_bytes is not None:
-        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest_file_bytes, largest_file_bytes))
     return subprocess.run(
         [*command, str(recipe), *arguments],
         env=ENVIRONMENT,
-        preexec_fn=limit,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=LONGEST_SECONDS,
         check=False,
     )
+
+
+def in_a_fork(module: str, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m MODULE` in a folder, without a terminal, as a fork of this process: what is imported already is there.
+
+    It begins with what the tests before it have imported, so it shows nothing of what a command imports.
+    """
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as stdout,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as stderr,
+    ):
+        child = os.fork()
+        if child == 0:
+            for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), stdout.fileno(), stderr.fileno())):
+                os.dup2(file, number)
+            sys.stdin, sys.stdout, sys.stderr = (
+                os.fdopen(number, mode, encoding="utf-8", closefd=False) for number, mode in enumerate("rww")
+            )
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(LONGEST_SECONDS)
+            os.chdir(folder)
+            os.environ.update(ENVIRONMENT | environment)
+            sys.argv = [module, *arguments]
+            os._exit(code_of(partial(runpy.run_module, module, run_name="__main__")))
+        _, status = os.waitpid(child, 0)
+        stdout.seek(0)
+        stderr.seek(0)
+        code = os.waitstatus_to_exitcode(status)
+        return subprocess.CompletedProcess([module, *arguments], code, stdout.read(), stderr.read())
+
+
+def code_of(program: Callable[[], object]) -> int:
+    """The code with which Python ends after a program, once all that it said is written."""
+    code = 0
+    try:
+        program()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 def loss_history(run: Path) -> list[tuple[float, ...]]:

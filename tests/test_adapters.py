@@ -16,8 +16,8 @@ from qwentune.model.adapters import add_adapters, load_adapters
 from qwentune.model.loading import load_model
 from qwentune.recipe import Tuning
 from tests.checkpoints import add_weights, token_ids, write_checkpoint
-from tests.runs import ENVIRONMENT, train, write_recipe
-from tests.test_walk import CHAT_ROWS, ROOT, run_command
+from tests.runs import ENVIRONMENT, write_recipe
+from tests.test_walk import CHAT_ROWS, ROOT
 from tests.warm import Warm
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 8}
@@ -84,12 +84,12 @@ def test_the_rows_of_untaught_tokens_are_trained_saved_and_merged(tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize(("eos", "learns"), [("<|endoftext|>", True), ("<|im_end|>", False)])
 def test_a_base_checkpoint_learns_its_stop_token_and_a_chat_checkpoint_knows_it(
-    tmp_path: Path, eos: str, learns: bool
+    tmp_path: Path, warm: Warm, eos: str, learns: bool
 ) -> None:
     base = add_weights(write_checkpoint(tmp_path / "base", "qwen2", eos=eos))
     recipe = write_recipe(tmp_path, base, tuning=LORA, optimizer={"max_steps": 3})
-    trained = train(recipe)
-    assert trained.returncode == 0, trained.stderr
+    trained = warm.train(recipe)
+    assert trained.code == 0, trained.said
     run = tmp_path / "run"
     rows = [name for name in load_file(run / "adapter" / "adapter_model.safetensors") if "token_adapter" in name]
     assert bool(rows) is learns
@@ -97,8 +97,8 @@ def test_a_base_checkpoint_learns_its_stop_token_and_a_chat_checkpoint_knows_it(
     assert generation["eos_token_id"][0] == token_ids(base)["<|im_end|>"]
     if not learns:
         return
-    exported = run_command("export", str(run), "--merge", "--verify")
-    assert exported.returncode == 0, exported.stderr
+    exported = warm.train(run, "--merge", "--verify", code=EXPORT)
+    assert exported.code == 0, exported.said
 
 
 @pytest.mark.slow

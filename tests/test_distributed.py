@@ -16,6 +16,7 @@ from tests.runs import ENVIRONMENT, final_weights, loss_history, write_recipe
 from tests.warm import Warm
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 8}
+HELD = "import runpy; runpy.run_module('tests.held', run_name='__main__')"
 
 
 def losses(run: Path) -> list[float]:
@@ -50,13 +51,11 @@ def test_two_ranks_train_like_one_process(tmp_path: Path, warm: Warm, launch: st
     assert alone.code == 0, alone.said
     shutil.move(run, tmp_path / "alone")
 
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", f"launch/{launch}.yaml"]
-    command = [sys.executable, *launcher, "tests/held.py", str(held), str(recipe)]
-    together = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-    assert together.returncode == 0, together.stderr
+    together = warm.train(recipe, code=HELD, given=[str(held)], launch=launch)
+    assert together.code == 0, together.said
     assert losses(run) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
     manifest = json.loads((run / "checkpoints" / "step-6" / "manifest.json").read_text())
-    assert manifest["facts"]["run"]["number of ranks"] == 2
+    assert manifest["facts"]["run"]["ranks"] == 2
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= manifest["files"].keys()
     assert final_weights(run).keys() == final_weights(tmp_path / "alone").keys()
     if launch != "zero3-offload":  # whose tensors come and go

@@ -26,7 +26,8 @@ from qwentune.data.sample import Code, Source
 from qwentune.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from qwentune.recipe import DataOptions, Fim
 from tests.checkpoints import add_weights, write_checkpoint
-from tests.runs import train, write_recipe
+from tests.runs import write_recipe
+from tests.warm import Warm
 
 SOURCE = Source("code.jsonl", 3)
 LINES = ["def f(x):\n", "    return x\n", "\tif 你好:\r\n", "émoji 🙂👩‍👩‍👧\n", "\n", " ", "e\u0301"]
@@ -280,7 +281,7 @@ def test_each_epoch_trains_the_next_cut_of_every_file(
 
 
 @pytest.mark.slow
-def test_a_tiny_model_completes_a_middle_it_was_taught(tmp_path: Path) -> None:
+def test_a_tiny_model_completes_a_middle_it_was_taught(tmp_path: Path, warm: Warm) -> None:
     folder = add_weights(write_checkpoint(tmp_path / "model", "qwen2"))
     rows = [
         {"prefix": f"def {name}(x):\n    return ", "middle": f"x {sign} {k}", "suffix": f"\n\nprint({name}(1))\n"}
@@ -293,7 +294,7 @@ def test_a_tiny_model_completes_a_middle_it_was_taught(tmp_path: Path) -> None:
         data={"train": str(tmp_path / "code.jsonl")},
         optimizer={"max_steps": 120, "learning_rate": 1e-2},
     )
-    assert train(recipe).returncode == 0
+    assert warm.train(recipe).code == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     tokenizer = load_tokenizer(folder)
     for row in rows:

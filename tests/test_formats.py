@@ -17,6 +17,7 @@ from qwentune.data.formats import FORMATS, detect
 from qwentune.data.formats.samples import read_samples, refuse_untrained
 from qwentune.data.formats.suggestion import suggestion
 from qwentune.data.reading.columns import Columns
+from qwentune.data.rendering.remarks import WRAPPED_TOOLS, remarks
 from qwentune.data.sample import Code, Completion, Conversation, Message, Pair, Retrieval, Source, Text, ToolCall
 from qwentune.errors import DataError, Problem
 from qwentune.recipe import DataSource
@@ -558,9 +559,22 @@ def test_functions_are_tools_as_they_were_called_before() -> None:
     assert tools == parsed("chat", {**called, "tools": [{"type": "function", "function": function}]}).tools
 
 
+def test_a_tool_gets_the_wrapper_without_which_no_server_takes_it() -> None:
+    function = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    wrapped = {"type": "function", "function": function}
+    sample = parsed("chat", chat(USER, ANSWER, tools=[function, wrapped]))
+    assert (sample.tools, sample.num_wrapped_tools) == ((wrapped, wrapped), 1)
+    assert list(remarks(sample)) == [WRAPPED_TOOLS]
+    for odd in ({"type": "custom", "name": "f"}, {"parameters": {}}, {"name": 1}):
+        (said,) = faults("chat", chat(USER, ANSWER, tools=[odd]))
+        assert "tools[0] is " in said
+
+
 def test_an_instruction_may_have_tools() -> None:
     row = {"instruction": "q", "output": "a"}
-    assert parsed("instruction", {**row, "tools": '[{"name": "f"}]'}).tools == ({"name": "f"},)
+    assert parsed("instruction", {**row, "tools": '[{"name": "f"}]'}).tools == (
+        {"type": "function", "function": {"name": "f"}},
+    )
     assert parsed("instruction", {**row, "tools": ""}).tools == ()
 
 

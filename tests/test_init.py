@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -188,6 +189,35 @@ def test_without_a_gpu_the_flag_is_named_with_examples(tmp_path: Path, monkeypat
         again = init(tmp_path, *arguments, "--gpu", example)
         assert again[0] in (0, 4), again[1]  # this machine may be too small
         recipe.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "offered"),
+    [
+        ("Qwen/Qwen3-8B", ("--gpu", "24GiB", "--kind", "full"), ["--kind", "--gpu", "--model"]),
+        ("Qwen/Qwen3-30B-A3B", ("--gpu", "rtx-4090"), ["--gpu", "--model"]),
+        ("Qwen/Qwen2.5-32B-Instruct", ("--gpu", "cpu"), ["--gpu", "--model"]),
+        ("Qwen/Qwen3-235B-A22B", ("--gpu", "h200"), ["--model"]),
+    ],
+)
+def test_where_nothing_fits_each_mend_is_an_option_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, options: tuple[str, ...], offered: list[str]
+) -> None:
+    monkeypatch.setattr(judge, "free_host_bytes", lambda: 2 * 10**10)
+    given = {
+        "--model": model,
+        "--data": "data_templates/chat.jsonl",
+        **dict(zip(options[::2], options[1::2], strict=True)),
+    }
+    code, said, recipe = init(tmp_path, *itertools.chain(*given.items()))
+    assert (code, recipe.exists()) == (4, False), said
+    mends = re.findall(r": (--\w+) (\S+)$", said, re.MULTILINE)
+    assert [option for option, _ in mends] == offered
+    assert "=" not in said.split("does not fit")[1], "init takes no overrides"
+    for option, value in mends:
+        code, said, recipe = init(tmp_path, *itertools.chain(*{**given, option: value}.items()))
+        assert code == 0, said
+        recipe.unlink()
 
 
 def test_on_a_terminal_the_gpu_is_asked_for_until_it_is_known(

@@ -18,6 +18,8 @@ from qwentune.memory import HostMemory, judge
 from qwentune.memory.judge import device_of
 from qwentune.recipe import Hardware, load_recipe
 from qwentune.shipped import shipped_files
+from qwentune.training import prerequisites
+from qwentune.training.command_line import Request
 from qwentune.training.ranks import ALLOCATOR, Ranks, expand_segments, launch_remarks
 from tests.runs import write_recipe
 
@@ -134,10 +136,10 @@ def test_what_the_plan_cannot_reckon_is_refused_in_the_file_and_in_the_ranks(
 
 
 def test_deepspeed_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "find_spec", lambda _: None)
+    monkeypatch.setattr(prerequisites, "find_spec", lambda _: None)
     recipe = write_recipe(tmp_path, "builtin:tiny-qwen3")
     with pytest.raises(UsageError, match=r"zero2\.yaml needs DeepSpeed(?s:.*)pip install 'qwentune\[deepspeed\]'"):
-        supervise.run(str(recipe), ["hardware.launch=zero2"], [], False, False, False)
+        supervise.run(Request(str(recipe), ("hardware.launch=zero2",)))
 
 
 def test_one_rank_may_offload(monkeypatch: pytest.MonkeyPatch) -> None:

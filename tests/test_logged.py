@@ -539,6 +539,33 @@ def test_dialogues_are_found_whatever_their_order() -> None:
     assert dialogues(answers[:0], before[:0]).tolist() == []
 
 
+def test_a_call_that_is_logged_twice_is_trained_once(tmp_path: Path, qwen3_folder: Path) -> None:
+    (first,), (other,) = calls_of(conversation(1, 1)), calls_of(conversation(2, 1))
+    report = prepared(tmp_path, qwen3_folder, first, other, first, first).report
+    assert (report["train_examples"], report["duplicates"], report["calls_logged_again"]) == (2, 2, 2)
+    assert (report["rows"]["trained"], report["rows"]["logged_again"], report["calls_going_on"]) == (2, 2, 0)
+    (warning,) = report["warnings"]
+    assert warning.startswith("2 calls were logged before")
+    assert warning.endswith("rows.jsonl:3, " + warning.rpartition(", ")[2])
+
+
+def test_what_http_wraps_around_a_body_is_counted() -> None:
+    whole = call(**OPENAI)
+    request = {"method": "POST", "url": "u", "headers": {"a": 1}, "body": whole["request"]}
+    response = {"status": 200, "headers": {}, "trace": "t", "body": json.dumps(whole["response"])}
+    sample = parsed({"request": request, "response": response})
+    assert sample == parsed(whole)
+    named = {
+        "request.method",
+        "request.url",
+        "request.headers",
+        "response.status",
+        "response.headers",
+        "response.trace",
+    }
+    assert set(sample.unread) == named
+
+
 # --- the table for the user
 
 

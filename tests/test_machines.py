@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +22,12 @@ from qwentune.memory import HostMemory
 from qwentune.memory.device_remarks import attention_remark, dtype_remark, remarks
 from qwentune.memory.judge import device_of, judge
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
+from qwentune.training.command_line import Request
 from qwentune.training.device import refuse_other_device, runs
 from qwentune.training.ranks import Ranks
-from tests.runs import ENVIRONMENT, write_recipe
+from tests.runs import write_recipe
 from tests.test_present import RTX_4090, driver
+from tests.warm import Warm
 
 A100 = "0, GPU-a, NVIDIA A100-SXM4-40GB, 40960, 40000, 8.0, Enabled, Disabled"
 T4 = "1, GPU-b, Tesla T4, 15360, 14900, 7.5, Enabled, [N/A]"
@@ -189,7 +189,7 @@ def test_ranks_and_their_supervisor_count_cards_by_bus(monkeypatch: pytest.Monke
     started: list[str] = []
     monkeypatch.setattr(supervise, "supervise", lambda *_: started.append(os.environ[ORDER]) or 0)
     recipe = write_recipe(tmp_path, "builtin:tiny-qwen3", hardware={"gpu": "cpu"})
-    assert supervise.run(str(recipe), [], [], False, False, False) == 0
+    assert supervise.run(Request(str(recipe))) == 0
     assert started == ["PCI_BUS_ID"]
     os.environ.pop(ORDER)
 
@@ -381,15 +381,13 @@ def test_a_card_that_torch_has_no_code_for_is_refused_with_the_build_to_install(
         refuse_other_device(gpu_spec("rtx-5090"), RANK)
 
 
-def test_a_run_that_would_train_elsewhere_than_planned_ends_with_code_2(tmp_path: Path) -> None:
+def test_a_run_that_would_train_elsewhere_than_planned_ends_with_code_2(tmp_path: Path, warm: Warm) -> None:
     """The driver tells of a card; this torch, on this machine, sees none."""
     answers(tmp_path, f"echo {RTX_4090!r}")
     model = "builtin:tiny-qwen3"
     recipe = write_recipe(tmp_path, model, output={"dir": str(tmp_path / "out")}, memory={"attention": "sdpa"})
-    environment = {**ENVIRONMENT, "PATH": f"{tmp_path}:/bin:/usr/bin", "QWENTUNE_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "qwentune.train", str(recipe)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert ended.returncode == 2, ended.stderr
-    assert "the plan is for rtx-4090" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    ended = warm.train(recipe, PATH=f"{tmp_path}:/bin:/usr/bin", QWENTUNE_CACHE=str(tmp_path / "cache"))
+    assert ended.code == 2, ended.said
+    assert "the plan is for rtx-4090" in ended.said
+    assert "Traceback" not in ended.said
     assert not (tmp_path / "cache" / "data").exists(), "before data is rendered"

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qwentune import plan, supervise, train
+from qwentune.errors import DataError, UsageError, UserError
+from qwentune.training.command_line import Request
 from qwentune.training.run_folder import RunFolder
 from tests.checkpoints import add_weights, write_checkpoint
-from tests.runs import ENVIRONMENT
+from tests.runs import in_a_fork
 
 THREE_MISTAKES = """\
 model: builtin:tiny-qwen3
@@ -47,15 +51,7 @@ RECIPE_COMMANDS = {
 
 
 def run(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=folder,
-        env=ENVIRONMENT | {"QWENTUNE_CACHE": str(folder / "cache")},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-        check=False,
-    )
+    return in_a_fork(module, folder, *arguments, QWENTUNE_CACHE=str(folder / "cache"))
 
 
 def write_recipe(folder: Path, model: Path | str, **sections: object) -> Path:
@@ -153,6 +149,50 @@ def test_what_this_machine_does_not_have_is_named_all_at_once(tmp_path: Path, qw
     assert_is_refused(refused, 2)
     assert "tuning.start_from: 'nowhere' holds no adapter" in refused.stderr
     assert "output.report_to: trackio is not installed" in refused.stderr
+
+
+@pytest.mark.parametrize("start", [supervise.run, train.run], ids=["train", "train in this process"])
+def test_a_change_that_no_run_has_is_refused_with_the_nearest(start: Callable[[Request], int]) -> None:
+    known = ("ranks", "base", "data", "tuning", "optimizer.max_steps", "plan", "plan.micro_batch", "seed")
+    with pytest.raises(UsageError) as refused:
+        start(Request("recipe.yaml", allow_change=("nonsense", *known, "optimizer.max_step", "number of ranks")))
+    nonsense, misspelt, renamed = refused.value.problems
+    assert (nonsense.where, nonsense.what) == ("--allow-change", "'nonsense' is nothing that can change.")
+    assert all(name in nonsense.fix for name in ("ranks", "template", "tokenizer", "base", "data", "plan"))
+    assert "Did you mean 'optimizer.max_steps'?" in misspelt.what
+    assert "Did you mean 'ranks'?" in renamed.what
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "what"),
+    [
+        ({"tuning": {"kind": "lora", "start_from": "nowhere"}}, UsageError, "'nowhere' holds no adapter"),
+        ({"data": {"train": [{"path": "row.jsonl", "format": "chat"}]}}, DataError, "there is no such file"),
+        ({"data": {"train": "data_templates/preference.jsonl"}}, DataError, "the format preference can be previewed"),
+        ({"output": {"dir": "run", "report_to": ["trackio"]}}, UsageError, "trackio is not installed"),
+    ],
+)
+def test_what_no_run_can_do_without_is_refused_before_it_is_launched(
+    tmp_path: Path, qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch,
+    asked: dict[str, Any], error: type[UserError], what: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(supervise, "supervise", lambda *_: pytest.fail("it was launched"))
+    Path("rows.jsonl").write_text(GOOD_ROW)
+    write_recipe(tmp_path, qwen3_folder, hardware={"gpu": "cpu"}, **asked)
+    with pytest.raises(error, match=what):
+        supervise.run(Request("recipe.yaml"))
+
+
+@pytest.mark.parametrize(
+    "source", ["data_templates/preference.jsonl", {"path": "not-here.jsonl", "format": "preference"}]
+)
+def test_rows_that_nothing_trains_are_refused_by_the_plan_unrendered(
+    tmp_path: Path, qwen3_folder: Path, source: object
+) -> None:
+    recipe = write_recipe(tmp_path, qwen3_folder, data={"train": [source]}, hardware={"gpu": "cpu"})
+    with pytest.raises(DataError, match="the format preference can be previewed, but not trained on yet"):
+        plan.run(str(recipe), [], None, None, as_json=True, trace=False)
 
 
 @pytest.mark.parametrize("command", ["plan", "train in this process"])

@@ -73,6 +73,7 @@ def test_peft_adapts_what_the_table_says(model: str, targets: str | list[str]) -
     ("model", "target", "nearest"),
     [
         ("Qwen/Qwen3-0.6B", "qproj", "q_proj"),
+        ("Qwen/Qwen3-0.6B", "Q_PROJ", "q_proj"),
         ("Qwen/Qwen3-0.6B", "down_projj", "down_proj"),
         ("Qwen/Qwen3-0.6B", "self_atn.q_proj", "self_attn.q_proj"),
         ("Qwen/Qwen3-0.6B", "linear_fc1x", ""),
@@ -106,7 +107,7 @@ def test_every_wrong_target_has_its_place(tmp_path: Path, qwen3_folder: Path, mo
     commands: list[Callable[[], int]] = [
         lambda: plan.run("recipe.yaml", ["hardware.gpu=cpu"], None, None, as_json=False, trace=False),
         lambda: preview.run("recipe.yaml", [], None, None, None, as_json=False, strict=False),
-        lambda: supervise.run("recipe.yaml", ["hardware.gpu=cpu"], [], force_memory=False, replan=False, fresh=False),
+        lambda: supervise.run(Request("recipe.yaml", ("hardware.gpu=cpu",))),
         lambda: train.run(Request("recipe.yaml", ("hardware.gpu=cpu",))),
     ]
     for command in commands:

@@ -17,7 +17,8 @@ from qwentune.memory.judge import judge
 from qwentune.memory.run_plan import RunPlan
 from qwentune.recipe import BatchOptions, MemoryOptions, OutputOptions, Precision, Tuning
 from qwentune.training.once import once
-from tests.runs import ENVIRONMENT, write_recipe
+from tests.runs import write_recipe
+from tests.warm import Warm
 
 ON_CARDS = """
 import os, sys, time
@@ -36,23 +37,24 @@ def counted(spec, device, request, plan, tell):
 cross_check.cross_checked = counted
 say = console.say
 console.say = lambda words, by_any_rank=False: say(f"<{words}>", by_any_rank=True)
-train._end_rank = lambda code: (time.sleep(5), os._exit(code))  # the launcher ends the rank that has not spoken yet
+def end(code):  # the launcher ends the rank that has not spoken yet, so each waits for the other
+    (folder / f"spoken-{os.environ['RANK']}").touch()
+    while len(list(folder.glob("spoken-*"))) < 2:
+        time.sleep(0.01)
+    os._exit(code)
+train._end_rank = end
 console.main(train.train)
 """
 
 
-def test_one_rank_of_a_machine_traces_and_all_refuse_alike(tmp_path: Path) -> None:
-    script = tmp_path / "on_cards.py"
-    script.write_text(ON_CARDS)
+def test_one_rank_of_a_machine_traces_and_all_refuse_alike(tmp_path: Path, warm: Warm) -> None:
     recipe = write_recipe(tmp_path, "Qwen/Qwen3-8B")
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", "launch/cpu-2.yaml"]
-    command = [sys.executable, *launcher, str(script), str(tmp_path), str(recipe)]
-    environment = {**ENVIRONMENT, "QWENTUNE_CACHE": str(tmp_path / "cache")}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    cache = str(tmp_path / "cache")
+    ended = warm.train(recipe, code=ON_CARDS, given=[str(tmp_path)], launch="cpu-2", QWENTUNE_CACHE=cache)
     (traced,) = tmp_path.glob("traced-*")
     assert traced.read_text().startswith("PCI_BUS_ID"), "before torch starts CUDA"
-    assert ended.stderr.count("<what the trace says>") == 2
-    assert ended.stderr.count("rtx-3060  the run does not fit") == 2
+    assert ended.said.count("<what the trace says>") == 2
+    assert ended.said.count("rtx-3060  the run does not fit") == 2
 
 
 RANK_OF_ONCE = """
@@ -79,11 +81,11 @@ def test_what_one_rank_finds_the_others_of_its_start_read(
     found = tmp_path / "found"
     start = partial(subprocess.Popen, [sys.executable, "-c", RANK_OF_ONCE, str(found), how], stdout=subprocess.PIPE)
     ranks = [start() for _ in range(3)]
-    said = [rank.communicate(timeout=60)[0].decode().strip() for rank in ranks]
+    said = [rank.communicate(timeout=300)[0].decode().strip() for rank in ranks]
     assert len(found.read_text().splitlines()) == times
     assert said == ([str({"value": [1.5, None]})] * 3 if how == "finds" else [""] * 3)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    start().communicate(timeout=60)
+    start().communicate(timeout=300)
     assert len(found.read_text().splitlines()) == times + 1, "another start finds anew"
 
 

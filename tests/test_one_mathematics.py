@@ -6,7 +6,6 @@ python tests/test_one_mathematics.py        prints the table of the README
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -16,15 +15,16 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import ModelType, add_weights, write_checkpoint
-from tests.runs import ENVIRONMENT, train, write_recipe
+from tests.runs import write_recipe
+from tests.warm import Warm
 
 LAUNCHES = ("single", "cpu-2", "fsdp2", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 MODELS: tuple[ModelType, ...] = ("qwen2", "qwen3", "qwen3_moe")
-NUM_STEPS = 60
+NUM_STEPS = 30
 
 
-def trained(folder: Path, model: Path, launch: str, weights: str, *overrides: str) -> Path:
-    """The folder of a finished run, of sixty steps unless the overrides say otherwise."""
+def trained(warm: Warm, folder: Path, model: Path, launch: str, weights: str, *overrides: str) -> Path:
+    """The folder of a finished run, of thirty steps unless the overrides say otherwise."""
     place = folder / f"{launch}-{weights}"
     place.mkdir()
     recipe = write_recipe(
@@ -35,8 +35,8 @@ def trained(folder: Path, model: Path, launch: str, weights: str, *overrides: st
         precision={"weights": weights},
         output={"save_every_steps": NUM_STEPS, "keep": 1},
     )
-    ended = train(recipe, *overrides, launch=None if launch == "single" else f"launch/{launch}.yaml")
-    assert ended.returncode == 0, ended.stderr
+    ended = warm.train(recipe, *overrides, launch=None if launch == "single" else launch)
+    assert ended.code == 0, ended.said
     return place / "run"
 
 
@@ -74,27 +74,22 @@ def farthest(one: list[float], other: list[float]) -> float:
     [pytest.param(name, marks=pytest.mark.slow if name == "qwen3" else pytest.mark.soak) for name in MODELS],
 )
 def test_every_launch_file_gives_the_same_run_and_bf16_goes_the_way_of_fp32(
-    tmp_path: Path, model_type: ModelType
+    tmp_path: Path, warm: Warm, model_type: ModelType
 ) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", model_type))
-    reference = trained(tmp_path, model, "single", "fp32")
+    reference = trained(warm, tmp_path, model, "single", "fp32")
     for launch in LAUNCHES:
         if launch != "single":
-            exact = trained(tmp_path, model, launch, "fp32")
+            exact = trained(warm, tmp_path, model, launch, "fp32")
             assert farthest(metric(exact, "loss"), metric(reference, "loss")) < 1e-5, launch
             assert farthest(metric(exact, "update_ratio"), metric(reference, "update_ratio")) < 1e-3, launch
-        rounded = trained(tmp_path, model, launch, "bf16")
+        rounded = trained(warm, tmp_path, model, launch, "bf16")
         assert way_along(rounded, reference, model) == pytest.approx(1, abs=0.03), launch
         assert farthest(metric(rounded, "update_ratio"), metric(reference, "update_ratio")) < 0.05, launch
 
 
 # After each micro-batch whether a rank holds sums alone: no gradient beside them, neither sharded nor whole.
 HELD = """
-import sys
-from tests.fsdp2 import pretend
-if sys.argv[1] == "fsdp2":
-    pretend()
-del sys.argv[1]
 from torch.distributed.fsdp import FSDPModule
 from qwentune import console, train
 from qwentune.training.step import ExactStep
@@ -120,30 +115,25 @@ console.main(train.train)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", ["cpu-2", "fsdp2"])
-def test_a_rank_holds_sums_alone_between_many_micro_batches(tmp_path: Path, launch: str) -> None:
+def test_a_rank_holds_sums_alone_between_many_micro_batches(tmp_path: Path, warm: Warm, launch: str) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
-    script = tmp_path / "held.py"
-    script.write_text(HELD)
     sections: dict[str, Any] = {"precision": {"weights": "bf16"}, "optimizer": {"max_steps": 1}}
     recipe = write_recipe(tmp_path, model, batch={"sequences_per_step": 80, "micro_batch": 1}, **sections)
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", f"launch/{launch}.yaml"]
-    command = [sys.executable, *launcher, str(script), launch, str(recipe)]
-    environment = {**ENVIRONMENT, "PYTHONPATH": "."}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert ended.returncode == 0, ended.stderr
+    ended = warm.train(recipe, code=HELD, launch=launch)
+    assert ended.code == 0, ended.said
 
 
 @pytest.mark.slow
-def test_sums_of_many_micro_batches_are_the_same_on_one_rank_and_on_two(tmp_path: Path) -> None:
+def test_sums_of_many_micro_batches_are_the_same_on_one_rank_and_on_two(tmp_path: Path, warm: Warm) -> None:
     """Above 32 micro-batches gradients in bf16 are added up in fp32, of which each of DDP's ranks has its own.
 
     After each micro-batch a rank holds the sums alone, also under FSDP2, which may put off sharing gradients out.
     """
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
     many = ("batch.sequences_per_step=80", "optimizer.max_steps=3")
-    alone = trained(tmp_path, model, "single", "bf16", *many)
+    alone = trained(warm, tmp_path, model, "single", "bf16", *many)
     for launch in ("cpu-2", "fsdp2", "zero1"):
-        together = trained(tmp_path, model, launch, "bf16", *many)
+        together = trained(warm, tmp_path, model, launch, "bf16", *many)
         plan = json.loads((together / "plan.json").read_text())
         assert plan["choices"]["accumulation"] == 40
         for name in ("loss", "grad_norm", "update_ratio"):
@@ -151,25 +141,28 @@ def test_sums_of_many_micro_batches_are_the_same_on_one_rank_and_on_two(tmp_path
 
 
 @pytest.mark.soak
-def test_faster_b_matrices_are_as_fast_under_every_way_to_share(tmp_path: Path) -> None:
+def test_faster_b_matrices_are_as_fast_under_every_way_to_share(tmp_path: Path, warm: Warm) -> None:
     """LoRA+; how much it moves, one process shows in `test_lora_plus.py`."""
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
     lora = ("tuning.kind=lora", "optimizer.lora_plus_ratio=16", "optimizer.max_steps=6")
-    alone = trained(tmp_path, model, "single", "fp32", *lora)
+    alone = trained(warm, tmp_path, model, "single", "fp32", *lora)
     for launch in ("cpu-2", "fsdp2", "zero2", "zero3"):
-        together = trained(tmp_path, model, launch, "fp32", *lora)
+        together = trained(warm, tmp_path, model, launch, "fp32", *lora)
         for name, apart in (("loss", 1e-5), ("update_ratio", 1e-3), ("learning_rate", 1e-12)):
             assert farthest(metric(together, name), metric(alone, name)) < apart, (launch, name)
 
 
 if __name__ == "__main__":
+    warm, long = Warm(), ("optimizer.max_steps=60", "output.save_every_steps=60")
     for model_type in sys.argv[1:] or MODELS:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             model = add_weights(write_checkpoint(folder / "model", model_type))
-            alone = {weights: trained(folder, model, "single", weights) for weights in ("fp32", "bf16")}
+            alone = {weights: trained(warm, folder, model, "single", weights, *long) for weights in ("fp32", "bf16")}
             for launch in LAUNCHES:
-                runs = alone if launch == "single" else {w: trained(folder, model, launch, w) for w in ("fp32", "bf16")}
+                runs = alone
+                if launch != "single":
+                    runs = {weights: trained(warm, folder, model, launch, weights, *long) for weights in alone}
                 along = way_along(runs["bf16"], alone["fp32"], model)
                 apart = [
                     farthest(metric(runs[weights], "loss"), metric(alone[weights], "loss"))

@@ -26,7 +26,7 @@ from qwentune.recipe import load_recipe
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.dialogues import random_rows
 from tests.oracle import UNTRAINED, UntrainableError, expected_examples, masked_text
-from tests.runs import ENVIRONMENT
+from tests.runs import ENVIRONMENT, in_a_fork
 
 ROOT = Path(__file__).parent.parent
 MAX_TOKENS = 8192  # more than any generated dialogue needs
@@ -161,9 +161,7 @@ def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def preview(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    process = started(folder, *arguments)
-    stdout, stderr = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+    return in_a_fork("qwentune.preview", folder, "recipe.yaml", *arguments, QWENTUNE_CACHE=str(folder / "cache"))
 
 
 def previewed(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -228,7 +226,7 @@ def test_300_generated_dialogues_give_what_first_principles_give(
     write_recipe(tmp_path, models[family], write_rows(tmp_path, *rows))
     process = started(tmp_path, "--jsonl", "out.jsonl")  # beside it, this process works out what is to come of it
     theirs = expected("rows.jsonl", rows, tokenizers[family])
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     found = read_jsonl(tmp_path / "out.jsonl")
     assert len(found) == len(theirs) >= 300
@@ -517,7 +515,7 @@ def test_on_a_terminal_the_only_escapes_are_colours_of_our_own(tmp_path: Path, q
     )
     os.close(theirs)
     printed = read_terminal(ours)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     coloured = re.findall(r"\x1b\[[\d;]+m⟦a.*?⟧\x1b\[0m", printed, re.S)
     assert len(coloured) == 1
     plain = re.sub(r"\x1b\[[\d;]*m", "", printed).replace("\r\n", "\n")
@@ -576,7 +574,7 @@ def test_what_deserves_a_look_is_said_in_every_mode(
     assert code == 0
     assert counts.startswith("2 rows → 2 examples (2 train, 0 eval) · ")
     assert dropped.startswith("dropped rows.jsonl:3: messages[1] has the unknown role 'assitant'")
-    assert warning.startswith("warning: 1 rows train exactly what an earlier row trains")
+    assert warning.startswith("warning: 1 row trains exactly what an earlier row trains")
     assert in_this_process(capsys, as_json=True) == (0, said)
     assert in_this_process(capsys, "out.jsonl") == (0, said)
     assert in_this_process(capsys, "", "out.html") == (0, said)

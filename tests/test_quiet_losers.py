@@ -107,13 +107,13 @@ def test_contents_in_text_parts_are_rendered_as_one_text(run: Run) -> None:
 
 @pytest.mark.parametrize("template", TEXT_TEMPLATES)
 def test_that_servers_join_parts_otherwise_is_said_where_the_template_takes_no_parts(run: Run) -> None:
-    assert run.warning("1 contents have several text parts", user(parts("how ", "are you")), answer(parts("fine")))
+    assert run.warning("1 content has several text parts", user(parts("how ", "are you")), answer(parts("fine")))
 
 
 @pytest.mark.parametrize("template", PART_TEMPLATES[1:])
 def test_that_servers_join_the_parts_of_a_tools_answer_themselves_is_said(run: Run) -> None:
     result = {"role": "tool", "content": parts("how ", "are you")}
-    assert run.warning("1 contents have several text parts", user(), answer("", tool_calls=CALLS), result, answer())
+    assert run.warning("1 content has several text parts", user(), answer("", tool_calls=CALLS), result, answer())
 
 
 @pytest.mark.parametrize("template", PART_TEMPLATES)
@@ -199,7 +199,7 @@ def test_an_answer_that_the_template_splits_at_a_tag_is_refused(run: Run, conten
 @pytest.mark.parametrize("content", [*QUOTES, "<think>\nbecause"])
 def test_a_tag_that_is_trained_as_text_is_said(run: Run, content: str) -> None:
     assert run.last(user(), answer(content))[1] == f"{content}<|im_end|>"
-    assert run.warning("turns hold think tags", user(), answer(content)).startswith("1 turns")
+    assert run.warning("think tags that are not taken", user(), answer(content)).startswith("1 turn ")
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen3_instruct_2507"])
@@ -209,4 +209,4 @@ def test_reasoning_that_a_template_has_no_place_for_is_refused(run: Run) -> None
 
 @pytest.mark.parametrize("template", ["qwen3"])
 def test_a_turn_that_no_server_is_asked_for_is_said(run: Run) -> None:
-    assert run.warning("1 turns have no user turn before them", answer("welcome"), user(), answer())
+    assert run.warning("1 turn has no user turn before it", answer("welcome"), user(), answer())

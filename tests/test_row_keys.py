@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -15,18 +17,21 @@ from transformers import AutoTokenizer
 from qwentune.data.formats import FORMATS
 from qwentune.data.formats.samples import read_samples
 from qwentune.data.reading.columns import Columns
-from qwentune.data.reading.row_keys import REFUSALS
+from qwentune.data.reading.row_keys import REFUSALS, seems
+from qwentune.data.reading.unread import UnreadKeys
 from qwentune.data.rendering.outcome import Outcome
-from qwentune.data.rendering.remarks import AFTER_THE_LAST, NO_TOOLS, NOT_THINKING
+from qwentune.data.rendering.remarks import AFTER_THE_LAST, ALWAYS_THINKS, NEVER_THINKS, NO_TOOLS, NOT_THINKING
 from qwentune.data.report import Report
 from qwentune.data.sample import Conversation, Pair, Source
 from qwentune.recipe import DataSource
 from qwentune.row_formats import LOSS, ROW_FORMATS
+from tests.checkpoints import template_text
 from tests.oracle import expected_examples
 from tests.test_render import as_previewed, renderer_of
 
 DATA_TEMPLATES = Path(__file__).parents[1] / "data_templates"
 README = DATA_TEMPLATES / "README.md"
+THINKING_ONLY = (Path(__file__).parent / "templates" / "thinking_only.jinja").read_text("utf-8")
 SOURCE = Source("rows.jsonl", 7)
 USER: dict[str, Any] = {"role": "user", "content": "q"}
 ANSWER: dict[str, Any] = {"role": "assistant", "content": "a"}
@@ -168,6 +173,57 @@ def test_keys_that_nothing_reads_are_in_the_report_with_their_places(qwen3_folde
     assert "'messages[].note' (1, first: rows.jsonl:7)" in warning
 
 
+@pytest.mark.parametrize(
+    ("format", "row", "key"),
+    [
+        ("chat", chat(*LOOP, available_tools=TOOLS), "tools"),
+        ("chat", chat(USER, ANSWER, systemPrompt="s"), "system"),
+        ("chat", chat(USER, {**ANSWER, "thoughts": "why"}), "reasoning_content"),
+        ("chat", chat(USER, {**ANSWER, "content": "", "toolInvocations": [CALL]}), "tool_calls"),
+    ],
+)
+def test_what_a_key_seems_to_be_is_said_with_the_words_that_have_it_read(
+    format: str, row: dict[str, Any], key: str
+) -> None:
+    report = UnreadKeys()
+    report.add([*parsed(format, row).unread, *(one.path for one in parsed(format, row).offered)], SOURCE)
+    (warning,) = report.warnings()
+    kind, mend = re.findall(r"seems to be \w+: (\w+): (\{.*?\})", warning)[0]
+    source = DataSource.model_validate({"path": "rows.jsonl", kind: yaml.safe_load(mend)})
+    assert yaml.safe_load(mend).keys() == {key}
+    columns = Columns.of(source)
+    assert columns is not None
+    read = parsed(format, columns.renamed(row)[0])
+    assert (read.unread, read.offered) == ((), ())
+    assert read != parsed(format, row)
+
+
+@pytest.mark.parametrize("key", ["tool_choice", "num_tools", "conversation_hash", "note", "thinking_tokens"])
+def test_a_key_that_counts_or_names_seems_to_be_nothing(key: str) -> None:
+    assert seems(key) is None
+
+
+@pytest.mark.parametrize(
+    ("template", "says", "remark"),
+    [
+        (THINKING_ONLY, False, ALWAYS_THINKS),
+        (THINKING_ONLY, True, None),
+        (template_text("qwen3_instruct_2507"), True, NEVER_THINKS),
+        (template_text("qwen3_instruct_2507"), False, None),
+        (template_text("qwen3"), False, None),
+    ],
+    ids=["always", "as it does", "never", "as it does not", "switched"],
+)
+def test_a_row_that_asks_for_a_prompt_which_the_template_has_not_is_said(
+    qwen3_folder: Path, template: str, says: bool, remark: str | None
+) -> None:
+    renderer = renderer_of(qwen3_folder)
+    assert renderer.template is not None
+    renderer = replace(renderer, template=replace(renderer.template, text=template))
+    found = renderer.render(parsed("chat", chat(USER, ANSWER, enable_thinking=says))).remarks
+    assert [one for one in found if one in (ALWAYS_THINKS, NEVER_THINKS)] == ([remark] if remark else [])
+
+
 # --- keys that are misspelt, moved or renamed
 
 FULL: dict[str, dict[str, Any]] = {
@@ -291,4 +347,4 @@ def test_a_column_that_gives_way_is_unread_and_one_that_is_not_there_is_named(tm
     assert sample.unread == ("instruction",)
     (problem,) = problems
     assert "no row has the column 'questions', which is to be 'system'" in problem.what
-    assert "'question'" in problem.fix
+    assert "Did you mean 'question'? Its rows have 'question', 'output', 'instruction'" in problem.fix

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from qwentune.facts.models import MODELS
 from qwentune.memory import PlanRequest, make_plan, render_plan
 from qwentune.training.progress import HEIGHTS, MetricsRow, Recorder, sparkline
 from qwentune.training.run_folder import RunFolder
+from tests.terminal import on_terminal, own_seconds
 
 
 class Stderr(io.StringIO):
@@ -66,7 +68,7 @@ def test_without_a_terminal_what_takes_long_is_said_in_plain_lines(monkeypatch: 
     monkeypatch.setattr(console, "NEXT_WORD_SECONDS", 0.05)
     with console.busy("reading"), console.busy("rendering a.jsonl, row") as rendering:
         rendering.done = 1200
-        until = time.monotonic() + 5
+        until = time.monotonic() + 120
         while "1,200" not in stderr.getvalue() and time.monotonic() < until:
             time.sleep(0.01)
     assert "rendering a.jsonl, row 1,200 …\n" in stderr.getvalue()
@@ -122,6 +124,20 @@ def test_a_gauge_that_fits_has_no_mark() -> None:
     full = replace(plan, peak_bytes=plan.usable_bytes)
     assert re.search(r"\[█+░+\]", render_plan(plan, 36))
     assert f"[{'█' * 20}]" in render_plan(full, 36)
+
+
+@pytest.mark.parametrize("work", ["time.sleep(0.4)", "while time.process_time() < 0.4: pass"])
+def test_a_silence_is_what_the_command_itself_takes(tmp_path: Path, work: str) -> None:
+    """However busy the machine is, what a command sleeps or computes between two outputs counts."""
+    program = f"import time\nprint(1, flush=True)\n{work}\nprint(2)"
+    screen = on_terminal([sys.executable, "-c", program], tmp_path)
+    assert (screen.text, screen.longest_silence > 0.3) == ("1\n2\n", True)
+
+
+def test_only_waiting_for_a_core_is_no_silence() -> None:
+    before, after = {"1": (0.0, 0.0), "2": (0.0, 0.0)}, {"1": (0.02, 0.07), "2": (0.01, 0.09)}
+    assert own_seconds(before, after, 0.1) == pytest.approx(0.02)
+    assert own_seconds(before, {"1": (0.02, 0.0)}, 0.1) == pytest.approx(0.1)
 
 
 def test_status_says_how_far_a_run_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ extend its prompt or does not end, or a text that the rendering lost.
 from __future__ import annotations
 
 import json
+from copy import copy
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
@@ -25,7 +26,7 @@ from qwentune.data.rendering.render import Renderer, RenderOptions
 from qwentune.data.rendering.turn import Turn
 from qwentune.data.sample import Conversation, RowError, Source
 from qwentune.data.templates.chat_template import ChatTemplate
-from qwentune.data.tokenizing.tokenizer import load_tokenizer
+from qwentune.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from tests.dialogues import chat_rows, random_rows
 from tests.oracle import Row, UntrainableError, expected_examples, normalised, reasoning_form
 from tests.test_render import as_previewed
@@ -48,11 +49,11 @@ class Both:
     """A template in the hands of qwentune and of the oracle."""
 
     def __init__(self, folder: Path, path: Path) -> None:
-        tokenizer = load_tokenizer(folder)
+        tokenizer, judge = loaded(folder)
         self.text = path.read_text(encoding="utf-8")
         template = ChatTemplate(self.text, tokenizer.special_tokens, {})
         self.renderer = Renderer(tokenizer, template, RenderOptions(max_tokens=1 << 20))
-        self.judge = PreTrainedTokenizerFast.from_pretrained(folder)
+        self.judge = copy(judge)
         self.judge.chat_template = self.text
         self.form = reasoning_form(self.judge, {})
 
@@ -103,6 +104,11 @@ def parsed(row: Row) -> Conversation:
 
 
 @cache
+def loaded(folder: Path) -> tuple[Tokenizer, PreTrainedTokenizerFast]:
+    return load_tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@cache
 def both(folder: Path, path: Path) -> Both:
     return Both(folder, path)
 
@@ -130,20 +136,22 @@ def of(path: Path, request: pytest.FixtureRequest) -> Both:
 
 @TEMPLATES
 def test_a_dialogue_is_trained_as_the_oracle_says_or_refused_for_a_reason_it_sees(path: Path, of: Both) -> None:
-    agrees(of, path, 100)
+    agrees(of, path, 50)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "num_dialogues", [pytest.param(400, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.soak)]
+)
 @TEMPLATES
-def test_many_dialogues_are_trained_as_the_oracle_says(path: Path, of: Both) -> None:
-    agrees(of, path, 2000)
+def test_many_dialogues_are_trained_as_the_oracle_says(path: Path, of: Both, num_dialogues: int) -> None:
+    agrees(of, path, num_dialogues)
 
 
 @TEMPLATES
 def test_what_is_read_off_one_rendering_is_what_the_rule_gives(path: Path, of: Both) -> None:
     renderer = of.renderer
     num_read = num_trained = 0
-    for row in random_rows(31, 150, reasoning=of.form is not None, lists=False):
+    for row in random_rows(31, 60, reasoning=of.form is not None, lists=False):
         dialogue = dialogue_of(renderer, row)
         if dialogue is None:
             continue

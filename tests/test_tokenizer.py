@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from qwentune.data.tokenizing import tokenizer
 from qwentune.data.tokenizing.tokenizer import CONTROL_TOKEN, Tokenizer, load_tokenizer
 
 FAMILIES = pytest.mark.parametrize("fixture", ["real_qwen3_folder", "real_qwen3_5_folder"])
@@ -46,6 +47,17 @@ def test_a_text_without_control_tokens_is_encoded_as_by_transformers(
     folder: Path = request.getfixturevalue(fixture)
     assume(not CONTROL_TOKEN.search(text))
     assert ours.encode([text]) == [reference(folder)(text)["input_ids"]]
+
+
+@FAMILIES
+@shared
+@given(lines=st.lists(rough, min_size=2), longest=st.integers(1, 30))
+def test_a_long_text_is_encoded_by_parts_as_it_is_whole(ours: Tokenizer, lines: list[str], longest: int) -> None:
+    texts = ["\n".join(lines), *lines]
+    whole = ours.encode(texts)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tokenizer, "LONGEST_WHOLE", longest)
+        assert ours.encode(texts) == whole
 
 
 @FAMILIES

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from transformers import AutoTokenizer
 
@@ -21,7 +23,8 @@ from qwentune.exporting import merge as merging
 from qwentune.facts import present
 from tests import qwen3_5
 from tests.checkpoints import SMALL_NUM_RANKS, add_weights, write_checkpoint
-from tests.runs import ENVIRONMENT, final_weights, loss_history, train, write_recipe
+from tests.runs import ENVIRONMENT, final_weights, loss_history, write_recipe
+from tests.warm import CLI, PAUSED, TRAIN, Warm
 
 ROOT = Path(__file__).parents[1]
 CHAT_ROWS = [json.loads(line) for line in (ROOT / "data_templates" / "chat.jsonl").read_text().splitlines()]
@@ -50,6 +53,14 @@ def run_command(*arguments: str, cwd: Path | None = None) -> subprocess.Complete
     return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
 
 
+def wait_until(process: subprocess.Popen[str], happens: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not happens():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize(
     ("model_type", "kind"),
     [
@@ -59,19 +70,19 @@ def run_command(*arguments: str, cwd: Path | None = None) -> subprocess.Complete
     ],
 )
 def test_a_merged_folder_is_the_adapter_on_its_base(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, kind: str
+    tmp_path: Path, warm: Warm, monkeypatch: pytest.MonkeyPatch, model_type: str, kind: str
 ) -> None:
     # Of another family, to see that its pattern survives in every folder.
     tokenizer = qwen3_5.write_tokenizer(tmp_path / "tokenizer", SMALL_NUM_RANKS) if model_type == "qwen3" else None
     model = write_checkpoint(tmp_path / "model", model_type, tokenizer_from=tokenizer)  # type: ignore[arg-type]
     recipe = write_recipe(tmp_path, add_weights(model), tuning={**LORA, "kind": kind}, optimizer={"max_steps": 8})
-    trained = train(recipe)
-    assert trained.returncode == 0, trained.stderr
+    trained = warm.train(recipe)
+    assert trained.code == 0, trained.said
 
     run = tmp_path / "run"
-    exported = run_command("export", str(run), "--merge", "--verify")
-    assert exported.returncode == 0, exported.stderr
-    assert "verified" in exported.stderr
+    exported = warm.train(run, "--merge", "--verify", code=CLI, given=["export"])
+    assert exported.code == 0, exported.said
+    assert "verified" in exported.said
 
     compared = subprocess.run(
         [sys.executable, "-c", COMPARE, str(model), str(run / "adapter"), str(run / "merged")],
@@ -97,8 +108,8 @@ def test_a_merged_folder_is_the_adapter_on_its_base(
         loaded = AutoTokenizer.from_pretrained(folder)
         assert split_pattern(json.loads(loaded.backend_tokenizer.to_str())) == pattern
 
-    twice = run_command("export", str(run), "--merge")
-    assert (twice.returncode, "exists already" in twice.stderr) == (2, True)
+    twice = warm.train(run, "--merge", code=CLI, given=["export"])
+    assert (twice.code, "exists already" in twice.said) == (2, True)
 
     with monkeypatch.context() as scarce:
         scarce.setattr(present, "free_host_bytes", lambda: 10**6)
@@ -116,22 +127,21 @@ def test_a_merged_folder_is_the_adapter_on_its_base(
 
 
 @pytest.mark.fault("D23 D32", "saved at the next step, exit 75; the same command goes on, bit for bit")
-def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, warm: Warm) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
     recipe = write_recipe(tmp_path, model, output={"save_every_steps": 1000})
     run = tmp_path / "run"
-    assert train(recipe).returncode == 0
+    assert warm.train(recipe).code == 0
     undisturbed = loss_history(run), final_weights(run)
     run.rename(tmp_path / "undisturbed")
 
     process = subprocess.Popen(
-        [sys.executable, "-m", "qwentune.train", str(recipe)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PAUSED + TRAIN, str(recipe)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(process, lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 75, errors
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "preempted"
@@ -139,7 +149,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert 0 < status["step"] < 40
     assert f"saved step {status['step']}" in errors
 
-    assert train(recipe).returncode == 0
+    assert warm.train(recipe).code == 0
     assert (loss_history(run), final_weights(run)) == undisturbed
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
@@ -151,15 +161,15 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path: Path) -> 
     process = subprocess.Popen(
         [sys.executable, "-m", "qwentune.train", str(recipe)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
-    time.sleep(3)  # in the middle of importing
+    wait_until(process, lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())  # it is being imported
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 75, errors
     assert "bug" not in errors
 
 
 @pytest.mark.slow
-def test_the_last_step_is_logged_and_evaluated_whatever_the_period(tmp_path: Path) -> None:
+def test_the_last_step_is_logged_and_evaluated_whatever_the_period(tmp_path: Path, warm: Warm) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
     recipe = write_recipe(
         tmp_path,
@@ -168,29 +178,29 @@ def test_the_last_step_is_logged_and_evaluated_whatever_the_period(tmp_path: Pat
         optimizer={"max_steps": 5},
         output={"log_every_steps": 3, "eval_every_steps": 100},
     )
-    assert train(recipe).returncode == 0
+    assert warm.train(recipe).code == 0
     run = tmp_path / "run"
     assert [row[0] for row in loss_history(run)] == [3, 5]
     assert [json.loads(line)["step"] for line in (run / "evaluations.jsonl").read_text().splitlines()] == [5]
 
 
 @pytest.mark.fault("A06", "killed before the weights are published: the same command publishes them")
-def test_a_run_killed_before_its_weights_were_published_publishes_them(tmp_path: Path) -> None:
+def test_a_run_killed_before_its_weights_were_published_publishes_them(tmp_path: Path, warm: Warm) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen2"))
     recipe = write_recipe(tmp_path, model, optimizer={"max_steps": 4})
     run = tmp_path / "run"
-    assert train(recipe).returncode == 0
+    assert warm.train(recipe).code == 0
     weights = final_weights(run)
     (run / "model").rename(run / ".model.writing")
 
-    again = train(recipe)
-    assert again.returncode == 0, again.stderr
+    again = warm.train(recipe)
+    assert again.code == 0, again.said
     assert final_weights(run) == weights
     assert len(loss_history(run)) == 4
 
 
 @pytest.mark.slow
-def test_the_best_step_is_published_and_a_run_that_no_longer_improves_ends(tmp_path: Path) -> None:
+def test_the_best_step_is_published_and_a_run_that_no_longer_improves_ends(tmp_path: Path, warm: Warm) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
     recipe = write_recipe(
         tmp_path,
@@ -199,8 +209,8 @@ def test_the_best_step_is_published_and_a_run_that_no_longer_improves_ends(tmp_p
         optimizer={"learning_rate": 0.05, "schedule": "constant"},  # so much that the eval loss soon rises
         output={"eval_every_steps": 2, "save_every_steps": 100, "keep": 1, "best": "loss", "early_stopping": 3},
     )
-    trained = train(recipe)
-    assert trained.returncode == 0, trained.stderr
+    trained = warm.train(recipe)
+    assert trained.code == 0, trained.said
     run = tmp_path / "run"
     rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     best = min(rows, key=lambda row: row["loss"])["step"]
@@ -209,7 +219,7 @@ def test_the_best_step_is_published_and_a_run_that_no_longer_improves_ends(tmp_p
     assert status["reason"] == f"the eval loss stopped falling; published step {best}"
     checkpoint = run / "checkpoints" / f"step-{best}" / "model.safetensors"
     assert final_weights(run)["model.safetensors"] == checkpoint.read_bytes()
-    assert "already complete" in train(recipe).stderr
+    assert "already complete" in warm.train(recipe).said
 
 
 @pytest.mark.slow

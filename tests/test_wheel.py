@@ -57,7 +57,7 @@ def run(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProces
         env=os.environ | {"PYTHONPATH": str(site), "QWENTUNE_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         encoding="utf-8",
-        timeout=60,
+        timeout=300,
         check=False,
     )
 

@@ -13,9 +13,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.runs import ENVIRONMENT
+import psutil
+
+from tests.runs import ENVIRONMENT, FSDP2
 
 TRAIN = "from qwentune import console, train; console.main(train.train)"
+CLI = "from qwentune.cli import main; main()"
+# Stops itself after the first step, so that a test may take its time before it does something to it.
+PAUSED = """
+import os, signal
+from qwentune.training.progress import Recorder
+logged = Recorder.logged
+def logged_then_stopped(self, row):
+    logged(self, row)
+    if row["step"] == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+Recorder.logged = logged_then_stopped
+"""
+LAUNCH = "import runpy; runpy.run_module('tests.warm_launch', run_name='__main__')"
 SERVER = """
 import json, os, signal, sys, traceback
 import torch, transformers, peft, bitsandbytes, qwentune.train, qwentune.training.trainer
@@ -55,26 +70,47 @@ class Warm:
         self.server = subprocess.Popen(
             [sys.executable, "-c", SERVER], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        assert self._line(120) == "ready"
+        assert self._line(300) == "ready"
 
     def start(
-        self, recipe: Path, *arguments: str, code: str = TRAIN, given: Sequence[str] = (), **environment: str
+        self,
+        recipe: Path,
+        *arguments: str,
+        code: str = TRAIN,
+        given: Sequence[str] = (),
+        launch: str | None = None,
+        **environment: str,
     ) -> Run:
-        """Starts training as `python -m qwentune.train` does, or code that takes `given` first; one at a time."""
+        """Starts training as `python -m qwentune.train` does, or code that takes `given` first; one at a time.
+
+        With the name of a launch file, as accelerate launches it; FSDP2 really shards.
+        """
         number = len(list(recipe.parent.glob("stderr-*")))
         stderr = recipe.parent / f"stderr-{number}.txt"
         stderr.touch()  # the next start takes another one, also where this one is killed at once
-        request = {"arguments": ["train", *given, str(recipe), *arguments], "code": code, "environment": environment}
+        given = ["train", *given]
+        if launch is not None:
+            script = recipe.parent / f"rank-{number}.py"
+            script.write_text(FSDP2 + code if launch == "fsdp2" else code)
+            config = ["--config_file", f"launch/{launch}.yaml", "--main_process_port", "0"]
+            given, code = ["launch", *config, str(script), *given[1:]], LAUNCH
+        request = {"arguments": [*given, str(recipe), *arguments], "code": code, "environment": environment}
         assert self.server.stdin is not None
         self.server.stdin.write(json.dumps({**request, "stderr": str(stderr)}) + "\n")
         self.server.stdin.flush()
-        return Run(self, int(self._line(30)), stderr)
+        return Run(self, int(self._line(300)), stderr)
 
     def train(
-        self, recipe: Path, *arguments: str, code: str = TRAIN, given: Sequence[str] = (), **environment: str
+        self,
+        recipe: Path,
+        *arguments: str,
+        code: str = TRAIN,
+        given: Sequence[str] = (),
+        launch: str | None = None,
+        **environment: str,
     ) -> Run:
         """A run that has ended."""
-        run = self.start(recipe, *arguments, code=code, given=given, **environment)
+        run = self.start(recipe, *arguments, code=code, given=given, launch=launch, **environment)
         run.wait()
         return run
 
@@ -82,7 +118,7 @@ class Warm:
         """Ends the server."""
         assert self.server.stdin is not None
         self.server.stdin.close()
-        self.server.wait(timeout=60)
+        self.server.wait(timeout=300)
 
     def _line(self, seconds: float) -> str:
         assert self.server.stdout is not None
@@ -111,7 +147,7 @@ class Run:
             self.code = int(self.warm._line(seconds))
         return self.code
 
-    def until(self, happens: Callable[[], bool], seconds: float = 120) -> None:
+    def until(self, happens: Callable[[], bool], seconds: float = 300) -> None:
         """Waits for something that the run does."""
         deadline = time.monotonic() + seconds
         while not happens():
@@ -122,6 +158,10 @@ class Run:
     def says(self, text: str) -> None:
         """Waits for a text on stderr."""
         self.until(lambda: text in self.said)
+
+    def pauses(self) -> None:
+        """Waits until it has stopped itself; after SIGCONT it goes on."""
+        self.until(lambda: psutil.Process(self.pid).status() == psutil.STATUS_STOPPED)
 
     def signal(self, number: int) -> None:
         """Sends a signal."""

@@ -1,13 +1,17 @@
-"""The rendered data of a recipe where it is at hand: nothing is rendered and nothing fetched."""
+"""What the data of a recipe tells where it is at hand: nothing is rendered and nothing fetched."""
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from qwentune.data.cache import cache_folder
 from qwentune.data.dataset import Dataset, chat_template, prepared
+from qwentune.data.formats.samples import format_of_source, refuse_untrained
+from qwentune.data.reading.files import is_at_hand
 from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
 from qwentune.data.tokenizing.tokenizer import load_tokenizer
-from qwentune.errors import UsageError
-from qwentune.recipe import Recipe
+from qwentune.errors import DataError, UsageError
+from qwentune.recipe import DataOptions, DataSource, Recipe
 
 
 def rendered(recipe: Recipe) -> Dataset | None:
@@ -20,6 +24,19 @@ def rendered(recipe: Recipe) -> Dataset | None:
         return None
     template = chat_template(recipe.data, tokenizer)
     return prepared(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=recipe.memory.shares_prefixes)
+
+
+def refuse_untrained_rows(data: DataOptions) -> None:
+    """Raises DataError naming every source of a format that nothing trains, given or seen in the first rows of a file.
+
+    What else is wrong with a file is said where its rows are read.
+    """
+    known: list[DataSource] = []
+    for source in data.sources:
+        with suppress(DataError):
+            if source.format != "auto" or is_at_hand(source.path):
+                known.append(source.model_copy(update={"format": format_of_source(source)}))
+    refuse_untrained(known)
 
 
 def longest_row(recipe: Recipe) -> int | None:

@@ -23,7 +23,7 @@ from qwentune.errors import Problem
 from qwentune.recipe import DataSource
 
 MOST_ROWS = 256
-MOST_BYTES = 2**22
+MOST_BYTES = 2**18  # pickled, so that a few hundred long rows are work for several, and what is in flight is bounded
 READ_OTHERWISE = (
     "the rows of {} are rendered turn by turn, which takes longer: the turns read off one rendering are not what the "
     "chat template gives at {}. This is a bug of qwentune: please report it with the row."

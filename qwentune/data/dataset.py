@@ -24,8 +24,9 @@ from qwentune.data.blocks import READ_OTHERWISE, BlockRenderer, render_source, s
 from qwentune.data.cache import alone, cache_folder
 from qwentune.data.layout.media_table import RunMedia
 from qwentune.data.layout.rows import Rows, Trie, packed_rows
-from qwentune.data.layout.split import copies, dialogues, fates, split, untrained_sources
-from qwentune.data.layout.store import DamagedError, Examples, ExampleWriter, StaleError, open_sealed, seal
+from qwentune.data.layout.split import copies, dialogues, fates, logged_again, split, untrained_sources
+from qwentune.data.layout.store import Examples, ExampleWriter, open_sealed, seal
+from qwentune.data.layout.sums import DamagedError, StaleError
 from qwentune.data.media.limits import MediaLimits, media_limits
 from qwentune.data.reading.faults import Unread
 from qwentune.data.reading.files import Content, content_of, is_at_hand
@@ -42,7 +43,7 @@ from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES, read_object
 from qwentune.facts.media import FAMILIES
 from qwentune.recipe import DataOptions
 
-CACHE_FORMAT = 16  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 17  # raise it whenever rendering or storing changes what stands in the cache
 ANOTHER_CACHE = "Name another cache folder with the variable QWENTUNE_CACHE."
 
 
@@ -154,7 +155,7 @@ def prepared(
     shares_prefixes: bool = True,
 ) -> Dataset | None:
     """The same data where it stands in the cache already, else None; renders and fetches nothing."""
-    if not all(is_at_hand(source.path) for source in (*data.train, *(data.evaluation or ()))):
+    if not all(is_at_hand(source.path) for source in data.sources):
         return None
     try:
         fingerprint = _fingerprint(data, tokenizer, template, seed, _contents(data))
@@ -193,11 +194,10 @@ def chat_template(data: DataOptions, tokenizer: Tokenizer) -> ChatTemplate | Non
 def _fingerprint(
     data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int, contents: Mapping[str, Content]
 ) -> str:
-    sources = [*data.train, *(data.evaluation or ())]
     parts = {
         "format": CACHE_FORMAT,
         "options": {k: v for k, v in data.model_dump(mode="json").items() if k not in {"packing", "chat_template"}},
-        "contents": [contents[source.path].fingerprint for source in sources],
+        "contents": [contents[source.path].fingerprint for source in data.sources],
         "tokenizer": tokenizer.fingerprint,
         "template": None if template is None else template.text,
         "media": repr(_limits(data, tokenizer)),
@@ -221,7 +221,7 @@ def _contents(data: DataOptions) -> dict[str, Content]:
     """What each file holds; DataError with every file that cannot be read."""
     contents: dict[str, Content] = {}
     problems: list[Problem] = []
-    for path in dict.fromkeys(source.path for source in (*data.train, *(data.evaluation or ()))):
+    for path in dict.fromkeys(source.path for source in data.sources):
         try:
             contents[path] = content_of(path)
         except DataError as error:
@@ -305,7 +305,7 @@ def _build(
     identities, lines = array("q"), array("q")  # of the samples that have examples
     warnings: list[str] = []
     answers, before = array("Q"), array("Q")  # of logged calls: fingerprints with their answer, and with that before it
-    sources = [*data.train, *(data.evaluation or ())]
+    sources = data.sources
     with Workers(BlockRenderer(Renderer(tokenizer, template, options, limits=_limits(data, tokenizer)))) as workers:
         for number, source in enumerate(sources):
             mark, content = writer.mark(), contents[source.path]
@@ -332,22 +332,24 @@ def _build(
     dropped += refused
     _refuse_losses(data, report, dropped, problems)
     first_calls = dialogues(np.asarray(answers), np.asarray(before))
-    train, evaluation = split(data, groups, first_calls, seed)
+    files = np.repeat(np.arange(len(sources)), [len(begins) - 1 for begins in groups])
+    again = logged_again(np.asarray(identities), np.asarray(answers), int((files < len(data.train)).sum()))
+    train, evaluation = split(data, groups, first_calls, again, seed)
     once = np.asarray(versions) <= 0
     evaluation = evaluation[once[evaluation]]
     if not len(train):
         fix = "Give rows with a turn that is trained, or raise `repeat` where it takes no row."
         raise DataError(Problem(data.train[0].path, "no row is left to train on", fix))
-    report.end(fates(groups, train, evaluation))
-    files = np.repeat(np.arange(len(sources)), [len(begins) - 1 for begins in groups])
+    report.end(fates(groups, train, evaluation, again))
+    found = copies(np.asarray(identities), groups, evaluation, again) | {"calls_logged_again": np.flatnonzero(again)}
     same = {
         name: (len(samples), [f"{sources[files[k]].path}:{lines[k]}" for k in samples[:NUM_PLACES].tolist()])
-        for name, samples in copies(np.asarray(identities), groups, evaluation).items()
+        for name, samples in found.items()
     }
-    going_on = int((first_calls != np.arange(len(first_calls))).sum())
+    going_on = int(((first_calls != np.arange(len(first_calls))) & ~again).sum())
     calls = {"logged_calls": int(np.count_nonzero(answers)), "calls_going_on": going_on}
     finished = report.finish(int(once[train].sum()), len(evaluation), dropped, same, calls)
-    finished["warnings"] += [*untrained_sources(data, groups, train, evaluation), *warnings]
+    finished["warnings"] += [*untrained_sources(data, groups, train, evaluation, again), *warnings]
     return {
         "content": writer.finish(train, evaluation),
         "file_names": list(writer.file_names),

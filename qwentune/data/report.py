@@ -19,13 +19,15 @@ from qwentune.data.rendering.remarks import CHANGED_BY_NFC
 from qwentune.data.sample import Source
 from qwentune.data.templates.chat_template import ChatTemplate
 from qwentune.data.tokenizing.tokenizer import Tokenizer
+from qwentune.errors import counted
 
 NUM_PLACES = 3
 FORGED = (
-    "control tokens are spelled in texts of the data: they are encoded as plain text, a server may read them as "
+    "control token{|s} {is|are} spelled in texts of the data: encoded as plain text, a server may read them as "
     "control tokens. Remove them, unless the text is about them."
 )
-FATES = ("trained", "evaluated", "left_out_by_repeat", "dropped", "refused")  # of a row that is read: one of them
+# Of a row that is read: one of them.
+FATES = ("trained", "evaluated", "logged_again", "left_out_by_repeat", "dropped", "refused")
 LENGTH_EDGES = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
@@ -152,8 +154,8 @@ class Report(Tally):
     ) -> dict[str, Any]:
         """The report as JSON: numbers of the whole dataset as the first epoch sees it, no text of any row.
 
-        `copies` counts samples that train what another does, and names the first: `duplicates` and `eval_overlap`.
-        `calls` counts logged calls.
+        `copies` counts samples that train what another does, and names the first: `duplicates`, `eval_overlap` and
+        `calls_logged_again`, which are left out and count among the duplicates. `calls` counts logged calls.
         """
         lengths = np.asarray(self.lengths, dtype=np.int64)
         tokens = int(lengths.sum())
@@ -179,6 +181,7 @@ class Report(Tally):
             "forged_control_tokens": self.counts["forged_control_tokens"],
             "secrets": self._secrets(),
             **{kind: count for kind, (count, _) in copies.items()},
+            "duplicates": copies["duplicates"][0] + copies["calls_logged_again"][0],
             **calls,
             "checked_turns": self.counts["checked_turns"],
             "stop_tokens": self._stop_tokens(),
@@ -235,15 +238,23 @@ class Report(Tally):
         warnings: list[str] = []
         if self.thinking != "auto" and self.template and not self.template.has_thinking_switch:
             warnings.append(f"data.thinking={self.thinking} has no effect: the chat template has no thinking switch")
-        if report["duplicates"]:
+        if report["duplicates"] > report["calls_logged_again"]:
+            count, places = copies["duplicates"]
             warnings.append(
-                f"{report['duplicates']} rows train exactly what an earlier row trains; leave them out, or weigh whole "
-                f"files with repeat. First: {', '.join(copies['duplicates'][1])}"
+                f"{counted(count, 'row{|s} train{s|}')} exactly what an earlier row trains; leave them out, or "
+                f"weigh whole files with repeat. First: {', '.join(places)}"
+            )
+        if report["calls_logged_again"]:
+            count, places = copies["calls_logged_again"]
+            warnings.append(
+                f"{counted(count, 'call{|s} {was|were}')} logged before, with the same answer: such a call is "
+                f"trained once. First: {', '.join(places)}"
             )
         if report["eval_overlap"]:
             warnings.append(
-                f"{report['eval_overlap']} evaluation rows are trained as well: the evaluation loss says too little "
-                f"about unseen data. Remove them from one side. First: {', '.join(copies['eval_overlap'][1])}"
+                f"{counted(report['eval_overlap'], 'evaluation row{|s} {is|are}')} trained as well: the evaluation "
+                f"loss says too little about unseen data. Remove them from one side. "
+                f"First: {', '.join(copies['eval_overlap'][1])}"
             )
         for kind, found in report["secrets"].items():
             places = ", ".join(map(str, self.places[kind]))
@@ -253,7 +264,7 @@ class Report(Tally):
             )
         for remark, count in (self.remarks + Counter({FORGED: report["forged_control_tokens"]})).items():
             places = ", ".join(map(str, self.places[remark]))
-            warnings.append(f"{count} {remark}" + (f" First: {places}" if places else ""))
+            warnings.append(counted(count, remark) + (f" First: {places}" if places else ""))
         return warnings + self.unread.warnings()
 
 

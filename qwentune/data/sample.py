@@ -96,7 +96,7 @@ class Offered(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A dialogue with the tools it may use (each as the row gives it, an object).
+    """A dialogue with the tools it may use (each an object as OpenAI's API has it, `num_wrapped_tools` by our doing).
 
     `turns` are the places of the messages among the turns of the row, which people are told: a system text beside the
     turns has none and is −1. Empty where they are 0, 1, 2, …. `template_args` outweigh those of the recipe. `unread`
@@ -112,6 +112,7 @@ class Conversation:
     unread: tuple[str, ...] = field(default=(), compare=False)
     offered: tuple[Offered, ...] = field(default=(), compare=False)
     answers: tuple[int, ...] = field(default=(), compare=False)
+    num_wrapped_tools: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qwentune.data.dataset import Dataset
+from qwentune.errors import counted
 
 NUM_NAMED = 20  # rows and turns that were left out
 
@@ -20,7 +21,7 @@ def counts(report: Mapping[str, Any]) -> str:
     """Rows, examples and tokens of a report in one line."""
     share = report["trained_tokens"] / max(1, report["tokens"])
     return (
-        f"{report['samples']} rows → {report['examples']} examples "
+        f"{counted(report['samples'], 'row{|s}')} → {counted(report['examples'], 'example{|s}')} "
         f"({report['train_examples']} train, {report['eval_examples']} eval) · "
         f"{report['tokens']} tokens, {report['trained_tokens']} trained ({share:.0%})"
     )

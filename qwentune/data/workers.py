@@ -21,7 +21,7 @@ from qwentune.errors import DoesNotFitError, Problem, UsageError
 
 VARIABLE = "QWENTUNE_WORKERS"
 MOST_WORKERS = 16  # more than one process can read for
-FEW = 8  # items, which are done sooner than processes are started
+FEW = 4  # items, which are done sooner than processes are started
 AHEAD = 3  # items for each worker between the one that is wanted next and the last that was begun
 PATIENCE_SECONDS = 5.0  # for a worker that has nothing left to do
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

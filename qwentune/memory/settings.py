@@ -95,7 +95,12 @@ class Settings:
     @property
     def recomputes_towers(self) -> bool:
         """Whether the blocks of towers are recomputed: where they are tuned and layers of the decoder are too."""
-        return self.towers is not None and self.towers.is_tuned and bool(self.gradient_checkpointing)
+        return self.tunes_towers and bool(self.gradient_checkpointing)
+
+    @property
+    def tunes_towers(self) -> bool:
+        """Whether the backward pass goes through the blocks of towers, not their mergers alone."""
+        return self.towers is not None and self.towers.body != "frozen"
 
     @property
     def weight_bytes(self) -> int:

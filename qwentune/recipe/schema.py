@@ -200,6 +200,11 @@ class DataOptions(Section):
     media: MediaOptions = _key(MediaOptions(), "what pictures, videos and sounds may cost")
 
     @property
+    def sources(self) -> list[DataSource]:
+        """Where all rows are, those for training first."""
+        return [*self.train, *(self.evaluation or ())]
+
+    @property
     def has_turns(self) -> bool:
         """Whether a source may hold dialogues, as far as its format says."""
         return any(source.format == "auto" or ROW_FORMATS[source.format].has_turns for source in self.train)

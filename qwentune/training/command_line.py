@@ -21,3 +21,8 @@ class Request:
         """The command that continues this run."""
         flags = [flag for key in self.allow_change for flag in ("--allow-change", key)]
         return ["qwentune", "train", self.recipe, *self.overrides, *flags, *["--force-memory"] * self.force_memory]
+
+    @property
+    def arguments(self) -> list[str]:
+        """What a trainer that is launched for this request is given."""
+        return [*self.command[2:], "--resume", self.resume, *["--fresh"] * self.fresh]

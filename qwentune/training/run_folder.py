@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from qwentune import console
 from qwentune.durable import LAYOUT, Mark, is_empty, mark, read_json, read_mark, remove, write_text
-from qwentune.errors import FULL, Problem, RunInUseError, UsageError
+from qwentune.errors import FULL, Problem, RunInUseError, UsageError, counted
 from qwentune.redaction import redact, redacted
 
 METRICS = "metrics.jsonl"  # one row per logged step
@@ -81,7 +81,7 @@ class RunFolder:
             what = f"was written by a later version (layout {found.layout}; this one writes {LAYOUT})"
             raise UsageError(Problem(str(self.path), what, "Upgrade qwentune, or name another output.dir."))
         if names and found is None:
-            what = f"holds {len(names)} other things, such as {names[0]!r}, and no run"
+            what = f"holds {counted(len(names), 'other thing{|s}')}, such as {names[0]!r}, and no run"
             raise UsageError(Problem(str(self.path), what, "Name a new or empty folder as output.dir."))
 
     def set_status(self, state: State, *, exit_code: int | None, reason: str, step: int, command: list[str]) -> None:

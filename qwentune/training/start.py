@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from qwentune import durable
 from qwentune.bounded import refuse_name
-from qwentune.errors import Problem, ResumeError
+from qwentune.errors import Problem, ResumeError, UsageError, counted, nearest
+from qwentune.memory.run_plan import Choices
+from qwentune.recipe import describe_keys
+from qwentune.recipe.keys import is_key
 from qwentune.training.best import best_step, evaluated_steps, has_stopped_improving
 from qwentune.training.checkpoints import Checkpoint, Checkpoints, open_checkpoint
 from qwentune.training.run_folder import RunFolder
@@ -28,16 +31,20 @@ EFFECTS = {
     "batch.": "other batches from here on, some rows again or never",
     "optimizer.": "another path of the weights from here on",
     "model": "the trained weights belong to other ones",
-    "base weights": "the trained weights belong to other ones",
+    "base": "the trained weights belong to other ones",
     "revision": "the trained weights may belong to other ones",
     "tuning.": "other weights would be trained",
     "precision.": "other rounding from here on",
     "memory.": "other rounding from here on",
     "plan.": "other rounding from here on",
-    "number of ranks": "other rounding and other random numbers from here on",
-    "chat template": "other prompts than those trained so far",
+    "ranks": "other rounding and other random numbers from here on",
+    "template": "other prompts than those trained so far",
     "tokenizer": "other tokens than those trained so far",
 }
+
+# What decides a run beside its recipe and `plan.*`; as manifests called it once.
+FACTS = ("data", "template", "tokenizer", "base", "ranks")
+RENAMED = {"chat template": "template", "base weights": "base", "number of ranks": "ranks"}
 
 # What the tensors of a checkpoint decide, and what counts only before the first step.
 FIXED_KEYS = ("tuning.rank", "tuning.targets", "tuning.variant", "tuning.start_from")
@@ -60,6 +67,21 @@ class Start:
     def step(self) -> int:
         """Optimizer steps done already."""
         return 0 if self.checkpoint is None else self.checkpoint.step
+
+
+def refuse_unknown_changes(allowed: Sequence[str]) -> None:
+    """Raises UsageError for each name in `allowed` that is no key, section or fact of a run."""
+    choices = [f"plan.{field.name}" for field in fields(Choices)]
+    keys = [*FACTS, "plan", *choices, *(key.name for key in describe_keys())]
+    known = list(dict.fromkeys(".".join(parts[:n]) for key in keys if (parts := key.split(".")) for n in (1, 2, 3)))
+    fix = f"Name {', '.join(FACTS)}, plan, or a key of the recipe or its section, as `qwentune keys` lists them."
+    problems = [
+        Problem("--allow-change", f"'{name}' is nothing that can change.{nearest(RENAMED.get(name, name), known)}", fix)
+        for name in allowed
+        if name not in known and not is_key(name)
+    ]
+    if problems:
+        raise UsageError(problems)
 
 
 def choose_start(
@@ -101,13 +123,13 @@ def choose_start(
         messages += [f"moved a later checkpoint to {folder}" for folder in checkpoints.set_aside(checkpoint.step)]
     step = checkpoint.step
     if step > num_steps:
-        what = f"is after the {num_steps} steps that the recipe asks for"
+        what = f"is after the {counted(num_steps, 'step{|s}')} that the recipe asks for"
         fix = "Ask for more steps, name an earlier checkpoint with --resume PATH, or start anew with --fresh."
         raise ResumeError(Problem(str(checkpoint.folder), what, fix))
     trained = step >= num_steps or has_stopped_improving(evaluated_steps(checkpoint), best_step(checkpoint), patience)
     complete = trained and run.finished_step() == step
     if complete:
-        messages.append(f"already complete: {run.path} was trained for {step} steps")
+        messages.append(f"already complete: {run.path} was trained for {counted(step, 'step{|s}')}")
     else:
         messages += _other_versions(checkpoint.facts.get("versions", {}), versions)
         messages.append(f"resuming {run.path} from step {step}")
@@ -137,8 +159,8 @@ def run_facts(
 ) -> dict[str, Any]:
     """What decides a run's weights, by key: the recipe flattened, fingerprints, ranks and the plan's choices."""
     facts = {key: value for key, value in _flattened(recipe) if not key.startswith(INERT_KEYS)}
-    facts |= {"data": data, "chat template": _sha256(template), "tokenizer": tokenizer, "base weights": base}
-    facts |= {"number of ranks": num_ranks}
+    facts |= {"data": data, "template": _sha256(template), "tokenizer": tokenizer, "base": base}
+    facts |= {"ranks": num_ranks}
     facts |= {f"plan.{key}": value for key, value in choices.items()}
     return facts  # without secrets, for a recipe that holds one is refused
 
@@ -155,7 +177,8 @@ def _flattened(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, An
 
 def _accepted_drift(checkpoint: Checkpoint, facts: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
     """The changes since the checkpoint, each in words; ResumeError where one is not allowed or cannot be applied."""
-    then = checkpoint.facts["run"]
+    written: dict[str, Any] = checkpoint.facts["run"]
+    then = {RENAMED.get(key, key): value for key, value in written.items()}
     changed = [key for key in sorted({*then, *facts}) if then.get(key) != facts.get(key)]
     fixed = [key for key in changed if _is_fixed(key, then.get(key), facts.get(key), then)]
     refused = [key for key in changed if key in fixed or not _is_allowed(key, allowed)]
@@ -193,7 +216,7 @@ def _is_fixed(key: str, then: Any, now: Any, facts: Mapping[str, Any]) -> bool:
         return None in (then, now)
     if key == "plan.sharding":
         return not {then, now} <= {"none", "ddp"}
-    if key == "number of ranks":
+    if key == "ranks":
         return facts.get("plan.sharding") not in ("none", "ddp")
     return key in FIXED_KEYS
 

@@ -3,10 +3,11 @@
     python tests/bench/data_stage.py [--chats 20000] [--messages N] [--large GB]
 
 CPU seconds of the whole stage (read, render, encode, mask, write, pack), its processes included, divided by those of a
-bare loop that parses each row, renders it once with the compiled template and encodes it once, in batches; those of a
-second start divided by the first one's; and the wall time of two processes on two cores divided by that of one on one.
-Each is a process of its own, net of its start. With `--large`, instead: the peak memory of the stage with two workers
-on a file of that size, as the sum of proportional set sizes.
+bare loop that parses each row, renders it once with the compiled template and encodes it once, in batches, before the
+stage and after it; those of a second start divided by the first one's; and the wall time of two processes on two cores
+divided by that of one on one. Each is a process of its own, net of its start. Beside other work wall time says little:
+what the processes would take with both cores for themselves is told by the CPU seconds of each. With `--large`,
+instead: the peak memory of the stage with two workers on a file of that size, as the sum of proportional set sizes.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -85,12 +86,29 @@ def write_chats(path: Path, rows: Iterator[dict[str, Any]], *, count: int = 0, n
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-# --- what runs in a process of its own, and prints a number
+# --- what runs in a process of its own, and prints numbers
 
 
 def cpu_seconds() -> float:
     """Of this process and of those that it has waited for."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+@contextmanager
+def watched(look: Callable[[Sequence[psutil.Process]], None]) -> Generator[None]:
+    """Looks at this process and those that it began, ten times a second."""
+    done, this = threading.Event(), psutil.Process()
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            with suppress(psutil.Error):
+                look([this, *this.children(recursive=True)])
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    yield
+    done.set()
+    watching.join()
 
 
 def stage(folder: Path, data: Path, clock: Callable[[], float] = cpu_seconds) -> float:
@@ -109,9 +127,20 @@ def stage(folder: Path, data: Path, clock: Callable[[], float] = cpu_seconds) ->
     return clock() - start
 
 
-def wall(folder: Path, data: Path) -> float:
-    """Wall seconds of the same."""
-    return stage(folder, data, time.perf_counter)
+def wall(folder: Path, data: Path) -> list[float]:
+    """Wall seconds of the same, and CPU seconds of each of its processes, of which this one is the first."""
+    seconds: dict[int, float] = {}
+
+    def look(processes: Sequence[psutil.Process]) -> None:
+        for one in processes:
+            times = one.cpu_times()
+            seconds[one.pid] = times.user + times.system
+
+    with watched(look):
+        start = time.process_time()
+        elapsed = stage(folder, data, time.perf_counter)
+        seconds[os.getpid()] = time.process_time() - start
+    return [elapsed, seconds.pop(os.getpid()), *seconds.values()]
 
 
 def bare_loop(folder: Path, data: Path) -> float:
@@ -133,28 +162,21 @@ def bare_loop(folder: Path, data: Path) -> float:
 
 def large(folder: Path, data: Path) -> float:
     """Peak memory of the data stage and its workers in GB."""
-    peak, done = 0, threading.Event()
+    peak = 0
 
-    def watch() -> None:
+    def look(processes: Sequence[psutil.Process]) -> None:
         nonlocal peak
-        while not done.wait(0.1):
-            with suppress(psutil.Error):
-                this = psutil.Process()
-                processes = [this, *this.children(recursive=True)]
-                peak = max(peak, sum(one.memory_full_info().pss for one in processes))
+        peak = max(peak, sum(one.memory_full_info().pss for one in processes))
 
-    watching = threading.Thread(target=watch)
-    watching.start()
-    stage(folder, data)
-    done.set()
-    watching.join()
+    with watched(look):
+        stage(folder, data)
     return peak / 1e9
 
 
 MEASURES = {"stage": stage, "wall": wall, "bare": bare_loop, "large": large}
 
 
-def measured(name: str, folder: Path, data: Path, workers: int = 2) -> float:
+def measured(name: str, folder: Path, data: Path, workers: int = 2) -> list[float]:
     """What the measure says in a process of its own with so many cores, whose cache stands beside the data."""
     command = [sys.executable, __file__, "--measure", name, str(folder), str(data)]
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:workers]))
@@ -167,7 +189,7 @@ def measured(name: str, folder: Path, data: Path, workers: int = 2) -> float:
     run = subprocess.run(
         ["taskset", "-c", cores, *command], env=environment, check=True, stdout=subprocess.PIPE, text=True
     )
-    return float(run.stdout)
+    return list(map(float, run.stdout.split()))
 
 
 def main() -> None:
@@ -180,7 +202,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.measure:
         name, folder, data = arguments.measure
-        print(MEASURES[name](Path(folder), Path(data)))
+        numbers = MEASURES[name](Path(folder), Path(data))
+        print(*(numbers if isinstance(numbers, list) else [numbers]))
         return
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
@@ -190,15 +213,21 @@ def main() -> None:
             rows = chats(0, arguments.messages, reasoning=template == "qwen3")
             if arguments.large:
                 write_chats(data, rows, num_bytes=int(arguments.large * 1e9))
-                print(f"{template:8} {data.stat().st_size / 1e9:.2f} GB, peak {measured('large', folder, data):.2f} GB")
+                (peak,) = measured("large", folder, data)
+                print(f"{template:8} {data.stat().st_size / 1e9:.2f} GB, peak {peak:.2f} GB")
                 continue
             write_chats(data, rows, count=arguments.chats)
-            bare, first, second = (measured(measure, folder, data) for measure in ("bare", "stage", "stage"))
-            one, two = (measured("wall", folder, data, workers) for workers in (1, 2))
-            size = data.stat().st_size / 1e6
-            print(f"{template:8} ({kind}): {arguments.chats} chats, {size:.0f} MB; bare loop {bare:.2f} s")
-            print(f"{'':8} stage {first:.2f} s, {first / bare:.2f}; second start {second:.3f} s, {second / first:.3f}")
+            order = ("bare", "stage", "stage", "bare")
+            (before,), (first,), (second,), (after,) = (measured(measure, folder, data) for measure in order)
+            bare = (before + after) / 2
+            (one, cpu), (two, *cpus) = (measured("wall", folder, data, workers) for workers in (1, 2))
+            megabytes, alone = data.stat().st_size / 1e6, max(*cpus, sum(cpus) / 2) / cpu
+            of_two = " + ".join(f"{each:.2f}" for each in cpus)
+            print(f"{template:8} ({kind}): {arguments.chats} chats, {megabytes:.0f} MB")
+            print(f"{'':8} bare loop {before:.2f} and {after:.2f} s; stage {first:.2f} s, {first / bare:.2f}")
+            print(f"{'':8} second start {second:.3f} s, {second / first:.3f}")
             print(f"{'':8} wall time: one core {one:.2f} s, two {two:.2f} s, {two / one:.2f}")
+            print(f"{'':8} CPU seconds: one core {cpu:.2f}, two {of_two}; both cores for them alone: {alone:.2f}")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def test_numbers_are_refused_without_torch() -> None:
     code = "import sys; from qwentune import cli; sys.argv = ['q', 'plan', 'r.yaml', 'data.max_tokens=1e17']\n"
     code += "try:\n    cli.main()\nfinally:\n    assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
     ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=100
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=300
     )
     assert ended.returncode == 2, ended.stderr
     assert "4,194,304" in ended.stderr

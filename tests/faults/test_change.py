@@ -34,7 +34,7 @@ def test_every_change_is_named_with_what_was_what_is_and_what_it_means(tmp_path:
     assert refused.code == 5, refused.said
     lines = [line.split() for line in refused.said.splitlines()]
     table = {line[0]: line for line in lines if "then" in line and "now" in line}
-    assert {"optimizer.learning_rate", "seed", "data", "chat"} <= table.keys()
+    assert {"optimizer.learning_rate", "seed", "data", "template"} <= table.keys()
     assert table["seed"][:5] == ["seed", "then", "17", "now", "3"]
     assert table["optimizer.learning_rate"][1:5] == ["then", "0.001", "now", "1e-05"]
     after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

@@ -247,7 +247,7 @@ BAD = {
     "H58": Bad(
         lines(GOOD, asked("x", "")),
         [
-            [row("say nothing: .* Leave them out, or give their text. First: {row}", edit)]
+            [row("says? nothing: .* Leave them out, or give their text. First: {row}", edit)]
             for edit in (left_out, lambda *_: asked("x", "y"))
         ],
     ),
@@ -269,7 +269,7 @@ BAD = {
         [
             [
                 row(
-                    "tool results follow no tool call. Give the call in the assistant's message before. First: {row}",
+                    "tool results? follows? no tool call. Give the call in the assistant's message before. .*{row}",
                     with_call_before_result,
                 ),
                 row("Add those tools, or leave the rows out. First: {row}", edit),
@@ -286,7 +286,7 @@ BAD = {
         [
             [
                 row(
-                    "control tokens are spelled .* Remove them, unless the text is about them. First: {row}",
+                    "control tokens? (?:is|are) spelled .* Remove them, unless the text is about them. First: {row}",
                     lambda text, _: text.replace("<|im_end|>", ""),
                 )
             ]
@@ -296,8 +296,8 @@ BAD = {
         lines(GOOD, GOOD, OTHER),
         [
             [
-                Step("rows train exactly what an earlier row trains; leave them out, .*", write(lines(GOOD, OTHER))),
-                Step("evaluation rows are trained as well: .* Remove them from one side", write(lines(GOOD))),
+                Step("rows? trains? exactly what an earlier row trains; leave them out, .*", write(lines(GOOD, OTHER))),
+                Step("evaluation rows? (?:is|are) trained as well: .* Remove them from one side", write(lines(GOOD))),
             ]
         ],
         evaluation=lines(OTHER),
@@ -446,7 +446,7 @@ def test_a_turn_that_does_not_continue_its_prompt_is_mended_by_each_fix_that_is_
         overrides = dict(re.findall(r"data\.(\w+)=(\w+)", fix))
         left = said(bad, mended, qwen3_folder, **options | overrides)
         assert not left or (
-            "join" not in fix and re.fullmatch("warning: .* follow another of the same speaker.*\n", left)
+            "join" not in fix and re.fullmatch("warning: .* follows? another of the same speaker.*\n", left)
         )
 
 

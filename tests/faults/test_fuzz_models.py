@@ -167,7 +167,7 @@ def test_a_damaged_description_of_a_model_is_answered_in_words(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QWENTUNE_CACHE", str(tmp_path / "cache"))
-    wrong = attacked(original, tmp_path, 60, DESCRIPTIONS)
+    wrong = attacked(original, tmp_path, 30, DESCRIPTIONS)
     assert not wrong, "\n".join(wrong)
 
 
@@ -176,7 +176,7 @@ def test_weights_that_are_not_the_model_s_are_never_taken(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QWENTUNE_CACHE", str(tmp_path / "cache"))
-    wrong = attacked(original, tmp_path, 45, WEIGHTS)
+    wrong = attacked(original, tmp_path, 24, WEIGHTS)
     assert not wrong, "\n".join(wrong)
 
 

@@ -27,7 +27,7 @@ import psutil
 import pytest
 
 from tests.checkpoints import add_weights, write_checkpoint
-from tests.runs import ENVIRONMENT, KILLED, final_weights, last_states, loss_history, train, write_recipe
+from tests.runs import ENVIRONMENT, KILL_AT, KILLED, final_weights, last_states, loss_history, write_recipe
 from tests.warm import Warm
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}
@@ -77,22 +77,22 @@ console.main(train.train)
 
 @pytest.mark.fault("A01 E34", "killed and started again: the same weights and losses, bit for bit")
 @pytest.mark.parametrize("case", [pytest.param(name, marks=() if name == FAST else pytest.mark.slow) for name in CASES])
-def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, case: str) -> None:
+def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, warm: Warm, case: str) -> None:
     model_type, sections = CASES[case]
     model = add_weights(write_checkpoint(tmp_path / "model", model_type))
     recipe = write_recipe(tmp_path, model, **sections)
     run = tmp_path / "run"
 
-    finished = train(recipe)
-    assert finished.returncode == 0, finished.stderr
+    finished = warm.train(recipe)
+    assert finished.code == 0, finished.said
     undisturbed = tmp_path / "undisturbed"
     shutil.move(run, undisturbed)
 
-    assert train(recipe, kill_at=25).returncode == KILLED
+    assert warm.train(recipe, code=KILL_AT, given=["25"]).code == KILLED
     assert len(loss_history(run)) == 25
-    resumed = train(recipe)
-    assert resumed.returncode == 0, resumed.stderr
-    assert f"resuming {run} from step 20" in resumed.stderr
+    resumed = warm.train(recipe)
+    assert resumed.code == 0, resumed.said
+    assert f"resuming {run} from step 20" in resumed.said
 
     history = loss_history(run)
     assert [row[0] for row in history] == list(range(1, 41))
@@ -102,8 +102,8 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, case: str) ->
 
     if case != FAST:
         return
-    again = train(recipe)
-    assert (again.returncode, "already complete" in again.stderr) == (0, True)
+    again = warm.train(recipe)
+    assert (again.code, "already complete" in again.said) == (0, True)
 
 
 class Attempt(ABC):
@@ -194,7 +194,7 @@ class ColdAttempt(Attempt):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
-        psutil.wait_procs(family, timeout=30)
+        psutil.wait_procs(family, timeout=120)
 
 
 class WarmAttempt(Attempt):
@@ -253,7 +253,7 @@ def kill_until_done(
     seed = int(os.environ.get("SEED", random.randrange(10_000)))
     model = model or add_weights(write_checkpoint(folder / "model", "qwen3"))
     sections: dict[str, dict[str, Any]] = {
-        "optimizer": {"max_steps": kills * int(MOST_STEPS + 1)}, "data": {"max_tokens": 256},
+        "optimizer": {"max_steps": 2 * kills * int(MOST_STEPS + 1)}, "data": {"max_tokens": 256},
         "batch": {"sequences_per_step": 2, "micro_batch": 1}, "output": {"save_every_steps": 5},
     }  # fmt: skip
     recipe = write_recipe(
@@ -308,8 +308,8 @@ def kill_until_done(
 
 @pytest.mark.fault("A01 A08 E35", "the same weights, losses and order of rows, bit for bit")
 @pytest.mark.slow
-def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
-    kill_until_done(tmp_path, "lora", 10, lambda recipe, order: ColdAttempt(recipe, 1, order))
+def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path, warm: Warm) -> None:
+    kill_until_done(tmp_path, "lora", 10, lambda recipe, order: WarmAttempt(recipe, [warm], order))
 
 
 @pytest.mark.fault("A01 A02 A08 E36", "two ranks, packed rows, evaluations, the best step: the same, bit for bit")

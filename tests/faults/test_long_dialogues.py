@@ -152,7 +152,7 @@ def test_the_first_beginning_that_fits_is_found(path: Path, qwen3_folder: Path, 
     tokenizer = load_tokenizer(qwen3_folder)
     template = ChatTemplate(path.read_text("utf-8"), tokenizer.special_tokens, {})
     num_shortened = 0
-    for number, row in enumerate(random_rows(7, 12, reasoning=template.reasoning_form is not None, lists=False)):
+    for number, row in enumerate(random_rows(7, 6, reasoning=template.reasoning_form is not None, lists=False)):
         options = RenderOptions(max_tokens=200 + 40 * (number % 8), too_long="drop_old_turns")
         renderer = Renderer(tokenizer, template, options)
         if not is_read:

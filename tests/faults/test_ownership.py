@@ -66,7 +66,7 @@ def test_a_project_that_looks_like_a_run_is_refused(tmp_path: Path, status: str)
     "run",
     [
         lambda recipe: train.run(Request(recipe, (), "auto", False, (), False)),
-        lambda recipe: supervise.run(recipe, [], [], False, False, False),
+        lambda recipe: supervise.run(Request(recipe)),
     ],
     ids=["train", "supervise"],
 )
@@ -158,7 +158,7 @@ def test_two_first_starts_at_once_are_one(tmp_path: Path) -> None:
             assert process.stdin is not None
             process.stdin.write("\n")
             process.stdin.flush()
-        said = [process.communicate(timeout=60)[1] for process in both]
+        said = [process.communicate(timeout=300)[1] for process in both]
         assert sorted(process.returncode for process in both) in ([0, 7], [0, 0]), said  # one may come after the other
 
 

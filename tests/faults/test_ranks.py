@@ -72,7 +72,7 @@ def started(
 ) -> tuple[subprocess.Popen[str], dict[int, psutil.Process]]:
     """The supervisor, and the training processes by rank, once the first step is done."""
     process = supervised(recipe, num_ranks, hung_seconds)
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while not (run / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     ranks = trainers(process)
@@ -111,7 +111,7 @@ def test_a_signal_to_the_supervisor_stops_both_ranks_at_one_step(tmp_path: Path)
     recipe, run = recipe_of_many_steps(tmp_path), tmp_path / "run"
     process, ranks = started(recipe, run)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 75, errors
     assert not [rank for rank in ranks.values() if is_alive(rank)]
     step = json.loads((run / "status.json").read_text())["step"]
@@ -130,7 +130,7 @@ def test_a_killed_rank_is_named_and_the_other_is_gone_soon(tmp_path: Path, lost:
     recipe, run = recipe_of_many_steps(tmp_path), tmp_path / "run"
     process, ranks = started(recipe, run)
     ranks[lost].send_signal(signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 1, errors
     assert f"Lost rank {lost}: ended without a word" in errors
     assert not [rank for rank in ranks.values() if is_alive(rank)]
@@ -147,7 +147,7 @@ def test_no_trainer_is_left_where_the_launcher_alone_is_killed(tmp_path: Path, n
     process, ranks = started(recipe, run, num_ranks)
     launcher = psutil.Process(process.pid).children()[0]
     launcher.send_signal(signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 75, errors
     assert "launcher was killed" in errors
     assert not [rank for rank in ranks.values() if is_alive(rank)]
@@ -160,13 +160,13 @@ def test_no_trainer_is_left_where_the_launcher_alone_is_killed(tmp_path: Path, n
 def test_no_trainer_is_left_where_the_launcher_is_killed_before_the_first_step(tmp_path: Path) -> None:
     recipe = recipe_of_many_steps(tmp_path)
     process = supervised(recipe, 2)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while trainers(process).keys() != {0, 1} and time.monotonic() < deadline:
         time.sleep(0.05)
     ranks = trainers(process)
     time.sleep(1.5)  # Python has begun, torch is being imported
     psutil.Process(process.pid).children()[0].send_signal(signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 75, errors
     assert not [rank for rank in ranks.values() if is_alive(rank)]
 
@@ -177,7 +177,7 @@ def test_no_trainer_is_left_where_the_supervisor_is_killed(tmp_path: Path, unwat
     process, ranks = started(recipe, run)
     unwatched += ranks.values()
     process.kill()
-    _, alive = psutil.wait_procs(list(ranks.values()), timeout=30)
+    _, alive = psutil.wait_procs(list(ranks.values()), timeout=120)
     assert not alive
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["exit"]) == ("preempted", 75)
@@ -189,7 +189,7 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(tmp_path: Path) -> None:
     recipe, run = recipe_of_many_steps(tmp_path), tmp_path / "run"
     process, ranks = started(recipe, run)
     ranks[1].send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 75, errors
     step = json.loads((run / "status.json").read_text())["step"]
     manifest = json.loads((run / "checkpoints" / f"step-{step}" / "manifest.json").read_text())
@@ -204,7 +204,7 @@ def test_a_rank_that_fails_first_gives_the_reason(tmp_path: Path) -> None:
     process, ranks = started(recipe, run)
     ranks[1].rlimit(psutil.RLIMIT_FSIZE, (1000, 1000))  # smaller than its random state
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 4, errors
     assert re.search(r"rank 1: .*step \d+ could not be saved", errors)
     assert "Rank 1 failed first, with exit code 4." in errors
@@ -230,7 +230,7 @@ def test_two_ranks_name_what_is_not_finite(tmp_path: Path) -> None:
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     recipe = write_recipe(tmp_path, model, batch={"micro_batch": 1})
     process = supervised(recipe)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 6, errors
     assert "Traceback" not in errors, errors  # of the launcher
     assert re.search(r"step \d+  not finite: the \w+ ", errors)
@@ -242,12 +242,12 @@ def test_two_ranks_name_what_is_not_finite(tmp_path: Path) -> None:
 @pytest.mark.fault("D30", "a rank that stands still is named after a minute, and all are ended")
 def test_a_rank_that_hangs_is_named_and_all_are_ended(tmp_path: Path, unwatched: list[psutil.Process]) -> None:
     recipe, run = recipe_of_many_steps(tmp_path), tmp_path / "run"
-    process, ranks = started(recipe, run, hung_seconds=3)
+    process, ranks = started(recipe, run, hung_seconds=8)
     unwatched += ranks.values()
     ranks[1].send_signal(signal.SIGSTOP)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors
-    assert "Rank 1 has stood still for 3 s while others wait for it" in errors
+    assert "Rank 1 has stood still for 8 s while others wait for it" in errors
     assert status_of(run)["reason"].startswith("Rank 1 has stood still")
     assert not [rank for rank in ranks.values() if is_alive(rank)]
 
@@ -291,8 +291,8 @@ def test_a_rank_that_is_stuck_in_code_is_named_with_the_line(
     monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", f"{tmp_path}:{ENVIRONMENT.get('PYTHONPATH', '')}")
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
     recipe = write_recipe(tmp_path, model, batch={"micro_batch": 1}, output={"save_every_steps": 3})
-    process = supervised(recipe, hung_seconds=4)
-    _, errors = process.communicate(timeout=120)
+    process = supervised(recipe, hung_seconds=8)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors
     sentence = rf"Rank {rank} {said} \(in .*sitecustomize.py:\d+ in stuck\): all are ended."
     assert re.search(sentence, errors), errors
@@ -322,18 +322,12 @@ console.main(train.train)
         ("qwentune.data.layout.batch", "TrainBatches.__getitem__"),
     ],
 )
-def test_a_bug_on_another_rank_than_the_first_is_said(tmp_path: Path, module: str, place: str) -> None:
-    script = tmp_path / "broken.py"
-    script.write_text(BROKEN.format(module=module, place=place))
+def test_a_bug_on_another_rank_than_the_first_is_said(tmp_path: Path, warm: Warm, module: str, place: str) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
     recipe = write_recipe(tmp_path, model, batch={"micro_batch": 1})
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", "launch/cpu-2.yaml"]
-    ended = subprocess.run(
-        [sys.executable, *launcher, str(script), str(recipe)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 1
-    (said,) = re.findall(r"rank 1: .*the second rank's own\n.*", ended.stderr)
+    ended = warm.train(recipe, code=BROKEN.format(module=module, place=place), launch="cpu-2")
+    assert ended.code == 1
+    (said,) = re.findall(r"rank 1: .*the second rank's own\n.*", ended.said)
     assert "A bug in qwentune: TypeError: the second rank's own" in said
     (kept,) = re.findall(r"The traceback is in (\S+\.txt)", said)
     assert "in broken" in Path(kept).read_text()
@@ -376,11 +370,11 @@ def test_stopped_ranks_are_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_signal_to_a_supervisor_that_has_just_begun_is_no_bug(tmp_path: Path) -> None:
     recipe = recipe_of_many_steps(tmp_path)
     process = supervised(recipe)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not psutil.Process(process.pid).children() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 75, errors
 
 
@@ -408,20 +402,21 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.fault("A01 E34", "two ranks killed and started again: the same losses and weights, bit for bit")
 @pytest.mark.parametrize("launch", TWO_RANKS)
-def test_two_killed_ranks_end_like_undisturbed_ones(tmp_path: Path, launch: str) -> None:
+def test_two_killed_ranks_end_like_undisturbed_ones(tmp_path: Path, warm: Warm, launch: str) -> None:
+    """What is killed was launched as users do, which takes its time; what is compared with it, by a fork."""
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
     sections = {**TWO_RANKS[launch], "optimizer": {"max_steps": 8, **TWO_RANKS[launch].get("optimizer", {})}}
     recipe = write_recipe(tmp_path, model, batch={"micro_batch": 1}, **sections)
-    file = f"launch/{launch.strip()}.yaml"
+    name = launch.strip()
     run = tmp_path / "run"
-    whole = train(recipe, launch=file)
-    assert whole.returncode == 0, whole.stderr
+    whole = warm.train(recipe, launch=name)
+    assert whole.code == 0, whole.said
     undisturbed = loss_history(run), final_weights(run), last_states(run)
     run.rename(tmp_path / "undisturbed")
-    assert train(recipe, launch=file, kill_at=5).returncode != 0
-    resumed = train(recipe, launch=file)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "from step 4" in resumed.stderr
+    assert train(recipe, launch=f"launch/{name}.yaml", kill_at=5).returncode != 0
+    resumed = warm.train(recipe, launch=name)
+    assert resumed.code == 0, resumed.said
+    assert "from step 4" in resumed.said
     assert (loss_history(run), final_weights(run), last_states(run)) == undisturbed
     has_small_states = "optimizer_state" in TWO_RANKS[launch].get("precision", {})  # of which many here are in fp32
     if "tuning" not in TWO_RANKS[launch] and not has_small_states:  # beside full states the rest is small
@@ -437,8 +432,8 @@ def test_another_number_of_ranks_is_refused(tmp_path: Path, warm: Warm) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
     recipe = write_recipe(tmp_path, model, optimizer={"max_steps": 4}, batch={"micro_batch": 1})
     assert warm.train(recipe).code == 0
-    refused = train(recipe, launch="launch/cpu-2.yaml")
-    assert re.search(r"number of ranks +then 1 +now 2 ", refused.stderr)
+    refused = warm.train(recipe, launch="cpu-2")
+    assert re.search(r"\nranks +then 1 +now 2 ", refused.said)
     status = status_of(tmp_path / "run")
     assert (status["state"], status["exit"]) == ("failed", 5), "accelerate has turned the exit code into 1"
 
@@ -448,12 +443,12 @@ def test_another_number_of_ranks_can_be_allowed(tmp_path: Path, warm: Warm) -> N
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
     output = {"log_every_steps": 3, "save_every_steps": 2}  # saved between two log points
     recipe = write_recipe(tmp_path, model, optimizer={"max_steps": 15}, output=output, batch={"micro_batch": 1})
-    allowed = ("--allow-change", "number of ranks", "--allow-change", "plan")
+    allowed = ("--allow-change", "ranks", "--allow-change", "plan")
     assert warm.train(recipe, f"output.dir={tmp_path / 'alone'}").code == 0
     assert warm.train(recipe, code=KILL_AT, given=["6"]).code == KILLED
-    two = train(recipe, *allowed, launch="launch/cpu-2.yaml", kill_at=12)
-    assert "changed number of ranks: then 1, now 2" in two.stderr
-    assert "from step 4" in two.stderr
+    two = warm.train(recipe, *allowed, code=KILL_AT, given=["12"], launch="cpu-2")
+    assert "changed ranks: then 1, now 2" in two.said
+    assert "from step 4" in two.said
     one = warm.train(recipe, *allowed)
     assert one.code == 0, one.said
     assert "from step 10" in one.said

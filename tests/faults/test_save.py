@@ -14,8 +14,8 @@ import pytest
 
 from qwentune.training.checkpoints import MANIFEST, Checkpoints
 from tests.checkpoints import add_weights, write_checkpoint
-from tests.runs import KILL_AT, KILLED, final_weights, loss_history, train, write_recipe
-from tests.warm import Warm
+from tests.runs import KILL_AT, KILLED, final_weights, loss_history, write_recipe
+from tests.warm import TRAIN, Warm
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}  # that Python announces to an audit hook
 
@@ -122,21 +122,22 @@ def test_files_that_a_power_cut_left_empty_are_not_trusted(tmp_path: Path) -> No
 
 @pytest.mark.fault("C19", "a quota that stops a save: exit 4 with the reason, nothing half-written stays")
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_with_the_reason_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_with_the_reason_and_the_same_command_goes_on(tmp_path: Path, warm: Warm) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
     recipe = write_recipe(tmp_path, model, optimizer={"max_steps": 12})
     run = tmp_path / "run"
-    assert train(recipe).returncode == 0
+    assert warm.train(recipe).code == 0
     undisturbed = loss_history(run), final_weights(run)
     run.rename(tmp_path / "undisturbed")
 
-    full = train(recipe, largest_file_bytes=200_000)  # smaller than the weights
-    assert full.returncode == 4, full.stderr
-    assert "step 10 could not be saved" in full.stderr
-    assert "Traceback" not in full.stderr
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"  # below the weights
+    full = warm.train(recipe, code=limited + TRAIN)
+    assert full.code == 4, full.said
+    assert "step 10 could not be saved" in full.said
+    assert "Traceback" not in full.said
     assert not list((run / "checkpoints").iterdir())
 
-    assert train(recipe).returncode == 0
+    assert warm.train(recipe).code == 0
     assert (loss_history(run), final_weights(run)) == undisturbed
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.runs import ENVIRONMENT, final_weights, loss_history, write_recipe
-from tests.warm import TRAIN, Warm
+from tests.warm import PAUSED, TRAIN, Warm
 
 pytestmark = pytest.mark.slow
 
@@ -95,12 +95,10 @@ def test_the_signals_of_slurm_and_of_a_lost_terminal_save(
     recipe: Path, warm: Warm, undisturbed: tuple[object, object], tmp_path: Path, number: int
 ) -> None:
     run = tmp_path / "run"
-    started = warm.start(recipe, f"output.dir={run}")
-    started.says("step 1/")
-    started.signal(signal.SIGSTOP)
-    time.sleep(1)
-    started.signal(signal.SIGCONT)
+    started = warm.start(recipe, f"output.dir={run}", code=PAUSED + TRAIN)
+    started.pauses()
     started.signal(number)
+    started.signal(signal.SIGCONT)
     assert started.wait() == 75, started.said
     assert status(run)["exit"] == 75
 
@@ -113,9 +111,10 @@ def test_one_ctrl_c_saves_and_two_end_at_once(
     recipe: Path, warm: Warm, undisturbed: tuple[object, object], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    started = warm.start(recipe, f"output.dir={run}")
-    started.says("step 1/")
+    started = warm.start(recipe, f"output.dir={run}", code=PAUSED + TRAIN)
+    started.pauses()
     started.signal(signal.SIGINT)
+    started.signal(signal.SIGCONT)
     assert started.wait() == 130, started.said
     assert status(run)["state"] == "interrupted"
     assert "continue with: qwentune train " in started.said
@@ -160,8 +159,8 @@ def test_a_run_outlives_the_shell_that_started_it(recipe: Path, tmp_path: Path) 
     run = tmp_path / "run"
     train = f"nohup {sys.executable} -m qwentune.train {recipe} output.dir={run} optimizer.max_steps=300"
     shell = f"{train} >/dev/null 2>&1 & while [ ! -e {run}/metrics.jsonl ]; do sleep 0.05; done"
-    subprocess.run(["sh", "-c", shell], env=ENVIRONMENT, check=True, timeout=120)
-    deadline = time.monotonic() + 120
+    subprocess.run(["sh", "-c", shell], env=ENVIRONMENT, check=True, timeout=300)
+    deadline = time.monotonic() + 300
     while status(run)["state"] == "running" and time.monotonic() < deadline:
         time.sleep(0.2)
     assert (status(run)["state"], status(run)["step"]) == ("finished", 300)

@@ -34,7 +34,7 @@ from tests.checkpoints import add_weights, write_checkpoint
 from tests.faults.test_disk import small_disk
 from tests.faults.test_save import write_files
 from tests.runs import ENVIRONMENT, KILL_AT, KILLED, final_weights, last_states, loss_history, write_recipe
-from tests.warm import TRAIN, Warm
+from tests.warm import PAUSED, TRAIN, Warm
 
 SOMEONE = 54321  # a user id without a name, as containers are given
 IS_ROOT = os.geteuid() == 0
@@ -261,7 +261,7 @@ def test_a_cache_that_is_cut_short_during_a_run_is_named(recipe: Path, tmp_path:
         time.sleep(0.05)
     (tokens,) = cache.glob("data/*/input_ids.bin")
     os.truncate(tokens, 0)
-    assert training.wait(timeout=120) == 1, errors.read_text()
+    assert training.wait(timeout=300) == 1, errors.read_text()
     said = errors.read_text()
     assert "Lost rank 0: Bus error in " in said
     assert "qwentune/data/" in said
@@ -285,9 +285,8 @@ def test_preview_and_plan_beside_a_run_disturb_nothing(
         )  # fmt: skip
 
     first = start("preview")  # both render, or one waits for the other
-    running = warm.start(recipe, f"output.dir={run}", **{"QWENTUNE_CACHE": cache["QWENTUNE_CACHE"]})
-    running.says("step 1/")
-    running.signal(signal.SIGSTOP)  # in the middle of a step, for as long as the others need
+    running = warm.start(recipe, f"output.dir={run}", code=PAUSED + TRAIN, QWENTUNE_CACHE=cache["QWENTUNE_CACHE"])
+    running.pauses()  # for as long as the others need
     beside = [first, start("preview"), start("plan")]
     for process in beside:
         _, errors = process.communicate(timeout=300)
@@ -551,15 +550,14 @@ def test_what_killed_supervisors_left_goes(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root can give a folder to another user")
 @pytest.mark.fault("M96", "a folder of reports that is another user's: refused, exit 2, nothing is written into it")
-def test_reports_of_another_user_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    os.chown(tmp_path, SOMEONE, SOMEONE)
-    refused = subprocess.run(
-        [sys.executable, "-m", "qwentune.train", "recipes/quickstart.yaml"],
-        env={**ENVIRONMENT, reports.FOLDER: str(tmp_path)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert refused.returncode == 2, refused.stderr
-    assert "belongs to another user" in refused.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_reports_of_another_user_are_refused(tmp_path: Path, warm: Warm) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    os.chown(theirs, SOMEONE, SOMEONE)
+    refused = warm.train(write_recipe(tmp_path, "builtin:tiny-qwen3"), **{reports.FOLDER: str(theirs)})
+    assert refused.code == 2, refused.said
+    assert "belongs to another user" in refused.said
+    assert list(theirs.iterdir()) == []
 
 
 # --- a million rows

@@ -343,7 +343,7 @@ def test_a_changed_base_may_be_allowed_and_still_not_fit(tmp_path: Path, warm: W
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 192}))
     add_weights(model)
-    allowed = [word for key in ("base weights", "optimizer", "plan") for word in ("--allow-change", key)]
+    allowed = [word for key in ("base", "optimizer", "plan") for word in ("--allow-change", key)]
     refused = warm.train(recipe, "optimizer.max_steps=3", *allowed)
     assert (refused.code, "of another shape" in refused.said) == (5, True), refused.said
     assert "Traceback" not in refused.said

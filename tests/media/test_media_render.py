@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 from dataclasses import dataclass
@@ -18,12 +20,13 @@ from qwentune.data.dataset import Dataset, chat_template, prepare
 from qwentune.data.layout.batch import Ahead, TrainBatches, collate, collated
 from qwentune.data.layout.schedule import Schedule
 from qwentune.data.layout.trie import Packed
+from qwentune.data.media.thumbnails import thumbnails
 from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import EXIT_OK, DataError
 from qwentune.recipe import DataOptions, load_recipe
 from tests.media import material, oracle
 from tests.media.checkpoints import MediaType, write_media_checkpoint
-from tests.media.material import Item, Material
+from tests.media.material import Item, Kind, Material
 
 SMALL: list[MediaType] = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen2_audio"]
 
@@ -97,7 +100,8 @@ def test_rows_have_the_ids_positions_and_media_of_each_example_alone(
     met: set[tuple[int, ...]] = set()
     for row in (dataset.train[k] for k in range(len(dataset.train))):
         ids = dataset.media.in_model(row.input_ids)
-        assert row.positions is not None and not pads & set(row.target.tolist())
+        assert row.positions is not None
+        assert not pads & set(row.target.tolist())
         for path in paths_of(row):
             example = expected[tuple(ids[path].tolist())]
             assert row.positions[:, path].tolist() == example.positions.tolist()
@@ -117,7 +121,8 @@ def test_a_trie_shares_a_picture_and_never_merges_two(place: Place) -> None:
     copy_with_one_other_pixel(place.files.folder, one, same_size)
     rows = [dialogue(user(picture, "What is it?"), "It is.") for picture in (one, same_size, one, other)]
     dataset = place.prepared("qwen2_5_vl", [*rows, dialogue(user(one, one, "Alike?"), "Yes.")])
-    assert dataset.media is not None and len(dataset.media.seen) == 3
+    assert dataset.media is not None
+    assert len(dataset.media.seen) == 3
     ids = [tuple(dataset.examples.ids(i).tolist()) for i in range(5)]
     assert ids[0] == ids[2] != ids[1]
     assert [-1 in example for example in ids] == [True, False, True, False, True]
@@ -127,7 +132,8 @@ def test_a_trie_shares_a_picture_and_never_merges_two(place: Place) -> None:
         dialogue(user(one, "a"), "b", user(same_size, "c"), {**answer("d"), "reasoning_content": "so"}, user("e"), "f")
     ]
     (row,) = [place.prepared("qwen3_5", thinks).train[0]]
-    assert len(paths_of(row)) > 1 and len(row.media) == len(set(row.media)) == 2
+    assert len(paths_of(row)) > 1
+    assert len(row.media) == len(set(row.media)) == 2
 
 
 def answer(text: str) -> dict[str, Any]:
@@ -152,7 +158,8 @@ def test_swapped_pictures_are_other_data(place: Place) -> None:
         for pictures in ((one, other), (other, one))
     )
     assert (first.examples.input_ids == second.examples.input_ids).all()
-    assert first.content != second.content and first.fingerprint != second.fingerprint
+    assert first.content != second.content
+    assert first.fingerprint != second.fingerprint
 
 
 def test_a_picture_that_changes_is_told_with_its_row_and_rendered_again(
@@ -168,7 +175,8 @@ def test_a_picture_that_changes_is_told_with_its_row_and_rendered_again(
         collated(before.train, range(len(before.train)), 1.0)
     capsys.readouterr()
     after = place.prepared("qwen3_vl", rows)
-    assert "rows.jsonl:2" in capsys.readouterr().err and after.content != before.content
+    assert "rows.jsonl:2" in capsys.readouterr().err
+    assert after.content != before.content
     one.unlink()
     with pytest.raises(DataError, match=r"rows\.jsonl:2 .*edited\.png"):
         place.prepared("qwen3_vl", rows)
@@ -197,7 +205,8 @@ def test_old_turns_go_with_their_pictures(place: Place) -> None:
     whole = place.prepared("qwen2_5_vl", [row], turns="last")
     size = int(whole.examples.lengths.max())
     cut = place.prepared("qwen2_5_vl", [row], turns="last", too_long="drop_old_turns", max_tokens=size - 1)
-    assert cut.media is not None and [Path(seen.path).name for seen in cut.media.seen] == [Path(second).name]
+    assert cut.media is not None
+    assert [Path(seen.path).name for seen in cut.media.seen] == [Path(second).name]
     assert len(whole.media.seen) == 2 if whole.media else False
 
 
@@ -212,9 +221,11 @@ def test_batches_hold_each_medium_in_the_order_of_its_pads(place: Place) -> None
     patches = np.concatenate([dataset.media.load(number) for number in order])
     assert batch["pixel_values"].numpy().tobytes() == patches.tobytes()
     num_pads = int((batch["input_ids"] == dataset.media.pad_ids["image"]).sum())
-    assert num_pads * 4 == len(patches) and int(batch["input_ids"].min()) >= 0
+    assert num_pads * 4 == len(patches)
+    assert int(batch["input_ids"].min()) >= 0
     assert batch["position_ids"].shape == (3, *batch["depths"].shape)
-    assert "pixel_values_videos" not in batch and "input_features" not in batch
+    assert "pixel_values_videos" not in batch
+    assert "input_features" not in batch
 
 
 def test_batches_made_ahead_are_those_asked_for_in_any_order(place: Place) -> None:
@@ -229,13 +240,39 @@ def test_batches_made_ahead_are_those_asked_for_in_any_order(place: Place) -> No
 
 def test_rows_of_text_alone_carry_nothing_of_media(place: Place) -> None:
     dataset = place.prepared("qwen3_vl", [dialogue({"role": "user", "content": "a <|image_pad|>"}, "b")])
-    assert dataset.media is None and "media" not in dataset.report
+    assert dataset.media is None
+    assert "media" not in dataset.report
     batch = collate([dataset.train[0]], 1.0, dataset.train.media)
     assert set(batch) == {
         *("input_ids", "position_ids", "visible_until", "predict_from", "target", "weight", "trees"),
     }
     folder = Path(os.environ["QWENTUNE_CACHE"], "data", dataset.fingerprint)
     assert not (folder / "media.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count"), [("qwen2_5_vl", "image", 1), ("qwen3_vl", "video", 2), ("qwen2_audio", "audio", 1)]
+)
+def test_thumbnails_are_small_pictures_of_what_the_model_is_given(
+    place: Place, name: MediaType, kind: Kind, count: int
+) -> None:
+    from PIL import Image
+
+    item = place.files.of(kind)[0]
+    part = {"type": kind, kind: item.name}
+    row = dialogue({"role": "user", "content": [part, {"type": "text", "text": "What?"}]}, "It.")
+    media = place.prepared(name, [row]).media
+    assert media is not None
+    urls = thumbnails(media.seen[0], media.load(0), media.limits)
+    assert len(urls) == count
+    for url in urls:
+        with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as picture:
+            drawn = np.asarray(picture.convert("RGB"), dtype=float)
+        assert max(drawn.shape) <= 128
+    if kind == "image":
+        with Image.open(place.files.folder / item.name) as picture:
+            whole = np.asarray(picture.convert("RGB").resize(drawn.shape[1::-1]), dtype=float)
+        assert np.abs(drawn - whole).mean() < 40 < np.abs(drawn - 255 + whole).mean()
 
 
 def test_the_preview_shows_media(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

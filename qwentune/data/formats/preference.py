@@ -36,7 +36,7 @@ def parse(row: dict[str, Json], source: Source) -> Pair | list[Problem]:
         read = (*read, "chosen", "rejected")
     system = read_system(row, [*prompt, *chosen, *rejected], reader)
     prompt = [*system, *prompt]
-    tools, args = tuple(read_tools(row, reader)), read_template_args(row, reader)
+    (tools, _), args = read_tools(row, reader), read_template_args(row, reader)
     refuse_other_weight(row, reader)
     reader.leave_unread(key for key in PREFERENCE if key not in read and row.get(key) is not None)
     reader.leave_unread(reader.other_keys(row, ROW_FORMATS["preference"].keys, "row"))
@@ -54,7 +54,7 @@ def parse(row: dict[str, Json], source: Source) -> Pair | list[Problem]:
     said = [with_media(row, [*context, *end], reader) for end in ends.values() if not reader.problems]
     if reader.problems:
         return reader.problems
-    whole = [Conversation(source, tuple(one), tools, places[: len(one)], args) for one in said]
+    whole = [Conversation(source, tuple(one), tuple(tools), places[: len(one)], args) for one in said]
     preferred = replace(whole[0], unread=tuple(reader.unread), offered=tuple(reader.offered))
     return Pair(source, preferred, whole[1])
 

@@ -15,7 +15,7 @@ from qwentune.data.formats.apis.responses import chat_request, messages_of
 from qwentune.data.reading.faults import described
 from qwentune.data.reading.row_reader import RowReader
 from qwentune.data.sample import Conversation, Json, Source
-from qwentune.errors import Problem
+from qwentune.errors import Problem, counted
 from qwentune.row_formats import CALLS
 
 WRAPPERS = ("body", "json", "kwargs", "params", "payload", "data", "message", "response")  # one body inside another
@@ -82,6 +82,7 @@ def _body(value: Json, path: str, keys: tuple[str, ...], reader: RowReader, dept
     if isinstance(value, dict) and not any(key in value for key in keys) and depth < DEEPEST_WRAPPING:
         for key in WRAPPERS:
             if isinstance(value.get(key), dict | str):
+                reader.leave_unread((one for one, item in value.items() if one != key and item is not None), path)
                 return _body(value[key], f"{path}.{key}", keys, reader, depth + 1)
     return value
 
@@ -169,7 +170,7 @@ def _last(messages: list[Json], path: str, reader: RowReader) -> Json:
         case [{"role": "assistant"} as message]:
             return _alone(message)
         case _ if not reader.problems:
-            reader.refuse(f"{path} holds {len(messages)} messages", "It is one answer of the assistant.")
+            reader.refuse(f"{path} holds {counted(len(messages), 'message{|s}')}", "It is one answer of the assistant.")
         case _:
             pass
     return None

@@ -98,18 +98,20 @@ def _with_unread(sample: Sample, keys: Sequence[str]) -> Sample:
 def _no_such_columns(path: str, missing: Mapping[str, str], row: Json) -> list[Problem]:
     """Of columns of the recipe, by our names, that no row of a file has; `row` is one of its rows."""
     names = row if isinstance(row, dict) else {}
+    fix = f"Its rows have {', '.join(map(repr, islice(names, 20)))}: name one of them, or leave it out of `columns`."
     return [
-        Unread(path, f"no row has the column {theirs!r}, which is to be {ours!r}", nearest(theirs, names).strip())
+        Unread(
+            path,
+            f"no row has the column {theirs!r}, which is to be {ours!r}",
+            f"{nearest(theirs, names)} {fix}".strip(),
+        )
         for ours, theirs in missing.items()
     ]
 
 
 def refuse_untrained(sources: Iterable[DataSource]) -> None:
     """Raises DataError naming every source whose rows cannot be trained on yet."""
-    formats = {
-        source.path: detected(source.path, columns=Columns.of(source)) if source.format == "auto" else source.format
-        for source in sources
-    }
+    formats = {source.path: format_of_source(source) for source in sources}
     problems = [
         Problem(path, f"rows of the format {format} can be previewed, but not trained on yet", _TRAINED)
         for path, format in formats.items()
@@ -117,6 +119,11 @@ def refuse_untrained(sources: Iterable[DataSource]) -> None:
     ]
     if problems:
         raise DataError(problems)
+
+
+def format_of_source(source: DataSource) -> str:
+    """The format that a source names, or the one of its first rows; DataError where none is recognised."""
+    return detected(source.path, columns=Columns.of(source)) if source.format == "auto" else source.format
 
 
 def detected(path: str, content: Content | None = None, columns: Columns | None = None) -> str:

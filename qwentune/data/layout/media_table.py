@@ -87,7 +87,7 @@ class RunMedia:
     @classmethod
     def of(cls, seen: Sequence[Seen], limits: MediaLimits, control_ids: Mapping[str, int]) -> RunMedia:
         """The media of a run whose tokenizer has these control tokens."""
-        kinds = {one.kind for one in seen}
+        kinds: set[MediaKind] = {one.kind for one in seen}
         return cls(seen, limits, {kind: control_ids[limits.family.pads[kind]] for kind in kinds})
 
     @property

@@ -8,22 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from array import array
-from collections.abc import Collection, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwentune.data.layout import media_table
 from qwentune.data.layout.media_table import MediaTable, read_table
+from qwentune.data.layout.sums import DamagedError, StaleError, opened, prove, sums_of
 from qwentune.data.media.pads import pad_of
 from qwentune.data.media.seen import Seen
 from qwentune.data.rendering.example import PARTS, Example, Span
@@ -47,18 +46,8 @@ DTYPES: dict[str, type[np.generic]] = {
     "evaluation": np.int64,
 }
 BUFFER_TOKENS = 2**20
-BLOCK_BYTES = 2**24  # summed by one thread
-MOST_THREADS = 4
 DESCRIPTION, MANIFEST = "description.json", "manifest.json"
 LARGEST_MANIFEST_BYTES = 2**24  # which lists the sums of more than 10 TB
-
-
-class DamagedError(Exception):
-    """A folder of the cache that is not what was written: which file, and what is wrong with it."""
-
-
-class StaleError(DamagedError):
-    """A folder of the cache that is what was written, of media whose files are no longer what they were."""
 
 
 OF_EXAMPLES = tuple(name for name in DTYPES if name not in ("files", "train", "evaluation"))
@@ -308,14 +297,14 @@ def seal(folder: Path, description: Mapping[str, Any]) -> None:
     sums: dict[str, list[int]] = {}
     media = [media_table.FILE] if (folder / media_table.FILE).exists() else []
     for name in (DESCRIPTION, *media, *(_path(folder, name).name for name in DTYPES)):
-        with _opened(folder / name) as file:
+        with opened(folder / name) as file:
             sums[name] = sums_of(file)
     (folder / MANIFEST).write_text(json.dumps(sums), encoding="utf-8")
 
 
 def open_sealed(folder: Path, fingerprint: str) -> tuple[dict[str, Any], Examples]:
     """The description and the examples of a sealed folder; DamagedError where any of it is not what was written."""
-    with _opened(folder / MANIFEST) as file:
+    with opened(folder / MANIFEST) as file:
         try:
             parsed = json.loads(file.read(LARGEST_MANIFEST_BYTES))
         except (ValueError, RecursionError):
@@ -323,8 +312,8 @@ def open_sealed(folder: Path, fingerprint: str) -> tuple[dict[str, Any], Example
     if not isinstance(parsed, dict):
         raise DamagedError(f"{MANIFEST} is not the list of sums that was written")
     sums = cast(dict[str, Any], parsed)
-    with _opened(folder / DESCRIPTION) as file:
-        _prove(file, DESCRIPTION, sums)
+    with opened(folder / DESCRIPTION) as file:
+        prove(file, DESCRIPTION, sums)
         file.seek(0)
         description = json.loads(file.read())
     if description["fingerprint"] != fingerprint:
@@ -332,52 +321,12 @@ def open_sealed(folder: Path, fingerprint: str) -> tuple[dict[str, Any], Example
     return description, Examples.open(folder, sums, description["file_names"])
 
 
-def sums_of(file: BinaryIO) -> list[int]:
-    """The length of a file in bytes, and the CRC-32 of each of its blocks: against rot and cuts, not against forgers.
-
-    About 0.3 s per GB and thread.
-    """
-    descriptor = file.fileno()
-    size = os.fstat(descriptor).st_size
-
-    def crc(offset: int) -> int:
-        return zlib.crc32(os.pread(descriptor, BLOCK_BYTES, offset))
-
-    with ThreadPoolExecutor(MOST_THREADS) as threads:
-        return [size, *threads.map(crc, range(0, size, BLOCK_BYTES))]
-
-
-def _prove(file: BinaryIO, name: str, sums: Mapping[str, Any]) -> None:
-    found, expected = sums_of(file), sums.get(name)
-    if found != expected:
-        written = repr(expected).strip("[").split(",")[0]
-        was = (
-            f"has {found[0]} bytes, and {written} were written"
-            if str(found[0]) != written
-            else "is not what was written"
-        )
-        raise DamagedError(f"{name} {was}")
-
-
-@contextmanager
-def _opened(path: Path) -> Generator[BinaryIO]:
-    """The file, open; DamagedError where it is none or cannot be read."""
-    try:
-        if path.exists() and not path.is_file():
-            raise DamagedError(f"{path.name} is no file")
-        with path.open("rb") as file:
-            yield file
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        raise DamagedError(f"{path.name} {'is missing' if missing else f'cannot be read: {error.strerror}'}") from None
-
-
 def _media(folder: Path, sums: Mapping[str, Any]) -> tuple[tuple[Seen, ...], int | None]:
     """The media of a sealed folder, and the number of one whose file is not what it was."""
     if media_table.FILE not in sums:
         return (), None
-    with _opened(folder / media_table.FILE) as file:
-        _prove(file, media_table.FILE, sums)
+    with opened(folder / media_table.FILE) as file:
+        prove(file, media_table.FILE, sums)
         file.seek(0)
         return read_table(file.read())
 
@@ -388,8 +337,8 @@ def _path(folder: Path, name: str) -> Path:
 
 def _mapped(folder: Path, name: str, sums: Mapping[str, Any]) -> NDArray[Any]:
     path = _path(folder, name)
-    with _opened(path) as file:
-        _prove(file, path.name, sums)
+    with opened(path) as file:
+        prove(file, path.name, sums)
         if not os.fstat(file.fileno()).st_size:  # there is nothing to map
             return np.empty(0, dtype=DTYPES[name])
         return np.memmap(file, dtype=DTYPES[name], mode="r")

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
@@ -125,8 +125,16 @@ def content_of(path: str) -> Content:
 
 
 def is_at_hand(path: str) -> bool:
-    """Whether nothing has to be fetched to read the path."""
-    return not is_hub_dataset(path) or kept_file(path).exists()
+    """Whether the file of a path is here, and nothing has to be fetched to read it."""
+    return (kept_file(path) if is_hub_dataset(path) else shipped(path)).is_file()
+
+
+def refuse_missing(paths: Iterable[str]) -> None:
+    """Raises DataError with every local path that names no file of rows; nothing is fetched or read."""
+    local = (path for path in paths if not is_hub_dataset(path))
+    problems = [problem for path in local if (problem := _unreadable(path, shipped(path)))]
+    if problems:
+        raise DataError(problems)
 
 
 def _local(path: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -9,7 +10,7 @@ from functools import lru_cache
 from typing import Literal
 
 from qwentune.data.sample import Json
-from qwentune.row_formats import MEDIA
+from qwentune.row_formats import MEDIA, MESSAGES
 
 LONGEST_MISSPELT = 40  # characters: no key that is read has half as many
 
@@ -82,8 +83,46 @@ SAY_NOTHING = frozenset(
         *("metadata", "meta", "extra_info", "category", "domain", "topic", "task", "language", "lang", "difficulty"),
         *("timestamp", "created", "created_at", "date", "time", "model", "usage", "object", "num_turns", "quality"),
         *("name", "tool_call_id", "type", "score", "extra"),
+        *("headers", "status", "status_code", "method", "custom_id", "request_id", "endpoint", "latency", "duration"),
+        "enable_thinking",  # where it contradicts a template that does not read it, that is said in its own words
     )
 )
+# What a key that nothing reads seems to be, by a word of it.
+LOOKALIKES: dict[Holder, dict[str, tuple[str, ...]]] = {
+    "row": {
+        "tools": ("tool", "tools", "function", "functions", "api", "apis"),
+        "system": ("system", "sys", "persona"),
+        "train": ("train", "trainable", "mask", "loss", "ignore"),
+        "enable_thinking": ("think", "thinking"),
+    },
+    "message": {
+        "reasoning_content": ("reasoning", "thinking", "thinks", "thought", "thoughts", "cot", "rationale"),
+        "tool_calls": ("tool", "tools", "function", "functions", "call", "calls"),
+        "train": ("train", "trainable", "mask", "loss", "ignore"),
+    },
+}
+# Words of keys that count or name what is elsewhere.
+_ABOUT = frozenset(
+    (
+        *("id", "ids", "num", "n", "count", "counts", "name", "names", "len", "length", "tokens", "time", "hash"),
+        *("choice", "parallel", "version", "source", "score", "effort", "model", "has", "is"),
+    )
+)
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+
+
+def seems(path: str) -> tuple[str, str] | None:
+    """The key that one at this path seems to be, and how its source says so; None where it seems to be none.
+
+    `path` is that of a row (`available_tools`), or of a message in it (`messages[].thought`).
+    """
+    holder, _, key = path.rpartition(".")
+    words = {word.lower() for word in _WORD.findall(key)}
+    ours = LOOKALIKES["message" if holder.endswith("[]") else "row"]
+    found = next((name for name, signs in ours.items() if words.intersection(signs)), None)
+    if found is None or words & _ABOUT or (holder and holder.removesuffix("[]") not in MESSAGES):
+        return None
+    return found, f"{'tags' if holder else 'columns'}: {{{found}: {key}}}"
 
 
 @lru_cache(maxsize=4096)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwentune.data.reading.faults import shortened
-from qwentune.data.reading.row_keys import SAY_NOTHING
+from qwentune.data.reading.row_keys import SAY_NOTHING, seems
 from qwentune.data.sample import Source
+from qwentune.errors import counted
 
 MOST_PATHS = 1000  # a row may name each of its values
 NUM_PLACES, NUM_NAMED = 3, 8
@@ -59,10 +60,13 @@ class UnreadKeys:
         named = sorted(odd.items(), key=lambda item: -item[1].count)[:NUM_NAMED]
         words = ", ".join(f"{path!r} ({one.count}, first: {one.first[0]})" for path, one in named)
         more = f", and {len(odd) - len(named)} more" if len(odd) > len(named) else ""
-        return [
-            f"{sum(one.count for one in odd.values())} keys of rows are read by nothing: {words}{more}. They change "
-            "nothing of what is trained: name them as the format does (`columns:`), or leave them out."
-        ]
+        keys = counted(sum(one.count for one in odd.values()), "key{|s} of rows {is|are} read by nothing")
+        likely = [f"{path!r} seems to be {found[0]}: {found[1]}" for path, _ in named if (found := seems(path))]
+        if likely:
+            mend = f"{'; '.join(likely)}. Say so in the source if it is, where its values are as that key has them."
+        else:
+            mend = "Name what should count as the format does (`columns`, `tags` of the source), or leave it out."
+        return [f"{keys}: {words}{more}. {mend}"]
 
 
 def _shown(path: str) -> str:

@@ -6,45 +6,63 @@ from collections.abc import Iterator
 
 from qwentune.data.sample import Conversation, Json
 
-SAYS_NOTHING = "assistant turns say nothing: the model learns to end at once. Leave them out, or give their text."
+# As `errors.counted` takes them: the count stands before.
+SAYS_NOTHING = (
+    "assistant turn{|s} say{s|} nothing: the model learns to end at once. Leave them out, or give their text."
+)
 NO_TOOLS = (
-    "calls are in rows that define no tool: the model learns to call what no prompt offers. Give the row's tools, or "
+    "call{|s} in a row that defines no tool: the model learns to call what no prompt offers. Give the row's tools, or "
     "leave it out."
 )
-UNKNOWN_TOOL = "calls are of tools that their row's tools do not have. Add those tools, or leave the rows out."
-NO_CALL = "tool results follow no tool call. Give the call in the assistant's message before."
-SAME_SPEAKER = "messages follow another of the same speaker. Join them, unless it is meant."
-FILE_LEFT_OUT = "files of repositories do not fit before the file that is cut. Raise data.max_tokens to have them read."
+UNKNOWN_TOOL = "call{|s} of a tool that the row's tools do not have. Add those tools, or leave the rows out."
+WRAPPED_TOOLS = (
+    'tool{|s} stand{s|} in `tools` without {"type": "function", "function": …} and get{s|} it: servers show no model '
+    "a tool without."
+)
+NO_CALL = "tool result{|s} follow{s|} no tool call. Give the call in the assistant's message before."
+SAME_SPEAKER = "message{|s} follow{s|} another of the same speaker. Join them, unless it is meant."
+FILE_LEFT_OUT = (
+    "file{|s} of repositories {does|do} not fit before the file that is cut. Raise data.max_tokens to have them read."
+)
 STRAY_TAG = (
-    "turns hold think tags that are not taken for reasoning: they are trained as written. Give reasoning in "
+    "turn{|s} hold{s|} think tags that are not taken for reasoning: they are trained as written. Give reasoning in "
     "reasoning_content, or first in the content as <think>…</think>."
 )
 SEVERAL_PARTS = (
-    "contents have several text parts, joined as they are: some servers put a line feed or a space between them. "
-    "Write each content as one text."
+    "content{|s} {has|have} several text parts, joined as they are: some servers put a line feed or a space between "
+    "them. Write each content as one text."
 )
 CHANGED_BY_NFC = (
-    "rows hold characters that the tokenizer composes, as it does when the model is served (Unicode's NFC): what is "
-    "trained decodes to the composed ones."
+    "row{|s} hold{s|} characters that the tokenizer composes, as it does when the model is served (Unicode's NFC): "
+    "what is trained decodes to the composed ones."
 )
 WITHOUT_TEMPLATE = (
-    "rows of texts named prompt and completion are trained as they are, without the chat template. For a model that is "
+    "row{|s} of texts named prompt and completion {is|are} trained without the chat template. For a model that is "
     "asked in chats, give their source columns: {instruction: prompt, output: completion}."
 )
-REFUSAL = "answers are refusals, trained as they are worded. Leave them out where the model is to answer."
+REFUSAL = "answer{|s} {is a refusal|are refusals}, trained as worded. Leave them out where the model is to answer."
 AFTER_THE_LAST = (
-    "messages stand after the last answer of their dialogue: they train nothing. If one of them is an answer, its role "
+    "message{|s} stand{s|} after the last answer of the dialogue and train{s|} nothing. If one is an answer, its role "
     "is wrong."
 )
 NOT_THINKING = (
-    "turns without reasoning are trained under the prompt after which this model thinks by default: it will learn "
-    "not to think there. Give their reasoning, or tune a checkpoint that does not think."
+    "turn{|s} without reasoning {is|are} trained under the prompt after which this model thinks by default: it will "
+    "learn not to think there. Give their reasoning, or tune a checkpoint that does not think."
 )
-UNREACHABLE = "turns have no user turn before them: not trained. Give the question, or leave them out."
+UNREACHABLE = "turn{|s} {has|have} no user turn before {it|them}: not trained. Give the question, or leave them out."
+ALWAYS_THINKS = (
+    "row{|s} say{s|} enable_thinking false, but this checkpoint always thinks: its template has no other prompt, and "
+    "the row is trained under that one. Tune a checkpoint that can do without, or leave such rows out."
+)
+NEVER_THINKS = (
+    "row{|s} say{s|} enable_thinking true, but this checkpoint never thinks: its template has no other prompt, and "
+    "the row is trained under that one. Tune a checkpoint that thinks, or remove the key."
+)
 
 
 def remarks(conversation: Conversation) -> Iterator[str]:
     """A constant of this module for each place that deserves it."""
+    yield from [WRAPPED_TOOLS] * conversation.num_wrapped_tools
     tools = {_name(tool) for tool in conversation.tools}
     before, num_after = "", 0
     for message in conversation.messages:

@@ -23,8 +23,10 @@ from qwentune.data.rendering.outcome import Dropped, Outcome
 from qwentune.data.rendering.pieces import Encoder, Piece, ids_of
 from qwentune.data.rendering.probes import learn
 from qwentune.data.rendering.remarks import (
+    ALWAYS_THINKS,
     CHANGED_BY_NFC,
     FILE_LEFT_OUT,
+    NEVER_THINKS,
     NOT_THINKING,
     UNREACHABLE,
     WITHOUT_TEMPLATE,
@@ -162,12 +164,15 @@ class Renderer:
             assert voice.template is not None
             offered = (one.path for one in sample.offered if not self.template.reads(one))
             planned.outcome.unread = (*sample.unread, *offered)
+            asked = sample.template_args.get("enable_thinking", self.template.thinks_by_default)
+            if not self.template.has_thinking_switch and asked != self.template.thinks_by_default:
+                planned.outcome.remarks.append(NEVER_THINKS if asked else ALWAYS_THINKS)
             dialogue = Dialogue.of(sample, voice.template, voice.options, self.encoder, self.limits)
             dialogue.prove_guard(by_rendering=planned.is_checked)
             planned.outcome.forged_control_tokens = dialogue.count_forged()
             planned.outcome.unreachable_turns = len(dialogue.candidates) - len(dialogue.trained)
             unreachable = [UNREACHABLE] * planned.outcome.unreachable_turns
-            planned.outcome.remarks = [*remarks(sample), *dialogue.remarks, *unreachable]
+            planned.outcome.remarks += [*remarks(sample), *dialogue.remarks, *unreachable]
             planned.dialogue = dialogue
             planned.outcome.media = () if dialogue.media is None else dialogue.media.shown
             planned.outcome.answers = sample.answers

@@ -28,7 +28,9 @@ PATTERNS_THAT_CUT_AFTER_NEWLINE = (
     r"|\s+(?!\S)|\s+",
 )
 BATCH_SIZE = 256  # texts: enough for every core, and what they become is still in the processor's cache
+LONGEST_WHOLE = 2**16  # characters; a longer text is encoded by parts where it can be cut
 NUM_KEPT_WORDS = 200_000  # whose merges are remembered, in about 30 MB; the backend's own bound is 10,000
+_LINE_END = re.compile(r"\n(?=[ \t]*\S)")  # before a line that is not empty
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -94,9 +96,24 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text; no control token is recognised."""
-        encode = self.backend.encode_batch_fast
-        batches = (texts[start : start + BATCH_SIZE] for start in range(0, len(texts), BATCH_SIZE))
-        return [encoding.ids for batch in batches for encoding in encode(batch, add_special_tokens=False)]
+        short = [text for text in texts if len(text) <= LONGEST_WHOLE]
+        batches = (short[start : start + BATCH_SIZE] for start in range(0, len(short), BATCH_SIZE))
+        ids = iter([encoded for batch in batches for encoded in self._encoded(batch)])
+        return [next(ids) if len(text) <= LONGEST_WHOLE else self._encoded_by_parts(text) for text in texts]
+
+    def _encoded_by_parts(self, text: str) -> list[int]:
+        """The ids of a long text: while the library encodes one, it holds some hundred bytes for each character."""
+        ids: list[int] = []
+        start = 0
+        while start < len(text):
+            end = _LINE_END.search(text, start + LONGEST_WHOLE) if self.cuts_after_newline else None
+            stop = end.end() if end else len(text)
+            ids += self._encoded([text[start:stop]])[0]
+            start = stop
+        return ids
+
+    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, control tokens written out."""

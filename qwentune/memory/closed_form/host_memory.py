@@ -64,6 +64,7 @@ def merging(spec: ModelSpec, settings: Settings) -> Terms:
     largest = max(spec.hidden_size * spec.dense_intermediate, spec.expert_parameters_per_layer)
     return Terms(
         weights=4 * spec.parameters,
+        towers=4 * spec.tower.parameters if settings.towers is not None and spec.tower is not None else 0,
         adapters=settings.trained_bytes * adapter_parameters(spec, settings),
         temporaries=2 * 4 * largest,
     )

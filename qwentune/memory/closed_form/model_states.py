@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qwentune.facts.architecture import ModelSpec
 from qwentune.memory.closed_form.adapter_sizes import adapter_parameters
+from qwentune.memory.closed_form.tower_sizes import tuned_tower_parameters
 from qwentune.memory.settings import Settings
 
 # NF4: half a byte, an 8-bit scale per 64 values, and an fp32 scale per 256 of those scales.
@@ -19,7 +20,8 @@ BLOCK_VALUES = 256
 
 def trained_parameters(spec: ModelSpec, settings: Settings) -> int:
     """Parameters that receive gradients, over all ranks."""
-    return spec.parameters if settings.kind == "full" else adapter_parameters(spec, settings)
+    decoder = spec.parameters if settings.kind == "full" else adapter_parameters(spec, settings)
+    return decoder + tuned_tower_parameters(spec, settings)
 
 
 def base_weight_bytes(spec: ModelSpec, settings: Settings) -> int:

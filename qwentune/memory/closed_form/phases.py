@@ -20,6 +20,7 @@ from qwentune.memory.closed_form.activations import (
 )
 from qwentune.memory.closed_form.adapter_sizes import adapter_parameters, adapts_head
 from qwentune.memory.closed_form.host_memory import merging
+from qwentune.memory.closed_form.media_activations import media_bytes, without_gradients
 from qwentune.memory.closed_form.model_states import (
     DEEPSPEED_LIVE_VALUES,
     base_weight_bytes,
@@ -33,6 +34,7 @@ from qwentune.memory.closed_form.model_states import (
     trained_parameters,
 )
 from qwentune.memory.closed_form.terms import Terms, with_overheads
+from qwentune.memory.closed_form.tower_sizes import copied_tower_parameters, tower_weight_bytes, tuned_tower_parameters
 from qwentune.memory.settings import Overheads, Settings
 
 # Two fp32 gradients and the log-softmax, with the model's outputs dropped (transformers 5).
@@ -64,7 +66,8 @@ def _static(spec: ModelSpec, settings: Settings) -> Terms:
     weights, adapters = base_weight_bytes(spec, settings), 0
     if settings.kind != "full":
         adapters = settings.trained_bytes * adapter_parameters(spec, settings)
-    optimizer, unsharded = state_bytes(spec, settings), 0
+        adapters += settings.trained_bytes * copied_tower_parameters(spec, settings)
+    optimizer, unsharded, towers = state_bytes(spec, settings), 0, tower_weight_bytes(spec, settings)
     if settings.is_sharded:
         # Two layers (the current one and the prefetched one) and the root unit are gathered at a time.
         layer = weights - settings.weight_bytes * spec.embedding_parameters
@@ -72,12 +75,12 @@ def _static(spec: ModelSpec, settings: Settings) -> Terms:
         if settings.uses_deepspeed:
             kept = settings.weight_bytes * min(spec.parameters, DEEPSPEED_LIVE_VALUES)
             unsharded = max(unsharded, kept) if settings.num_ranks > 1 else 0
-        weights, adapters = share_of(weights, settings.num_ranks), share_of(adapters, settings.num_ranks)
+        weights, adapters, towers = (share_of(size, settings.num_ranks) for size in (weights, adapters, towers))
     if settings.sharding == "zero2-offload":  # on its way to the host a gradient passes one tensor's room
         unsharded = largest_tensor_bytes(spec, settings)
     if settings.is_sharded or settings.uses_deepspeed:
         optimizer = 0 if settings.offloads else share_of(optimizer, settings.num_ranks)
-    return Terms(weights=weights, adapters=adapters, optimizer=optimizer, temporaries=unsharded)
+    return Terms(weights=weights, adapters=adapters, optimizer=optimizer, temporaries=unsharded, towers=towers)
 
 
 def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Terms]:
@@ -117,26 +120,44 @@ def _step_moments(spec: ModelSpec, settings: Settings, static: Terms) -> list[Te
 
     norm_copies = 2 if settings.kind == "full" else 1  # a norm that is trained keeps what it scales
     hidden = settings.forward_tokens * spec.hidden_size
+    hidden_bytes = hidden * settings.weight_bytes
     final_norm = hidden * (4 + norm_copies * settings.weight_bytes)
     if settings.kind != "qlora":  # whose unpacked weight is more
-        last_layer_bytes += hidden * settings.weight_bytes  # the gradient that it is given
+        last_layer_bytes += hidden_bytes  # the gradient that it is given
+    # Those of towers come last, from what the decoder's backward pass gives for their outputs.
+    media = media_bytes(spec, settings)
+    tower_gradients = settings.trained_bytes * tuned_tower_parameters(spec, settings) if starts_without else 0
+    static = replace(static, media=media.inputs)
+    forward = replace(static, media=media.inputs + media.running, gradients=at_head, activations=hidden_bytes)
+    backward = replace(forward, media=media.inputs + media.kept + media.backward)
+    backward = replace(backward, gradients=gradients - embedding_gradient - tower_gradients)
+    static = replace(static, media=media.inputs + media.kept)
     moments = [
-        replace(static, gradients=at_head, activations=saved + final_norm, logits=_logit_bytes(spec, settings)),
+        *([forward, backward] if media.inputs else []),
+        replace(
+            static,
+            gradients=at_head,
+            activations=saved + final_norm,
+            logits=_logit_bytes(spec, settings),
+            media=static.media + media.outputs,
+        ),
         replace(static, gradients=early, activations=last_layer_bytes, temporaries=temporaries),
         replace(
             static,
-            gradients=gradients - embedding_gradient,
+            gradients=gradients - embedding_gradient - tower_gradients,
             activations=first_layer_bytes,
             temporaries=temporaries,
         ),
-        replace(static, gradients=gradients, temporaries=static.temporaries + waiting - embedding_gradient),
     ]
-    moments.append(_optimizer_moment(spec, settings, static, gradients))
     if spec.period > 1:  # the layer before the last is of another kind
         before = saved - (last.saved_bytes if num_saved else last.boundary_bytes - first.saved_bytes)
         early += (gradients - early) // spec.num_layers
         activations = before + max(first.backward_bytes, at_last + first.experts_bytes)
         moments.append(replace(static, gradients=early, activations=activations, temporaries=temporaries))
+    static = replace(static, media=media.inputs)
+    after = static.temporaries + waiting - embedding_gradient
+    moments.append(replace(static, gradients=gradients, temporaries=after))
+    moments.append(_optimizer_moment(spec, settings, static, gradients))
     sums = sum_bytes(spec, settings)
     return [replace(moment, gradients=moment.gradients + sums) for moment in moments]
 
@@ -192,7 +213,11 @@ def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
         activations=tokens * hidden * settings.weight_bytes + mask_bytes(spec, settings),
         logits=logits,
     )
-    return max(body, head, key=lambda terms: terms.allocated)
+    media = media_bytes(spec, without_gradients(settings))
+    tower = replace(static, gradients=gradients, activations=tokens * hidden * settings.weight_bytes)
+    tower = replace(tower, media=media.inputs + media.running)
+    decoder = [replace(moment, media=media.inputs + media.outputs) for moment in (body, head)]
+    return max(tower, *decoder, key=lambda terms: terms.allocated)
 
 
 def _load(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:

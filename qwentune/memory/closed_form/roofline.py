@@ -61,6 +61,7 @@ def step_seconds(spec: ModelSpec, settings: Settings, device: GpuSpec | HostMemo
     kernels *= 1 + _RECOMPUTE_SHARE * recomputed
 
     on_device = settings.forward_tokens * arithmetic + traffic / bytes_per_second + kernels * _SECONDS_BETWEEN_KERNELS
+    on_device += _tower_flops(spec, settings) / _flops_per_second(settings.weights, device)
     micro_batch_seconds = max(on_device, kernels * seconds_per_kernel)
     # As if each rank moved all: what sharing saves here it costs on the way.
     optimizer_traffic = 0 if settings.offloads else trained_parameters(spec, settings) * _moved_bytes(settings)
@@ -108,6 +109,19 @@ def _flops_per_second(dtype: Dtype, device: GpuSpec | HostMemory) -> float:
         return _CPU_FLOPS
     tflops = device.fp32_tflops if dtype == "fp32" or device.bf16_tflops is None else device.bf16_tflops
     return tflops * 1e12 * _GEMM_EFFICIENCY
+
+
+def _tower_flops(spec: ModelSpec, settings: Settings) -> float:
+    """Of the media of a forward and, where it goes through the towers, a backward pass; attention left out."""
+    if settings.towers is None or spec.tower is None:
+        return 0.0
+    passes = (3 + settings.recomputes_towers) if settings.tunes_towers else 1
+    flops = 0.0
+    if (vision := spec.tower.vision) is not None:
+        flops += 2 * settings.forward_patches * (vision.body_parameters + vision.merger_parameters / vision.merge**2)
+    if (audio := spec.tower.audio) is not None:  # two frames become one position
+        flops += settings.forward_frames * audio.body_parameters
+    return passes * flops
 
 
 def _flops_per_token(spec: ModelSpec, settings: Settings, recomputed: float) -> tuple[float, float]:

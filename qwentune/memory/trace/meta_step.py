@@ -34,7 +34,7 @@ from qwentune.memory.trace.stand_ins import (
     no_autocast,
     unpacked_for_dora,
 )
-from qwentune.memory.trace.tower_step import MediaBatch, freeze_towers, recompute_towers, tower_modules
+from qwentune.memory.trace.tower_step import MediaBatch, freeze_towers, tower_modules
 from qwentune.model.adapters import add_adapters
 from qwentune.model.attention import IMPLEMENTATIONS
 from qwentune.model.head import LossHead
@@ -131,7 +131,8 @@ def step_of(
 ) -> Step:
     """One step of a network whose base weights are there, on meta or not; the optimizer's states are there too."""
     layers = list(network.get_decoder().layers)
-    recompute_layers(network, num_recomputed if num_recomputed < len(layers) else True)
+    recomputed = num_recomputed if num_recomputed < len(layers) else True
+    recompute_layers(network, recomputed, towers=settings.recomputes_towers)
     towers = tower_modules(network)
     period = _period(network.config.get_text_config())
     freeze_towers(network, settings)
@@ -139,7 +140,6 @@ def step_of(
         with torch.device(layers[0].input_layernorm.weight.device):
             rows = TRAINED_ROWS if settings.trains_rows else ()
             network = add_adapters(network, _tuning(settings), settings.adapters, rows)
-    recompute_towers(towers, settings)
     network.train()
     head = LossHead(network, settings.loss)
     head.attention = IMPLEMENTATIONS["eager"]  # so that probes hear of the batch's trees too
@@ -227,7 +227,7 @@ def meta_batch(settings: Settings, config: PreTrainedConfig | None = None) -> di
     }
     if settings.towers is None or config is None:
         return batch
-    return batch | MediaBatch.on_meta(settings, config).tensors_by_name
+    return {**batch, **MediaBatch.on_meta(settings, config).tensors_by_name}
 
 
 @contextmanager

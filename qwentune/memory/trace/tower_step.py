@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from qwentune.data.layout.tower_inputs import AUDIO_FRAMES, stays_on_cpu, tower_inputs
 from qwentune.facts.media import FAMILIES
 from qwentune.facts.towers import PROJECTOR, TOWERS, Part
-from qwentune.memory.settings import Settings
+from qwentune.memory.settings import Settings, TowerTuning
 from qwentune.model.senses import OF_MEDIA, freeze
 
 
@@ -73,14 +73,5 @@ def freeze_towers(network: Any, settings: Settings) -> None:
     """Stops gradients into what is not tuned, under full tuning; adapters freeze what they do not train."""
     if settings.towers is None or settings.kind != "full":
         return
-    trained: list[Part] = ["language"]
-    trained += ["tower"] if settings.towers.body == "trained" else []
-    trained += ["merger"] if settings.towers.merger == "trained" else []
-    freeze(network, trained)
-
-
-def recompute_towers(towers: Sequence[Any], settings: Settings) -> None:
-    """Switches activation checkpointing on for the blocks of towers where they are recomputed."""
-    for tower in towers if settings.recomputes_towers else ():
-        if hasattr(tower, "gradient_checkpointing_enable"):
-            tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parts: dict[Part, TowerTuning] = {"tower": settings.towers.body, "merger": settings.towers.merger}
+    freeze(network, ["language", *(part for part, tuning in parts.items() if tuning == "trained")])

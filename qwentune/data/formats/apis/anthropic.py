@@ -62,13 +62,19 @@ def read_tool(tool: dict[str, Json], path: str, reader: RowReader) -> dict[str, 
         reader.leave_unread((key for key in tool if key not in TOOL_KEYS), path)
         function = {key: tool[key] for key in ("name", "description") if key in tool}
         return {"type": "function", "function": {**function, "parameters": tool["input_schema"]}}
+    if "function" in tool:
+        return tool
     kind = tool.get("type")
-    if kind == "function" and "function" not in tool and "name" in tool:  # OpenAI's responses API
-        return {"type": "function", "function": {key: tool[key] for key in tool if key != "type"}}
     if isinstance(kind, str) and isinstance(tool.get("name"), str) and kind[-8:].isdigit():  # web_search_20250305
         reader.refuse(
             f"{path} is Anthropic's own tool {kind}, without a schema", "Give its schema, or leave the row out."
         )
+    elif kind not in (None, "function") or not isinstance(tool.get("name"), str):
+        what = f"of the type {kind!r}, without a function" if kind not in (None, "function") else "without a name"
+        fix = 'A tool is {"type": "function", "function": {"name", "description", "parameters"}}, or the inner object.'
+        reader.refuse(f"{path} is {what}", fix)
+    elif kind == "function":  # OpenAI's responses API
+        return {"type": "function", "function": {key: tool[key] for key in tool if key != "type"}}
     return tool
 
 

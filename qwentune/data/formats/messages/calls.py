@@ -16,20 +16,21 @@ _MEND = "It is JSON, one call or a list of them, before which only <think>…</t
 _ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # beside a function they would be lost
 
 
-def read_tools(row: Mapping[str, Json], reader: RowReader) -> list[dict[str, Json]]:
-    """The tools of a row; the list may be a text of JSON.
+def read_tools(row: Mapping[str, Json], reader: RowReader) -> tuple[list[dict[str, Json]], int]:
+    """The tools of a row, and how many under `tools` lacked OpenAI's wrapper; the list may be a text of JSON.
 
-    `tools` are taken as they are. Under the other names stand functions without OpenAI's wrapper, which they get: it is
-    what a server gives to the template.
+    A function gets the wrapper where it has none: servers take no tool without, and show it to the template. Under the
+    other names none is expected.
     """
     given = {key: reader.read_list(row, key) for key in TOOLS if row.get(key)}
     lists = {key: _objects(values, key, reader) for key, values in given.items() if values}
-    for key in lists.keys() - {"tools"}:
-        lists[key] = [tool if "function" in tool else {"type": "function", "function": tool} for tool in lists[key]]
+    num_bare = sum("function" not in tool for tool in lists.get("tools", ()))
+    for key, tools in lists.items():
+        lists[key] = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     first, *others = lists.values() if lists else [[]]
     if any(other != first for other in others):
         reader.refuse(f"the row has different tools in {' and '.join(lists)}", "Keep one of them.")
-    return first
+    return first, num_bare
 
 
 def _objects(values: list[Json], key: str, reader: RowReader) -> list[dict[str, Json]]:

@@ -33,7 +33,7 @@ def read_conversation(
     """
     _refuse_untrained(messages, key, reader)
     system = read_system(row, messages, reader)
-    tools = read_tools(row, reader)
+    tools, num_wrapped = read_tools(row, reader)
     args = read_template_args(row, reader)
     weight = read_weight(row, "", reader)
     reader.leave_unread(reader.other_keys(row, ROW_FORMATS[format].keys, "row"))
@@ -53,6 +53,7 @@ def read_conversation(
         args,
         tuple(reader.unread),
         tuple(reader.offered),
+        num_wrapped_tools=num_wrapped,
     )
 
 
