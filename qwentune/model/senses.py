@@ -141,7 +141,8 @@ class _Senses:
             embeds = embeds.index_copy(1, places, heard[None])
         for nothing in missing:
             embeds = embeds + nothing.to(embeds.dtype)
-        return {**arguments, "inputs_embeds": embeds}
+        # Ids say where pictures belong; without any, most classes take but one of both.
+        return {**arguments, "inputs_embeds": embeds, "input_ids": ids if grids else None}
 
     def add_deep_features(self, hidden: Tensor, mask: Tensor, features: Tensor) -> Tensor:
         """What Qwen3-VL's `_deepstack_process` gives, without looking for the places in the mask of every layer."""
