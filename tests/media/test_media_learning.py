@@ -34,7 +34,7 @@ ENOUGH = 0.9  # of the words
 # Steps and learning rate.
 COURSES: dict[MediaType, tuple[int, float]] = {
     "qwen2_5_vl": (140, 2e-3),
-    "qwen3_vl": (200, 2e-3),
+    "qwen3_vl": (180, 2e-3),
     "qwen3_5": (200, 2e-3),
     "qwen2_audio": (200, 2e-3),
 }
