@@ -26,16 +26,17 @@ from tests.runs import train
 
 SIDE = 84  # pixels
 LEAST_PIXELS = 4096
-NUM_TAUGHT, NUM_ASKED = 600, 96
-PER_STEP = 28
+NUM_TAUGHT, NUM_ASKED = 400, 96
+ROWS_PER_STEP, PER_ROW = 4, 7
+THETA = 5.0  # with the published one a head of 16 numbers can hardly tell columns apart
 ENOUGH = 0.9  # of the words
 
 # Steps and learning rate.
 COURSES: dict[MediaType, tuple[int, float]] = {
-    "qwen2_5_vl": (200, 3e-3),
-    "qwen3_vl": (250, 3e-3),
-    "qwen3_5": (250, 3e-3),
-    "qwen2_audio": (250, 3e-3),
+    "qwen2_5_vl": (140, 2e-3),
+    "qwen3_vl": (180, 2e-3),
+    "qwen3_5": (200, 2e-3),
+    "qwen2_audio": (200, 2e-3),
 }
 FIRST: MediaType = "qwen2_5_vl"
 
@@ -45,7 +46,7 @@ FIRST: MediaType = "qwen2_5_vl"
 )
 def test_it_learns_to_see_or_hear(tmp_path: Path, name: MediaType) -> None:
     steps, learning_rate = COURSES[name]
-    model = write_media_checkpoint(tmp_path / "model", name, hidden=128)
+    model = write_media_checkpoint(tmp_path / "model", name, hidden=128, theta=THETA)
     let_pictures_be_small(model, LEAST_PIXELS)
     add_media_weights(model)
     taught, asked = (material(tmp_path, name, count, seed) for seed, count in enumerate((NUM_TAUGHT, NUM_ASKED)))
@@ -64,8 +65,9 @@ def test_it_learns_to_see_or_hear(tmp_path: Path, name: MediaType) -> None:
     ]
     right = sum([word] == given for word, given in words) / len(words)
     assert right >= ENOUGH, f"{right:.2f} of the words: {list(zip([one.answer for one in asked], said, strict=True))}"
-    # Every prompt has the same ids: what differs is the file alone.
-    assert len(set(said)) > len(asked) // 4
+    # Every prompt has the same ids: what differs is the file alone, and the answer follows it.
+    wanted = {lesson.answer for lesson in asked}
+    assert len(wanted & set(said)) >= ENOUGH * len(wanted)
 
 
 def material(folder: Path, name: MediaType, count: int, seed: int) -> list[Lesson]:
@@ -77,7 +79,7 @@ def material(folder: Path, name: MediaType, count: int, seed: int) -> list[Lesso
 def write_lessons(
     folder: Path, model: Path, taught: list[Lesson], name: MediaType, steps: int, learning_rate: float
 ) -> Path:
-    """The recipe that teaches them, everything trained; packed into one row a step where the model's rows can be."""
+    """The recipe that teaches them, everything trained; packed where the model's rows can be."""
     data = folder / "lessons.jsonl"
     data.write_text("".join(json.dumps(lesson.row()) + "\n" for lesson in taught))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
@@ -86,8 +88,8 @@ def write_lessons(
     recipe: dict[str, Any] = {
         "model": str(model),
         "tuning": {"kind": "full", "towers": "trained", "merger": "trained"},
-        "data": {"train": str(data), "max_tokens": PER_STEP * (length + 4), "packing": packing},
-        "batch": {"sequences_per_step": 1 if packing else PER_STEP},
+        "data": {"train": str(data), "max_tokens": PER_ROW * (length + 4), "packing": packing},
+        "batch": {"sequences_per_step": ROWS_PER_STEP * (1 if packing else PER_ROW), "micro_batch": 1},
         "optimizer": {"max_steps": steps, "learning_rate": learning_rate, "warmup_fraction": 0.05},
         "precision": {"weights": "fp32"},
         "output": {"dir": str(folder / "run"), "save_every_steps": steps, "log_every_steps": 20},

@@ -45,7 +45,7 @@ def test_the_oracle_sizes_pictures_as_the_processor_of_the_folder(classes: dict[
 
     processor = Qwen2VLImageProcessorPil.from_pretrained(classes[name].folder)
 
-    @settings(max_examples=200)
+    @settings(max_examples=100)
     @given(st.integers(1, 6000), st.integers(1, 6000))
     def agrees(width: int, height: int) -> None:
         if max(width, height) > 200 * min(width, height):
@@ -148,8 +148,8 @@ def test_generated_dialogues_hold_what_they_are_to_hold(
     classes: dict[str, Class], files: Material, items: dict[str, Item], name: MediaType
 ) -> None:
     one, rules = classes[name], RULES[name]
-    rows = oracle.generated(0, name, files, 40)
-    assert rows == oracle.generated(0, name, files, 40) != oracle.generated(1, name, files, 40)
+    rows = oracle.generated(0, name, files, 25)
+    assert rows == oracle.generated(0, name, files, 25) != oracle.generated(1, name, files, 25)
     assert json.loads(json.dumps(rows)) == rows
     examples = [example for row in rows for example in oracle.expected_examples(row, one.tokenizer, name, items)]
     pads = {one.tokenizer.convert_tokens_to_ids(pad) for pad in rules.pads.values()}

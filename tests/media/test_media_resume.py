@@ -35,7 +35,7 @@ def test_kills_of_runs_with_media_change_nothing(tmp_path: Path, name: MediaType
     kill_warm(tmp_path, kind, kills=6, ranks=ranks, model=write_rows_and_model(tmp_path, name))
 
 
-@pytest.mark.fault("E35", "a picture that is another one at a resume is drift, told with its row")
+@pytest.mark.fault("F39", "a picture that is another one at a resume is drift, told with its row")
 @pytest.mark.slow
 @pytest.mark.parametrize("happens", ["changed", "missing"])
 def test_a_medium_that_changes_between_two_starts_is_told_with_its_row(
