@@ -91,7 +91,7 @@ def _planned(
     loaded: LoadedRecipe, folder: RunFolder, *, force_memory: bool, replan: bool, fresh: bool
 ) -> tuple[Path, int]:
     """The launch file of a run whose plan fits, and the number of processes."""
-    from qwentune.data.at_hand import longest_row
+    from qwentune.data.at_hand import largest_media, longest_row
     from qwentune.facts.continued import continued
     from qwentune.facts.launch import launch_file, uses_deepspeed
     from qwentune.facts.models import model_spec, refuse_untrainable
@@ -117,6 +117,7 @@ def _planned(
         num_ranks=count,
         sharding=sharding,
         longest_row=longest,
+        media=largest_media(recipe, spec),
         stored=stored,
         fresh=fresh,
     )

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedConfig
 from torch.nn import functional
+from transformers import PreTrainedConfig
 
 import qwentune.model.head as head
 from qwentune.memory.closed_form import phases as closed_form

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from qwentune.data.cache import cache_folder
 from qwentune.data.dataset import Dataset, chat_template, prepared
+from qwentune.data.layout.row_media import RowMedia
 from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
 from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import UsageError
+from qwentune.facts.architecture import ModelSpec
 from qwentune.recipe import Recipe
 
 
@@ -20,6 +22,12 @@ def rendered(recipe: Recipe) -> Dataset | None:
         return None
     template = chat_template(recipe.data, tokenizer)
     return prepared(recipe.data, tokenizer, template, recipe.seed, shares_prefixes=recipe.memory.shares_prefixes)
+
+
+def largest_media(recipe: Recipe, spec: ModelSpec) -> RowMedia | None:
+    """The most that a row of the rendered data shows of media; None where it is not at hand."""
+    dataset = None if spec.tower is None else rendered(recipe)
+    return None if dataset is None else dataset.largest_media
 
 
 def longest_row(recipe: Recipe) -> int | None:

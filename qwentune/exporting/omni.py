@@ -64,4 +64,3 @@ def put_thinker_in(base: Path, thinker: Path) -> None:
     for file in base.iterdir():
         if file.is_file() and not (thinker / file.name).exists():
             shutil.copyfile(file, thinker / file.name)
-
