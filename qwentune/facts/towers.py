@@ -63,11 +63,12 @@ def not_adapted(parts: Collection[Part]) -> str:
 
 
 def tower_remark(spec: ModelSpec) -> str:
-    """What of a checkpoint is described, in words; empty where it holds a text decoder alone."""
-    if spec.tower_of is None:
+    """What of a checkpoint is counted, in words; empty where all of it is."""
+    if spec.tower_of in _LOADED_ALONE:
+        return f"{spec.tower_of}: on rows of text the text tower alone is loaded and counted; pictures bring their own."
+    if spec.tower_of is None or spec.tower_of in FAMILIES:
         return ""
-    use = "planned and trained" if spec.tower_of in _LOADED_ALONE else "planned"
-    return f"{spec.tower_of}: the text tower alone is {use}; the vision tower is neither loaded nor counted."
+    return f"{spec.tower_of}: the text tower alone is planned; what sees or hears is not counted."
 
 
 def training_problems(spec: ModelSpec) -> list[Problem]:

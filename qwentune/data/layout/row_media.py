@@ -19,13 +19,19 @@ FRAMES_PER_SECOND = 100  # of mel frames
 class RowMedia:
     """Patches of pictures and videos, and mel frames of sounds.
 
-    `largest` are the patches of the largest picture or video among them, which is a video where `is_video`.
+    `largest` are the patches of the largest picture or video among them, which is a video of `num_frames` where these
+    are not 0.
     """
 
     patches: int = 0
     frames: int = 0
     largest: int = 0
-    is_video: bool = False
+    num_frames: int = 0
+
+    @property
+    def is_video(self) -> bool:
+        """Whether the largest is a video."""
+        return self.num_frames > 0
 
 
 def row_media(media: RunMedia | None, ids: Iterable[NDArray[np.int32]]) -> RowMedia:
@@ -35,7 +41,7 @@ def row_media(media: RunMedia | None, ids: Iterable[NDArray[np.int32]]) -> RowMe
     from qwentune.data.media.pads import number_of
 
     patches = frames = 0
-    largest = (0, False)
+    largest = (0, 0)
     for tokens in ids:
         pads, counts = np.unique(tokens[tokens < 0], return_counts=True)
         for pad, count in zip(pads.tolist(), counts.tolist(), strict=True):
@@ -47,7 +53,7 @@ def row_media(media: RunMedia | None, ids: Iterable[NDArray[np.int32]]) -> RowMe
                 frames += times * max(steps, whole)
                 continue
             patches += times * steps * rows * columns
-            largest = max(largest, (steps * rows * columns, seen.kind == "video"))
+            largest = max(largest, (steps * rows * columns, len(seen.frames)))
     return RowMedia(patches, frames, *largest)
 
 
@@ -55,6 +61,6 @@ def most(rows: Iterable[RowMedia]) -> RowMedia:
     """The most of each over some rows; nothing where there are none."""
     found = RowMedia()
     for row in rows:
-        largest = max((found.largest, found.is_video), (row.largest, row.is_video))
+        largest = max((found.largest, found.num_frames), (row.largest, row.num_frames))
         found = RowMedia(max(found.patches, row.patches), max(found.frames, row.frames), *largest)
     return found
