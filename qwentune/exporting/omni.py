@@ -34,15 +34,18 @@ def put_thinker_in(base: Path, thinker: Path) -> None:
 
     Raises ResumeError where the thinker's tensors are not those that the base has under `thinker.`.
     """
-    stored, tuned = read_weights(base), read_weights(thinker)
-    expected = {name.removeprefix(THINKER) for name in stored if name.startswith(THINKER)}
+    stored = read_weights(base)
+    # Under the name that the whole has, which transformers keeps or not.
+    tuned = {
+        THINKER + name.removeprefix(THINKER): (name, tensor.file) for name, tensor in read_weights(thinker).items()
+    }
+    expected = {name for name in stored if name.startswith(THINKER)}
     if expected != tuned.keys():
         other = sorted(expected ^ tuned.keys())
         what = f"{len(other)} tensors are not those of the base's thinker, the first: {other[0]}"
         raise ResumeError(Problem(str(thinker), what))
-    sources = {name: (name, tensor.file) for name, tensor in stored.items()}
-    sources |= {THINKER + name: (name, tensor.file) for name, tensor in tuned.items()}
-    files = {tensor.file for tensor in tuned.values()}
+    sources = {name: (name, tensor.file) for name, tensor in stored.items()} | tuned
+    files = {file for _, file in tuned.values()}
     whole = thinker.with_name(f"{thinker.name}.whole")
     remove(whole)
     whole.mkdir()

@@ -63,12 +63,12 @@ def not_adapted(parts: Collection[Part]) -> str:
 
 
 def tower_remark(spec: ModelSpec) -> str:
-    """What of a checkpoint is counted, in words; empty where all of it is."""
+    """What of a checkpoint is left out, in words; empty where nothing is."""
     if spec.tower_of in _LOADED_ALONE:
-        return f"{spec.tower_of}: on rows of text the text tower alone is loaded and counted; pictures bring their own."
+        return f"{spec.tower_of}: the vision tower is loaded where rows have media; texts train the decoder alone."
     if spec.tower_of is None or spec.tower_of in FAMILIES:
         return ""
-    return f"{spec.tower_of}: the text tower alone is planned; what sees or hears is not counted."
+    return f"{spec.tower_of}: the text decoder alone is planned; its tower is neither loaded nor counted."
 
 
 def training_problems(spec: ModelSpec) -> list[Problem]:

@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn.modules import Linear4bit
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import Trainer
 
 from qwentune.data.layout.batch import collate
 from qwentune.data.layout.tower_inputs import tower_inputs
 from qwentune.data.layout.trie import lay_out
+from qwentune.data.media.limits import media_limits
+from qwentune.exporting.omni import is_omni, is_thinker, put_thinker_in
+from qwentune.exporting.processors import PROCESSOR_FILES, write_processors
 from qwentune.facts.media import FAMILIES
-from qwentune.facts.towers import part_of
+from qwentune.facts.models import model_spec
+from qwentune.facts.towers import part_of, part_problems
 from qwentune.facts.weight_files import read_weights
 from qwentune.model.adapters import add_adapters, load_adapters
 from qwentune.model.attention import IMPLEMENTATIONS
 from qwentune.model.head import LossHead
 from qwentune.model.loading import load_model, read_config, recompute_layers
 from qwentune.model.senses import freeze, network_class
-from qwentune.recipe import Tuning
+from qwentune.recipe import MediaOptions, Tuning
+from qwentune.training.step import ExactStep
 from qwentune.training.trainer import save_weights
 from tests.media.checkpoints import HEARS, HYBRIDS, TYPES, MediaType, add_media_weights, write_media_checkpoint
 
-PACKED = tuple(name for name in TYPES if name not in HYBRIDS)
+FIRST: MediaType = "qwen2_5_vl"
+EVERY = [pytest.param(name, marks=() if name == FIRST else pytest.mark.slow) for name in TYPES]
 
 
 @dataclass(frozen=True)
@@ -194,7 +206,7 @@ def ours(world: World, **options: Any) -> Any:
     return network.train()
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", EVERY)
 def test_rows_with_media_train_as_single_examples_do(worlds: Any, model_type: MediaType) -> None:
     """Packed and in a trie, against transformers' own forward of each example alone; towers trained."""
     world: World = worlds(model_type)
@@ -236,7 +248,7 @@ def parts_with_adapters(adapted: Any) -> set[str]:
     return {part_of(name) for name, p in adapted.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", EVERY)
 def test_adapters_stand_only_where_they_are_asked_for(worlds: Any, model_type: MediaType, tmp_path: Path) -> None:
     """Whatever a module of a tower is called; and what is saved is loaded again bit for bit."""
     world: World = worlds(model_type)
@@ -267,7 +279,7 @@ def test_adapters_stand_only_where_they_are_asked_for(worlds: Any, model_type: M
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", EVERY)
 def test_recomputing_gives_the_same_bits_and_leaves_a_frozen_tower_alone(
     worlds: Any, model_type: MediaType, kind: str
 ) -> None:
@@ -295,7 +307,7 @@ def test_recomputing_gives_the_same_bits_and_leaves_a_frozen_tower_alone(
     assert {part_of(name) for name in found[0][1]} == {"language"}
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", EVERY)
 def test_a_trained_tower_is_recomputed_and_has_gradients_without_media_too(worlds: Any, model_type: MediaType) -> None:
     """Zeros, on a batch of text alone: else the ranks that have pictures would wait for the one that has none."""
     world: World = worlds(model_type)
@@ -320,7 +332,7 @@ def test_a_trained_tower_is_recomputed_and_has_gradients_without_media_too(world
     assert all(grad is not None and not grad.any() for grad in trained.values())
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", EVERY)
 def test_a_checkpoint_of_full_tuning_is_loaded_as_it_was(worlds: Any, model_type: MediaType, tmp_path: Path) -> None:
     """Bit for bit, under the names that the base has on disk, and the folder says that it sees and hears."""
     world: World = worlds(model_type)
@@ -334,3 +346,91 @@ def test_a_checkpoint_of_full_tuning_is_loaded_as_it_was(worlds: Any, model_type
     there = dict(again.named_parameters())
     assert all(torch.equal(p, there[name]) for name, p in network.named_parameters())
     assert read_weights(tmp_path).keys() == read_weights(world.folder).keys()
+
+
+@pytest.mark.parametrize("model_type", [pytest.param(name, marks=pytest.mark.slow) for name in TYPES])
+def test_towers_stay_in_16_bits_beside_4_bit_weights(worlds: Any, model_type: MediaType) -> None:
+    network = ours(worlds(model_type), four_bit=True)
+    in_4_bits = {part_of(name) for name, module in network.named_modules() if isinstance(module, Linear4bit)}
+    assert in_4_bits == {"language"}
+
+
+def test_parts_have_learning_rates_of_their_own(worlds: Any) -> None:
+    network = ours(worlds(FIRST))
+    freeze(network, ["language", "tower", "merger"])
+    arguments = SimpleNamespace(learning_rate=1e-3, weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.999)
+    tuning = Tuning(kind="full", towers="trained", merger="trained", towers_learning_rate=1e-5)
+    trainer = SimpleNamespace(
+        model=network, args=arguments, eight_bit=False, shards=None, lora_plus_ratio=1.0, part_rates=tuning.part_rates,
+        get_decay_parameter_names=lambda model: Trainer.get_decay_parameter_names(None, model),
+    )  # fmt: skip
+    optimizer = ExactStep.create_optimizer(trainer)  # type: ignore[arg-type]
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    rates = {(part_of(names[p]), group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    assert rates == {("language", 1e-3), ("tower", 1e-5), ("merger", 1e-3)}
+    assert optimizer.param_groups[0]["lr"] == 1e-3, "the first group's is the one that is logged"
+
+
+def test_towers_are_trained_only_where_they_are_loaded_and_whole() -> None:
+    sees, reads = model_spec("Qwen/Qwen2.5-VL-3B-Instruct"), model_spec("Qwen/Qwen3-0.6B")
+    both = lora(towers="adapters", merger="trained")
+    assert part_problems(sees, both, has_media=True, sharding="ddp") == []
+    assert [problem.where for problem in part_problems(sees, both, has_media=False, sharding="none")] == [
+        "tuning.towers",
+        "tuning.merger",
+    ]
+    assert "reads text only" in part_problems(reads, both, has_media=False, sharding="none")[0].what
+    assert part_problems(sees, lora(), has_media=True, sharding="fsdp2")[0].where == "hardware.launch"
+    assert part_problems(reads, lora(), has_media=False, sharding="fsdp2") == []
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_server_scales_pictures_as_the_run_did(tmp_path: Path, model_type: MediaType) -> None:
+    """Its limits are those of the package's processor files, the run's those of the base's and the recipe's."""
+    base, family = write_media_checkpoint(tmp_path / "base", model_type), FAMILIES[model_type]
+    target = tmp_path / "target"
+    target.mkdir()
+    shutil.copyfile(base / "config.json", target / "config.json")
+    options = MediaOptions(max_pixels=100_000, min_pixels=70_000)
+    write_processors(target, base, options)
+    served, trained = media_limits(target, family, MediaOptions()), media_limits(base, family, options)
+    assert served.hearing == trained.hearing
+    assert (served.vision is None) == (trained.vision is None)
+    if served.vision is not None and trained.vision is not None:
+        for limit in ("min_pixels", "max_pixels", "patch", "mean"):
+            assert getattr(served.vision, limit) == getattr(trained.vision, limit), limit
+    write_processors(target, base, MediaOptions())
+    assert all(
+        (target / name).read_bytes() == (base / name).read_bytes() for name in PROCESSOR_FILES if (base / name).exists()
+    )
+
+
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_5_omni", "qwen3_omni_moe")]
+)
+def test_a_tuned_thinker_goes_back_into_its_omni_model(worlds: Any, model_type: str, tmp_path: Path) -> None:
+    world: World = worlds(f"{model_type}_thinker")
+    base = shutil.copytree(world.folder, tmp_path / "base")
+    config = {"model_type": model_type, "thinker_config": json.loads((world.folder / "config.json").read_text())}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "spk_dict.pt").write_bytes(b"voices")
+    tensors = {f"thinker.{name}": tensor for name, tensor in load_file(world.folder / "model.safetensors").items()}
+    speech = {
+        "talker.a": torch.ones(3),
+        ("token2wav.b" if model_type == "qwen2_5_omni" else "code2wav.b"): torch.ones(2),
+    }
+    save_file(tensors | speech, base / "model.safetensors", metadata={"format": "pt"})
+    assert is_omni(base)
+    network = load_model(base, dtype="fp32", has_media=True)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1.0)
+    save_weights(network, tmp_path / "tuned")
+    assert is_thinker(tmp_path / "tuned")
+    put_thinker_in(base, tmp_path / "tuned")
+    assert is_omni(tmp_path / "tuned")
+    assert (tmp_path / "tuned" / "spk_dict.pt").read_bytes() == b"voices"
+    stored = load_file(tmp_path / "tuned" / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in speech.items())
+    again = dict(load_model(tmp_path / "tuned", dtype="fp32", has_media=True).named_parameters())
+    assert all(torch.equal(p, again[name]) for name, p in network.named_parameters())

@@ -5,6 +5,7 @@ Source: Qwen2VLImageProcessorPil of transformers 5.24, to which patches are equa
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from collections.abc import Generator
@@ -26,6 +27,7 @@ MOST_PIXELS = 178_956_970  # beyond which Pillow, and with it every server, take
 LONGEST_TO_SHORTEST = 200
 TRUE_COLOURS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 SIDEWAYS, ORIENTATION = (5, 6, 7, 8), 0x0112  # of EXIF
+EXIF_IN_PNG = (b"eXIf", b"Raw profile type", b"tiff:Orientation")
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -39,14 +41,13 @@ def picture_size(path: Path) -> tuple[int, int]:
             fix = f"Save it with 8 bits a colour: magick {path.name} -depth 8 -colorspace sRGB png24:{path.stem}-8.png"
             raise RowError(f"its colours are of the mode {image.mode}, which servers cut instead of scaling", fix)
         width, height = image.size
-        if image.format != "TIFF" and image.getexif().get(ORIENTATION) in SIDEWAYS:  # a TIFF is turned already
-            width, height = height, width
         if max(width, height) > LONGEST_TO_SHORTEST * min(width, height):
             what = f"it is {width}×{height}, and no side may be more than {LONGEST_TO_SHORTEST} times the other"
             raise RowError(what, "Crop it.")
-        if not _seems_whole(path, image):
+        data = _bytes_of(path)
+        if not _seems_whole(data, image.format):
             image.load()
-        return width, height
+        return (height, width) if _is_sideways(data, image) else (width, height)
 
 
 @contextmanager
@@ -125,19 +126,31 @@ def _normalised(mean: Number, std: Number) -> NDArray[np.float32]:
     return shifted / np.asarray(std, dtype=np.float32)[:, None]
 
 
-def _seems_whole(path: Path, image: Any) -> bool:
-    """Whether the file has its end, without decoding it; False where only decoding tells."""
-    size = path.stat().st_size
-    if size > LARGEST_PICTURE_BYTES:
+def _bytes_of(path: Path) -> bytes:
+    if (size := path.stat().st_size) > LARGEST_PICTURE_BYTES:
         raise RowError(f"it has {size:,} bytes, and at most {LARGEST_PICTURE_BYTES:,} are read", "Scale it down.")
-    data = path.read_bytes()
-    match image.format:
+    return path.read_bytes()
+
+
+def _seems_whole(data: bytes, format: str | None) -> bool:
+    """Whether the file has its end, without decoding it; False where only decoding tells."""
+    match format:
         case "JPEG" | "MPO":  # an end behind the last scan; inside a scan no mark stands
             return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda") > 0
         case "PNG":
-            image.verify()  # the checksums of its chunks
+            with import_module("PIL.Image").open(io.BytesIO(data), formats=["PNG"]) as image:
+                image.verify()  # the checksums of its chunks
             return True
         case "WEBP":
             return int.from_bytes(data[4:8], "little") + 8 <= len(data)
         case _:
             return False
+
+
+def _is_sideways(data: bytes, image: Any) -> bool:
+    """Whether EXIF turns the picture by a quarter."""
+    if image.format == "TIFF":  # turned already
+        return False
+    if image.format == "PNG" and not any(mark in data for mark in EXIF_IN_PNG):  # Pillow would decode it to be sure
+        return False
+    return image.getexif().get(ORIENTATION) in SIDEWAYS

@@ -13,7 +13,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from qwentune.data.reading.faults import described
 from qwentune.data.reading.row_reader import RowReader
@@ -144,7 +144,7 @@ def _read_text(text: str, kind: MediaKind, path: str, reader: RowReader) -> Path
         reader.refuse(f"{path} is {described(text)}", "Write data:;base64, and behind it the bytes in base64.")
         return None
     if "://" in text[:12] and scheme != "file":
-        name = os.path.basename(unquote(urlsplit(text).path)) or kind
+        name = os.path.basename(unquote(text.partition("?")[0])) or kind
         command = f"curl -fL --create-dirs -o {shlex.quote(f'media/{name}')} {shlex.quote(text)}"
         fix = "Nothing is fetched while training: put the file beside the rows and write its path."
         fix = f"Fetch it, and write its path: {command}" if scheme in ("http", "https") else fix
@@ -152,7 +152,7 @@ def _read_text(text: str, kind: MediaKind, path: str, reader: RowReader) -> Path
         return None
     if _BASE64.fullmatch(text):
         return _decoded(text, path, reader)
-    return found(unquote(urlsplit(text).path) if scheme == "file" and "://" in text else text, reader.source.file)
+    return found(unquote(text[len("file://") :]) if text[:7].lower() == "file://" else text, reader.source.file)
 
 
 def found(name: str, rows: str) -> Path:
