@@ -146,6 +146,21 @@ def test_every_convention_means_the_same(rows: Path, name: str) -> None:
     assert meant(read(rows, row)) == expected
 
 
+@pytest.mark.parametrize(("name", "family"), [("image", "qwen3_vl"), ("video", "qwen2_5_vl"), ("audio", "qwen2_audio")])
+def test_the_shipped_rows_with_media_can_be_seen_and_heard_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, family: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    problems: list[Problem] = []
+    samples = list(read_samples(f"data_templates/{name}.jsonl", "auto", problems))
+    assert problems == []
+    media = [one for sample in samples if isinstance(sample, Conversation) for m in sample.messages for one in m.media]
+    assert len(media) >= len(samples)
+    for one in media:
+        assert one.kind == name
+        assert load(look(one, limits(family)), limits(family)).size
+
+
 def test_bytes_in_parquet_are_the_picture(rows: Path) -> None:
     messages = [{"role": "user", "content": "look: <image>"}, ANSWER]
     table = pyarrow.Table.from_pylist([{"messages": messages, "images": [{"bytes": PICTURE, "path": None}]}])
@@ -154,6 +169,21 @@ def test_bytes_in_parquet_are_the_picture(rows: Path) -> None:
     (sample,) = read_samples(str(rows / "rows.parquet"), "auto", problems)
     assert problems == []
     assert meant(sample)[0] == ("user", "look: ", [("image", 6, PICTURE, {})])
+
+
+def test_bytes_of_a_hub_dataset_are_kept_as_they_are(monkeypatch: pytest.MonkeyPatch, rows: Path) -> None:
+    import datasets
+
+    messages = [{"role": "user", "content": "<image>what is it?"}, ANSWER]
+    features = {"images": datasets.Sequence(datasets.Image())}
+    given = datasets.Dataset.from_dict(
+        {"images": [[{"bytes": PICTURE, "path": None}]]}, features=datasets.Features(features)
+    )
+    given = given.add_column("messages", [messages])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: given)
+    problems: list[Problem] = []
+    (sample,) = read_samples("owner/pictures", "auto", problems)
+    assert meant(sample)[0] == ("user", "what is it?", [("image", 0, PICTURE, {})])
 
 
 def test_sounds_and_videos_come_in_the_same_ways(rows: Path) -> None:

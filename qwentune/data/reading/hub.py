@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ _NAME = r"[A-Za-z0-9][\w.-]*"
 _DATASET = re.compile(  # id, revision, configuration, split
     rf"({_NAME}/{_NAME})(?:@({_NAME}(?:/{_NAME})*))?(?::({_NAME})(?=:))?(?::({_NAME}))?"
 )
+
+_DECODED = ("Image(", "Audio(", "Video(")  # features of which `datasets` gives objects in place of bytes
 
 
 def is_hub_dataset(path: str) -> bool:
@@ -62,7 +64,8 @@ def _rows(path: str, folder: Path) -> Iterable[Any]:
     # Where the hub cannot be reached, datasets takes whatever revision its cache holds.
     cache = str(folder / "datasets") if revision else None
     try:
-        return datasets.load_dataset(name, configuration, split=split or "train", revision=revision, cache_dir=cache)
+        rows = datasets.load_dataset(name, configuration, split=split or "train", revision=revision, cache_dir=cache)
+        return _as_kept(rows) if any(kind in str(getattr(rows, "features", "")) for kind in _DECODED) else rows
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         offline, pinned = datasets.config.HF_HUB_OFFLINE, f" --revision {revision}" if revision else ""
@@ -72,6 +75,12 @@ def _rows(path: str, folder: Path) -> Iterable[Any]:
             f"is one (hf download --repo-type dataset {name}{pinned} --local-dir data) and name its file."
         )
         raise DataError(Problem(path, what, fix)) from None
+
+
+def _as_kept(rows: Any) -> Iterator[Any]:
+    """The rows with the bytes of their files, which `datasets` would decode."""
+    for table in rows.with_format("arrow").iter(1):
+        yield from table.to_pylist()
 
 
 def _keep(path: str, file: Path) -> None:

@@ -42,7 +42,7 @@ def read_conversation(
     said = [message for message in messages if message]
     if weight != 1:
         said = [replace(message, weight=weight * message.weight) for message in said]
-    said = with_media(row, [*system, *said], reader)
+    said = with_media(row, system + said, reader)
     if reader.problems:
         return reader.problems
     return Conversation(

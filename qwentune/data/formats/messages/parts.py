@@ -53,8 +53,8 @@ def read_parts(content: list[Json], path: str, role: str, reader: RowReader) -> 
             if part is given:
                 reader.refuse(f"{place} is {described(part)}", _A_PART)
             continue
-        part = {key: item for key, item in part.items() if item is not None}
-        kind = part.get("type", _kind_by_keys(part))
+        part = {key: item for key, item in part.items() if item is not None} if None in part.values() else part
+        kind = part.get("type") or _kind_by_keys(part)
         if not isinstance(kind, str):
             reader.refuse(f"{place} has no type", _A_PART)
         elif kind in KINDS and role == "assistant":
@@ -71,7 +71,8 @@ def read_parts(content: list[Json], path: str, role: str, reader: RowReader) -> 
             reader.refuse(f"{place} is of the type {kind!r}", fix)
         elif isinstance(text := part.get("text"), str):
             texts.append(text)
-            reader.leave_unread((key for key in part if key not in _TEXT), place)
+            if others := part.keys() - _TEXT:
+                reader.leave_unread(sorted(others), place)
         else:
             reader.refuse(f"{place}.text is {described(text)}", "A text is needed.")
     return texts, tuple(media)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from qwentune.data.formats.messages.parts import UNNAMED, Content, read_source
 from qwentune.data.reading.row_reader import RowReader
 from qwentune.data.sample import Json, MediaKind, Medium, Message
+from qwentune.row_formats import MEDIA
 
 COLUMNS: Mapping[MediaKind, tuple[str, ...]] = {
     "image": ("images", "image"),
@@ -16,13 +17,17 @@ COLUMNS: Mapping[MediaKind, tuple[str, ...]] = {
     "audio": ("audios", "audio"),
 }
 
+_MEDIA = frozenset(MEDIA)
 
-def with_media(row: Mapping[str, Json], messages: Sequence[Message], reader: RowReader) -> list[Message]:
+
+def with_media(row: Mapping[str, Json], messages: list[Message], reader: RowReader) -> list[Message]:
     """The messages with the media of the row's columns at their places.
 
     Tags are `<image>`, `<video>` and `<audio>` in texts, where the row has a column of the kind; elsewhere they are
     text, as they are where the messages have unnamed parts of the kind. Refused are numbers that differ.
     """
+    if _MEDIA.isdisjoint(row) and not any(message.media for message in messages):  # as nearly always
+        return messages
     unnamed = {medium.kind for message in messages for medium in message.media if medium.content == UNNAMED}
     items: dict[MediaKind, Iterator[tuple[str, Content]]] = {}
     tags: dict[str, MediaKind] = {}
@@ -42,7 +47,7 @@ def with_media(row: Mapping[str, Json], messages: Sequence[Message], reader: Row
             fix = f"Name each in its part, or give as many items in {columns[0]}." if kind in unnamed else fix
             reader.refuse(f"the row has {len(given)} {kind} items and {count} {what}{'s' * (count != 1)}", fix)
     if not items or reader.problems:
-        return list(messages)
+        return messages
     pattern = re.compile("|".join(map(re.escape, tags))) if tags else None
     return [_placed(message, pattern, tags, items, reader) for message in messages]
 
