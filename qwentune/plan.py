@@ -77,6 +77,7 @@ def _judge(loaded: LoadedRecipe, *, as_json: bool, trace: bool) -> int:
         num_ranks=count,
         sharding=sharding,
         longest_row=longest_row,
+        media=None if dataset is None else dataset.largest_media,
         optimizer_steps=_num_steps(recipe, dataset),
         tell=console.say if trace else None,
     )

@@ -90,7 +90,7 @@ def _planned(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> tuple
 
     The plan of an earlier start is judged again; it is made anew only where the request lets it change.
     """
-    from qwentune.data.at_hand import longest_row, refuse_untrained_rows
+    from qwentune.data.at_hand import largest_media, longest_row, refuse_untrained_rows
     from qwentune.data.reading.files import refuse_missing
     from qwentune.facts.continued import continued
     from qwentune.facts.launch import launch_file
@@ -120,6 +120,7 @@ def _planned(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> tuple
         num_ranks=count,
         sharding=sharding,
         longest_row=longest,
+        media=largest_media(recipe, spec),
         stored=stored,
         fresh=request.fresh,
     )

@@ -116,7 +116,7 @@ def _exit_code_is_lost() -> bool:
 
 def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     """From a loaded recipe to a trained model; the exit code."""
-    from qwentune.data.at_hand import longest_row
+    from qwentune.data.at_hand import largest_media, longest_row
     from qwentune.data.dataset import chat_template, prepare
     from qwentune.data.formats.samples import refuse_untrained
     from qwentune.data.layout.schedule import Schedule
@@ -160,7 +160,8 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
             *launch_remarks(recipe.hardware, ranks),
         ):
             console.say(remark)
-    judged = partial(judge_recipe, spec, device=device, fresh=request.fresh, longest_row=longest)
+    media = largest_media(recipe, spec)
+    judged = partial(judge_recipe, spec, device=device, fresh=request.fresh, longest_row=longest, media=media)
     judged_here = partial(judged, recipe, num_ranks=ranks.num_ranks, sharding=ranks.sharding, stored=stored)
 
     def traced() -> dict[str, Any]:
@@ -168,7 +169,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
         return {"plan": judged_here(tell=said.append).to_json(), "said": said}
 
     if stored is None and isinstance(device, GpuSpec):  # the first start on a GPU: seconds of work for every rank alike
-        asked = ["plan", loaded.text, *request.overrides, ranks.sharding, str(ranks.num_ranks), str(longest)]
+        asked = ["plan", loaded.text, *request.overrides, ranks.sharding, str(ranks.num_ranks), f"{longest} {media}"]
         found = once("\n".join(asked), traced)
         plan = RunPlan.from_json(found["plan"])
         for words in found["said"]:

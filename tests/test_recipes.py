@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -18,6 +18,7 @@ from qwentune.memory.judge import device_of, judge_recipe
 from qwentune.recipe import load_recipe
 from tests import qwen3_5
 from tests.checkpoints import SMALL_NUM_RANKS, write_checkpoint
+from tests.media.checkpoints import MediaType, write_media_checkpoint
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.yaml"))
@@ -37,11 +38,15 @@ NEEDED = ("model", "kind", "train")
 
 
 @pytest.fixture
-def checkpoint_of(qwen2_folder: Path, qwen3_folder: Path, tmp_path: Path) -> Callable[[str], Path]:
+def checkpoint_of(qwen2_folder: Path, qwen3_folder: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes a model's folder: its config.json, a tokenizer of its family in small, its chat template or a like one."""
 
-    def written(model: str) -> Path:
+    def written(model: str, *, has_media: bool = False) -> Path:
         spec = model_spec(model)
+        if has_media:
+            thinker = {"qwen2_5_omni": "qwen2_5_omni_thinker", "qwen3_omni_moe": "qwen3_omni_moe_thinker"}
+            kind = thinker.get(spec.checkpoint_type, spec.checkpoint_type)
+            return write_media_checkpoint(tmp_path / "model", cast(MediaType, kind))
         template = next(template for found, template in TEMPLATES if re.search(found, model))
         own = Path(__file__).parent / f"templates/{template}.jinja"
         is_qwen2, is_base = spec.model_type.startswith("qwen2"), spec.kind == "base"
@@ -121,10 +126,12 @@ def test_a_shipped_recipe_fits_the_cards_that_it_is_meant_for(path: Path) -> Non
 
 @EVERY
 def test_a_shipped_recipe_previews_and_there_is_nothing_to_warn_of(
-    path: Path, checkpoint_of: Callable[[str], Path]
+    path: Path, checkpoint_of: Callable[..., Path]
 ) -> None:
-    model = load_recipe(path).recipe.model
-    ended = CliRunner().invoke(app, ["preview", str(path), f"model={checkpoint_of(model)}", "--json"])
+    recipe = load_recipe(path).recipe
+    model, has_media = recipe.model, any(re.search("image|audio", source.path) for source in recipe.data.train)
+    folder = checkpoint_of(model, has_media=has_media)
+    ended = CliRunner().invoke(app, ["preview", str(path), f"model={folder}", "--json"])
     assert ended.exit_code == 0, ended.output
     report = json.loads(ended.stdout)
     assert report["trained_tokens"] > 0

@@ -7,10 +7,12 @@ from contextlib import suppress
 from qwentune.data.cache import cache_folder
 from qwentune.data.dataset import Dataset, chat_template, prepared
 from qwentune.data.formats.samples import format_of_source, refuse_untrained
+from qwentune.data.layout.row_media import RowMedia
 from qwentune.data.reading.files import is_at_hand
 from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
 from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import DataError, UsageError
+from qwentune.facts.architecture import ModelSpec
 from qwentune.recipe import DataOptions, DataSource, Recipe
 
 
@@ -37,6 +39,12 @@ def refuse_untrained_rows(data: DataOptions) -> None:
             if source.format != "auto" or is_at_hand(source.path):
                 known.append(source.model_copy(update={"format": format_of_source(source)}))
     refuse_untrained(known)
+
+
+def largest_media(recipe: Recipe, spec: ModelSpec) -> RowMedia | None:
+    """The most that a row of the rendered data shows of media; None where it is not at hand."""
+    dataset = None if spec.tower is None else rendered(recipe)
+    return None if dataset is None else dataset.largest_media
 
 
 def longest_row(recipe: Recipe) -> int | None:

@@ -23,6 +23,7 @@ from qwentune.console import busy, say
 from qwentune.data.blocks import READ_OTHERWISE, BlockRenderer, render_source, source_of
 from qwentune.data.cache import alone, cache_folder
 from qwentune.data.layout.media_table import RunMedia
+from qwentune.data.layout.row_media import RowMedia, most
 from qwentune.data.layout.rows import Rows, Trie, packed_rows
 from qwentune.data.layout.split import copies, dialogues, fates, logged_again, split, untrained_sources
 from qwentune.data.layout.store import Examples, ExampleWriter, open_sealed, seal
@@ -97,6 +98,11 @@ class Dataset:
             return self.tokens_per_row
         used = np.concatenate([self.examples.train, self.examples.evaluation])
         return int(self.examples.lengths[used].max())
+
+    @cached_property
+    def largest_media(self) -> RowMedia:
+        """The most that a row shows of pictures, videos and sounds."""
+        return RowMedia() if self.media is None else most([*self.train.shown, *self.evaluation.shown])
 
     def _rows(self, indices: NDArray[np.int64]) -> list[tuple[Trie, ...]]:
         chosen = [int(i) for i in indices]

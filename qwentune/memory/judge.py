@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from qwentune.data.layout.row_media import RowMedia
 from qwentune.data.sample import Json
 from qwentune.errors import Problem, RecipeError, UsageError
 from qwentune.facts.adapter_config import ADAPTER_CONFIG, read_adapter_config
@@ -15,10 +16,11 @@ from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.launch import Launch, Sharding, read_launch
 from qwentune.facts.models import ModelSpec
 from qwentune.facts.present import free_disk_bytes, free_host_bytes, installed_kernels, present_gpus
+from qwentune.memory.media_use import expects_media, tower_use
 from qwentune.memory.plan_request import Auto, Device, PlanRequest
 from qwentune.memory.profile import find_profile
 from qwentune.memory.run_plan import RunPlan, calibrated, make_plan, pinned
-from qwentune.memory.settings import Attention, HostMemory, Settings
+from qwentune.memory.settings import Attention, HostMemory, Settings, TowerUse
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Recipe, Tuning
 
 TRAINED_OBJECTIVES = ("sft",)
@@ -39,6 +41,8 @@ def judge(
     sharding: Sharding | Auto = "auto",
     optimizer_steps: int | None = None,
     learns_chat: bool = True,
+    towers: TowerUse | None = None,
+    largest: RowMedia | None = None,
     stored: Mapping[str, Json] | None = None,
     fresh: bool = False,
     tell: Callable[[str], None] | None = None,
@@ -47,6 +51,9 @@ def judge(
 
     Adapters of a base model that `learns_chat` train the rows of its control tokens too, unless they are continued. A
     `fresh` run leaves what the folder holds where it is on the disk.
+
+    `towers` are what a row gives to what sees and hears, None where that is not loaded, and `largest` what the rendered
+    data shows at most.
 
     Host memory and disk are judged where the device is this machine's; of another machine's nothing is known.
 
@@ -72,6 +79,8 @@ def judge(
         optimizer_steps=optimizer_steps,
         host_free_bytes=free_host_bytes() if is_here else None,
         disk_free_bytes=free_disk_bytes(Path(output.dir), fresh=fresh) if is_here else None,
+        towers=towers,
+        largest=largest,
     )
     if stored is not None:
         request = pinned(request, RunPlan.from_json(stored).choices)
@@ -96,12 +105,14 @@ def judge_recipe(
     num_ranks: int,
     sharding: Sharding | Auto,
     longest_row: int | None = None,
+    media: RowMedia | None = None,
     **options: Any,
 ) -> RunPlan:
     """The plan of a recipe on so many devices that share so much; `options` are those of `judge`.
 
     Args:
         longest_row: The most tokens of a row of the rendered data; None judges by `data.max_tokens`.
+        media: The most that a row of the rendered data shows; None judges by as many pads as a row can hold.
 
     Raises RecipeError for an objective that cannot be trained.
     """
@@ -109,10 +120,12 @@ def judge_recipe(
         what = f"{recipe.objective.kind} cannot be trained yet"
         fix = f"What is trained: {', '.join(TRAINED_OBJECTIVES)}. `qwentune preview` shows such rows."
         raise RecipeError(Problem("objective.kind", what, fix))
+    max_tokens = min(recipe.data.max_tokens, longest_row or recipe.data.max_tokens)
+    has_media = expects_media(spec, recipe.data, media)
     return judge(
         spec,
         tuning=recipe.tuning,
-        max_tokens=min(recipe.data.max_tokens, longest_row or recipe.data.max_tokens),
+        max_tokens=max_tokens,
         batch=recipe.batch,
         precision=recipe.precision,
         memory=recipe.memory,
@@ -121,6 +134,8 @@ def judge_recipe(
         num_ranks=num_ranks,
         sharding=sharding,
         learns_chat=recipe.data.has_turns,
+        towers=tower_use(spec, recipe.tuning, max_tokens, media, has_media=has_media),
+        largest=media,
         **options,
     )
 
@@ -134,10 +149,11 @@ def settings_of(
     batch: BatchOptions,
     device: Device,
     learns_chat: bool = True,
+    towers: TowerUse | None = None,
 ) -> Settings:
     """The settings of the training step that the plan chose, or judged again."""
     request = _request(spec, tuning, max_tokens, batch, device, learns_chat)
-    return replace(request, num_gpus=plan.gpus).settings(device, **asdict(plan.choices))
+    return replace(request, num_gpus=plan.gpus, towers=towers).settings(device, **asdict(plan.choices))
 
 
 def _request(

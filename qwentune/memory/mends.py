@@ -15,6 +15,7 @@ from qwentune.memory.search import Candidate, leanest, needed_host_bytes, shorta
 
 _MAX_MENDS = 6
 _FEWEST_TOKENS = 256
+_FEWEST_PATCHES = 256  # of a picture: 224 pixels square
 NUM_GPUS = (2, 4, 8, 16)  # that are offered
 _OFFLOADING: tuple[Sharding, ...] = ("zero2-offload", "zero3-offload")
 
@@ -48,7 +49,7 @@ def find_mends(spec: ModelSpec, device: Device, request: PlanRequest, current: C
     short_of = shortages(spec, device, request, current)[0]
     needed = _needed(spec, device, request, current, short_of)
     free = list(_free_changes(request))
-    costly = list(_costly_changes(device, request))
+    costly = list(_costly_changes(spec, device, request))
     mends: list[Mend] = []
 
     def offer(*ladder: Sequence[_Change]) -> bool:
@@ -133,7 +134,7 @@ def _free_changes(request: PlanRequest) -> Iterator[_Change]:
         )
 
 
-def _costly_changes(device: Device, request: PlanRequest) -> Iterator[list[_Change]]:
+def _costly_changes(spec: ModelSpec, device: Device, request: PlanRequest) -> Iterator[list[_Change]]:
     """Changes that cost exactness, quality, text or hardware, in that order; variants of one are listed together."""
     if request.keep > 1 and request.disk_free_bytes is not None:
         yield [_Change("keep one checkpoint", ("output.keep=1",), lambda asked: replace(asked, keep=1))]
@@ -174,6 +175,8 @@ def _costly_changes(device: Device, request: PlanRequest) -> Iterator[list[_Chan
                 lambda asked: replace(asked, kind="qlora", sharding="auto" if is_sharded else asked.sharding),
             )
         ]
+    if smaller := list(_smaller_media(spec, request)):
+        yield smaller
     shorter = [request.max_tokens >> halvings for halvings in range(1, 16)]
     if shorter := [tokens for tokens in shorter if tokens >= _FEWEST_TOKENS]:
         yield [_shorter(tokens) for tokens in shorter]
@@ -183,12 +186,39 @@ def _costly_changes(device: Device, request: PlanRequest) -> Iterator[list[_Chan
         yield [_unquantised(count) for count in NUM_GPUS if count >= request.num_gpus]
 
 
+def _smaller_media(spec: ModelSpec, request: PlanRequest) -> Iterator[_Change]:
+    """Smaller pictures, or fewer frames of videos, where the rendered data says how large they are."""
+    largest, towers = request.largest, request.towers
+    if largest is None or towers is None or not largest.largest or spec.tower is None or spec.tower.vision is None:
+        return
+    patch = spec.tower.vision.patch**2
+    for halvings in range(1, 8):
+        patches = largest.largest >> halvings
+        if patches < _FEWEST_PATCHES:
+            return
+        what, override = f"scale pictures to {patches * patch} pixels", f"data.media.max_pixels={patches * patch}"
+        if largest.is_video:
+            frames = max(2, largest.num_frames >> halvings)
+            what, override = f"take {frames} frames of a video", f"data.media.max_frames={frames}"
+        smaller = replace(towers, patches=towers.patches >> halvings)
+        yield _Change(what, (override,), lambda asked, smaller=smaller: replace(asked, towers=smaller))
+
+
 def _shorter(max_tokens: int) -> _Change:
     return _Change(
         f"shorten examples to {max_tokens} tokens",
         (f"data.max_tokens={max_tokens}",),
-        lambda asked: replace(asked, max_tokens=max_tokens),
+        lambda asked: _with_tokens(asked, max_tokens),
     )
+
+
+def _with_tokens(asked: PlanRequest, max_tokens: int) -> PlanRequest:
+    """The request at a length that also bounds how much a row shows."""
+    towers = asked.towers
+    if towers is not None:
+        share = max_tokens / asked.max_tokens
+        towers = replace(towers, patches=int(share * towers.patches), frames=int(share * towers.frames))
+    return replace(asked, max_tokens=max_tokens, towers=towers)
 
 
 def _offloaded(launch: Sharding) -> _Change:

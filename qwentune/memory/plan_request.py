@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from qwentune.data.layout.row_media import RowMedia
 from qwentune.errors import Problem
 from qwentune.facts.architecture import FUSED_ADAPTED_EXPERTS, ModelSpec
 from qwentune.facts.gpus import GpuSpec
@@ -18,12 +19,14 @@ from qwentune.memory.settings import (
     Settings,
     StateDtype,
     Targets,
+    TowerUse,
     Tuning,
 )
 
 Auto: TypeAlias = Literal["auto"]
 Device: TypeAlias = GpuSpec | HostMemory
 
+WITH_TOWERS: tuple[Sharding, ...] = ("none", "ddp")  # models that see or hear are not shared among cards yet
 NOT_FOR_BITSANDBYTES: tuple[Sharding, ...] = ("zero3", "fsdp2", "zero2-offload", "zero3-offload")
 
 
@@ -34,6 +37,8 @@ class PlanRequest:
     `branches` says that rows may hold examples that share beginnings.
     `kernels` are the packages of fused kernels for hybrids that the run will find. `sharding` is what the launch file
     gives. `optimizer_steps` is None where the data has not been counted.
+    `towers` are what a row gives to what sees and hears, None where that is not loaded; `largest` is what the rendered
+    data shows at most, None where it was not looked at.
     `host_free_bytes` and `disk_free_bytes` are what the system says, None where it is not judged. `headroom` is the
     fraction of the device's memory that stays free.
     """
@@ -62,6 +67,8 @@ class PlanRequest:
     optimizer_steps: int | None = None
     host_free_bytes: int | None = None
     disk_free_bytes: int | None = None
+    towers: TowerUse | None = None
+    largest: RowMedia | None = None
 
     def settings(self, device: Device, **choices: Any) -> Settings:
         """The settings of a training step with what was chosen: every field of `Settings` that is not fixed here."""
@@ -78,6 +85,7 @@ class PlanRequest:
             on_cpu=isinstance(device, HostMemory),
             fuses_delta_rule="fla" in self.kernels,
             fuses_convolution="causal_conv1d" in self.kernels,
+            towers=self.towers,
             **choices,
         )
 
@@ -98,6 +106,9 @@ def request_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
     if request.kind == "qlora" and request.sharding in NOT_FOR_BITSANDBYTES:
         what = f"{request.sharding}, but bitsandbytes' 4-bit weights are neither sharded nor offloaded"
         problems.append(Problem("hardware.launch", what, "Leave it at auto, or take ddp, or tuning.kind=lora."))
+    if request.towers is not None and request.sharding not in ("auto", *WITH_TOWERS):
+        what = f"{request.sharding}: {spec.checkpoint_type} is held whole on every card so far"
+        problems.append(Problem("hardware.launch", what, "Leave it at auto, or take single or ddp, and LoRA or QLoRA."))
     if request.optimizer_state == "8bit" and request.sharding != "auto" and uses_deepspeed(request.sharding):
         what = f"8bit, but {request.sharding} is DeepSpeed's, which cuts every state to the length of the weights"
         fix = "Leave it at auto, or take hardware.launch=fsdp2, or ddp."

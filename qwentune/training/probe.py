@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -41,9 +41,11 @@ class Probe(TrainerCallback):
         self.first_step = state.global_step
         on_gpu = args.device.type == "cuda"
         with torch.random.fork_rng([args.device] if on_gpu else []):
-            self._try("train", longest(trainer.batches.rows, trainer.batches.micro_batch), trains=True)
+            for batch in largest(trainer.batches.rows, trainer.batches.micro_batch):
+                self._try("train", batch, trains=True)
             if trainer.eval_batches is not None:
-                self._try("evaluate", longest(trainer.eval_batches.rows, 1), trains=False)
+                for batch in largest(trainer.eval_batches.rows, 1):
+                    self._try("evaluate", batch, trains=False)
         if on_gpu:
             self.measured(self.peaks)
 
@@ -68,11 +70,18 @@ class Probe(TrainerCallback):
             model.zero_grad(set_to_none=True)
         model.train()
         if on_gpu:
-            self.peaks[name] = torch.cuda.max_memory_allocated()
+            self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated())
             torch.cuda.reset_peak_memory_stats()
 
 
-def longest(rows: Rows, count: int) -> Batch:
-    """The batch of the rows with the most tokens, so no batch of the run has more."""
-    chosen = heapq.nlargest(count, range(len(rows)), key=rows.num_tokens.__getitem__)
-    return collated(rows, chosen, 1.0 / sum(rows.trained_weight(row) for row in chosen))
+def largest(rows: Rows, count: int) -> Iterator[Batch]:
+    """The batch of the rows with the most tokens and, where others have the most patches or sounds, of those."""
+    sizes: list[Callable[[int], int]] = [rows.num_tokens.__getitem__]
+    if rows.media is not None:
+        sizes += [lambda row: rows.shown[row].patches, lambda row: rows.shown[row].frames]
+    tried: list[list[int]] = []
+    for size in sizes:
+        chosen = sorted(heapq.nlargest(count, range(len(rows)), key=size))
+        if chosen not in tried and any(map(size, chosen)):
+            tried.append(chosen)
+            yield collated(rows, chosen, 1.0 / sum(rows.trained_weight(row) for row in chosen))

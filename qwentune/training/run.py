@@ -201,6 +201,7 @@ class Run:
     def _settings(self) -> Settings:
         """The settings of the step that the plan has chosen."""
         from qwentune.memory.judge import settings_of
+        from qwentune.memory.media_use import tower_use
 
         recipe = self.loaded.recipe
         return settings_of(
@@ -211,6 +212,13 @@ class Run:
             batch=recipe.batch,
             device=self.device,
             learns_chat=recipe.data.has_turns,
+            towers=tower_use(
+                self.spec,
+                recipe.tuning,
+                recipe.data.max_tokens,
+                self.dataset.largest_media,
+                has_media=self._has_media,
+            ),
         )
 
     def _ran_out(self, trainer: SftTrainer | None, error: Exception) -> Problem:
@@ -239,6 +247,7 @@ class Run:
                 sharding=ranks.sharding,
                 fresh=request.fresh,
                 longest_row=self.dataset.longest_row,
+                media=self.dataset.largest_media,
             )
 
         return ran_out(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qwentune.data.layout.media_table import RunMedia
 from qwentune.data.layout.pack import pack
+from qwentune.data.layout.row_media import RowMedia, row_media
 from qwentune.data.layout.store import Examples
 from qwentune.data.layout.trie import Packed, lay_out
 
@@ -54,6 +58,17 @@ class Rows:
         """The number of supervised tokens of each row."""
         counts = self.examples.num_trained
         return [int(sum(counts[i] for i in self.examples_of(row))) for row in range(len(self))]
+
+    @cached_property
+    def shown(self) -> list[RowMedia]:
+        """What each row shows of pictures, videos and sounds."""
+        return [row_media(self.media, self._tokens(row)) for row in range(len(self))]
+
+    def _tokens(self, row: int) -> Iterator[NDArray[np.int32]]:
+        """The tokens of a row's trees, shared ones once."""
+        for first, *others in self.members[row]:
+            yield self.examples.ids(first)
+            yield from (self.examples.ids(i)[int(self.examples.shared[i]) :] for i in others)
 
     def trained_weight(self, row: int) -> float:
         """The sum of loss weights of a row: what its step is divided by."""

@@ -1,0 +1,260 @@
+"""Memory of models that see or hear: parameters, the trace against real steps on a CPU, the closed form against it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from qwentune.data.layout.row_media import RowMedia
+from qwentune.data.layout.tower_inputs import tower_inputs
+from qwentune.errors import UsageError
+from qwentune.facts.architecture import ModelSpec
+from qwentune.facts.gpus import gpu_spec
+from qwentune.facts.media import FAMILIES
+from qwentune.facts.models import MODELS, model_spec, whole_config_of
+from qwentune.facts.published_media import NOT_TAKEN
+from qwentune.memory import PlanRequest, make_plan
+from qwentune.memory.closed_form.phases import phases
+from qwentune.memory.media_use import expects_media, tower_use
+from qwentune.memory.settings import Settings, TowerUse
+from qwentune.memory.trace.live_bytes import live_bytes, trace
+from qwentune.memory.trace.meta_step import (
+    meta_batch,
+    meta_step,
+    step_of,
+    traceable,
+    traced_evaluation,
+    traced_peak,
+)
+from qwentune.model.attention import IMPLEMENTATIONS
+from qwentune.model.senses import attention_of, network_class, take_media
+from qwentune.recipe import DataOptions, MediaOptions, Tuning
+from tests.test_trace import NO_OVERHEADS, SETTINGS
+
+# Of the model classes of transformers 5.24 on the meta device (shared reference, computed from published dimensions).
+PARAMETERS = {
+    "Qwen2-VL-2B-Instruct": 2_208_985_600,
+    "Qwen2-VL-72B-Instruct": 73_405_560_320,
+    "Qwen2.5-VL-3B-Instruct": 3_754_622_976,
+    "Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+    "Qwen2.5-VL-32B-Instruct": 33_452_718_336,
+    "Qwen2.5-VL-72B-Instruct": 73_410_777_344,
+    "Qwen3-VL-2B-Thinking": 2_127_532_032,
+    "Qwen3-VL-8B-Instruct": 8_767_123_696,
+    "Qwen3-VL-235B-A22B-Thinking": 235_670_022_896,
+    "Qwen2-Audio-7B-Instruct": 8_397_094_912,
+}
+GRIDS = [[1, 8, 16], [1, 12, 20], [1, 10, 18]]  # whole windows of Qwen2.5 and cut ones
+PATCHES = sum(h * w for _, h, w in GRIDS)
+PAD = 1000
+TRAINED = TowerUse(patches=PATCHES, body="trained", merger="trained")
+VISION = ["Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"]
+
+
+def tiny(name: str) -> ModelSpec:
+    """A model of the architecture with six layers and a tower of four blocks."""
+    spec = model_spec(name)
+    assert spec.tower is not None
+    small: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_size": 128}
+    vision = spec.tower.vision and replace(
+        spec.tower.vision,
+        depth=4,
+        full_attention=(1, 3) if spec.tower.vision.full_attention else (),
+        deepstack=(0, 1, 2) if spec.tower.vision.deepstack else (),
+        **small,
+    )
+    return replace(
+        spec,
+        num_layers=6,
+        hidden_size=128,
+        intermediate_size=256,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        vocab_rows=1024,
+        tower=replace(spec.tower, vision=vision),
+    )
+
+
+def config_of_tiny(spec: ModelSpec) -> Any:
+    config: Any = AutoConfig.for_model(**cast(Any, whole_config_of(spec)))
+    config.image_token_id = PAD
+    return config
+
+
+def real_batch(settings: Settings, config: Any) -> dict[str, torch.Tensor]:
+    """A batch of numbers in which the first tokens are the pads of three pictures of different sizes."""
+    batch = meta_batch(settings, config)
+    real = {name: torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else x for name, x in batch.items()}
+    num_tokens, grids = settings.forward_tokens, torch.tensor(GRIDS)
+    real["input_ids"] = torch.randint(0, PAD, (1, num_tokens))
+    real["input_ids"][0, : PATCHES // 4] = PAD
+    real |= {"pixel_values": torch.randn(PATCHES, batch["pixel_values"].shape[1]), "image_grid_thw": grids}
+    real |= tower_inputs(FAMILIES[config.model_type], {"image_grid_thw": grids})
+    real["depths"] = torch.arange(num_tokens)[None]
+    real["position_ids"] = real["depths"].expand(3, 1, -1).contiguous()
+    real["visible_until"] = torch.full((1, num_tokens), num_tokens)
+    real["predict_from"] = torch.arange(num_tokens)
+    return real
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_the_dimensions_give_the_parameter_count(name: str, count: int) -> None:
+    assert model_spec(f"Qwen/{name}").all_parameters == count
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Qwen2-VL-2B",
+        "Qwen2.5-VL-3B-Instruct",
+        "Qwen3-VL-2B-Instruct",
+        "Qwen3-VL-30B-A3B-Instruct",
+        "Qwen3.5-0.8B",
+        "Qwen3.5-35B-A3B",
+        "Qwen2-Audio-7B",
+        "Qwen2.5-Omni-3B",
+        "Qwen3-Omni-30B-A3B-Thinking",
+    ],
+)
+def test_a_folder_is_read_as_transformers_writes_it_and_has_its_parameters(name: str, tmp_path: Path) -> None:
+    spec = model_spec(f"Qwen/{name}")
+    config = AutoConfig.for_model(**cast(Any, whole_config_of(spec)))
+    with torch.device("meta"):
+        network = network_class(config)._from_config(config)
+    assert spec.all_parameters == sum(parameter.numel() for parameter in network.parameters())
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert model_spec(str(tmp_path)).tower == spec.tower
+
+
+def test_every_checkpoint_says_what_it_takes_and_the_first_ones_why_not() -> None:
+    takes = {name: spec.takes for name, spec in MODELS.items()}
+    assert takes["Qwen/Qwen3-8B"] == ("text",)
+    assert takes["Qwen/Qwen3.5-9B"] == takes["Qwen/QVQ-72B-Preview"] == ("text", "image", "video")
+    assert takes["Qwen/Qwen2-Audio-7B"] == ("text", "audio")
+    assert takes["Qwen/Qwen2.5-Omni-7B"] == ("text", "image", "video", "audio")
+    for name in NOT_TAKEN:
+        with pytest.raises(UsageError, match=r"beside its weights.*\n?.*Take Qwen/Qwen2"):
+            model_spec(name)
+
+
+@pytest.mark.parametrize("name", VISION)
+@pytest.mark.parametrize(
+    ("kind", "towers", "checkpointing"),
+    [
+        ("lora", TowerUse(patches=PATCHES), True),
+        ("full", TRAINED, True),
+        pytest.param("full", TRAINED, False, marks=pytest.mark.slow),
+        pytest.param("full", TowerUse(patches=PATCHES), False, marks=pytest.mark.slow),
+        pytest.param("lora", TRAINED, True, marks=pytest.mark.slow),
+    ],
+)
+def test_each_region_of_a_real_step_takes_what_the_trace_says(
+    name: str, kind: Any, towers: TowerUse, checkpointing: bool
+) -> None:
+    settings = replace(SETTINGS, kind=kind, towers=towers, gradient_checkpointing=checkpointing, micro_batch=1)
+    spec = tiny(name)
+    config = config_of_tiny(spec)
+    num_recomputed = settings.num_checkpointed(spec.num_layers)
+    with traceable(spec, settings):
+        traced = live_bytes(meta_step(config, settings, num_recomputed, 6 - num_recomputed), num_recomputed)
+    torch.manual_seed(0)
+    network: Any = network_class(config)._from_config(
+        config, dtype=torch.float32, attn_implementation=attention_of(config, IMPLEMENTATIONS["sdpa"])
+    )
+    network.config.use_cache = network.config.get_text_config().use_cache = False
+    take_media(network)
+    measured = live_bytes(step_of(network, settings, num_recomputed, real_batch(settings, config)), num_recomputed)
+    assert ("backward tower" in measured) == towers.is_tuned
+    assert "tower" in measured
+    for region, terms in measured.items():
+        assert sum(traced[region].values()) == pytest.approx(sum(terms.values()), rel=0.005), region
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("towers", [TowerUse(patches=PATCHES), TRAINED])
+def test_shallow_copies_give_the_regions_of_a_deep_model(towers: TowerUse) -> None:
+    """Also where pictures are added again after the first layers."""
+    settings = replace(SETTINGS, kind="full", towers=towers, micro_batch=1)
+    spec = replace(tiny(VISION[1]), num_layers=8)
+    config = config_of_tiny(spec)
+    with traceable(spec, settings):
+        deep = live_bytes(meta_step(config, settings, 8, 0), 8)
+        shallow = trace(lambda recomputed, kept: meta_step(config, settings, recomputed, kept), 8, 0, 5)
+    for region, terms in deep.items():
+        assert sum(shallow[region].values()) == pytest.approx(sum(terms.values()), rel=0.005), region
+
+
+CLOSED = [
+    ("Qwen/Qwen2.5-VL-3B-Instruct", TowerUse(patches=8192), {"kind": "qlora"}),
+    ("Qwen/Qwen2.5-VL-3B-Instruct", TowerUse(patches=2048, body="trained", merger="trained"), {"kind": "full"}),
+    ("Qwen/Qwen3-VL-2B-Instruct", TowerUse(patches=8192), {}),
+    ("Qwen/Qwen3-VL-2B-Instruct", TowerUse(patches=4096, merger="trained"), {"micro_batch": 2}),
+    ("Qwen/Qwen2-VL-2B-Instruct", TowerUse(patches=8192), {"gradient_checkpointing": False}),
+    ("Qwen/Qwen3-VL-8B-Instruct", TowerUse(patches=16384), {"max_tokens": 4096}),
+    ("Qwen/Qwen3.5-0.8B", TowerUse(patches=4096), {"attention": "sdpa"}),
+    ("Qwen/Qwen2-Audio-7B", TowerUse(frames=6000), {}),
+    ("Qwen/Qwen2.5-Omni-3B", TowerUse(frames=6000, patches=2048), {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "towers", "changes"),
+    CLOSED,
+    ids=str,
+)
+@pytest.mark.slow
+def test_the_closed_form_agrees_with_the_trace(name: str, towers: TowerUse, changes: dict[str, Any]) -> None:
+    base = replace(SETTINGS, weights="bf16", adapters="bf16", attention="flex_attention", micro_batch=1)
+    settings = replace(base, max_tokens=2048, towers=towers)
+    settings, spec = replace(settings, **changes), model_spec(name)
+    planned = phases(spec, settings, NO_OVERHEADS, merges_here=False)
+    assert planned["train_step"].allocated == pytest.approx(traced_peak(spec, settings).allocated, rel=0.03)
+    assert planned["evaluate"].allocated == pytest.approx(traced_evaluation(spec, settings).allocated, rel=0.03)
+
+
+def test_rows_are_judged_by_the_data_else_by_as_many_pads_as_they_hold() -> None:
+    frozen = Tuning(kind="lora")
+    use = tower_use(model_spec("Qwen/Qwen2.5-VL-3B-Instruct"), frozen, 1000, None, has_media=True)
+    assert use == TowerUse(patches=4000)
+    heard = tower_use(model_spec("Qwen/Qwen2-Audio-7B"), frozen, 1000, None, has_media=True)
+    assert heard == TowerUse(frames=4000)
+    seen = RowMedia(patches=600, largest=600)
+    assert tower_use(model_spec("Qwen/Qwen3.5-9B"), frozen, 1000, seen, has_media=True) == TowerUse(patches=600)
+    assert tower_use(model_spec("Qwen/Qwen3.5-9B"), frozen, 1000, RowMedia(), has_media=False) is None
+    assert tower_use(model_spec("Qwen/Qwen3-8B"), frozen, 1000, None, has_media=False) is None
+    asked = DataOptions.model_validate({"train": [{"path": "rows.jsonl"}]})
+    bounded = asked.model_copy(update={"media": MediaOptions.model_validate({"max_pixels": 100_000})})
+    hybrid = model_spec("Qwen/Qwen3.5-9B")
+    assert [expects_media(hybrid, data, None) for data in (asked, bounded)] == [False, True]
+    assert expects_media(model_spec("Qwen/Qwen3-VL-2B-Instruct"), asked, None)
+
+
+def test_large_pictures_that_do_not_fit_are_mended_by_smaller_ones() -> None:
+    spec = model_spec("Qwen/Qwen2.5-VL-3B-Instruct")
+    request = PlanRequest(
+        kind="lora",
+        max_tokens=16384,
+        sequences_per_step=1,
+        gradient_checkpointing=True,
+        towers=TowerUse(patches=65536, body="trained", merger="trained"),
+        largest=RowMedia(patches=65536, largest=65536),
+    )
+    plan = make_plan(spec, gpu_spec("rtx-3090"), request)
+    assert not plan.fits
+    assert any(override.startswith("data.media.max_pixels=") for mend in plan.mends for override in mend.overrides)
+    assert plan.phases["train_step"].terms["media"] > plan.phases["train_step"].terms["towers"] > 0
+
+
+def test_models_with_towers_are_not_shared_among_cards() -> None:
+    spec = model_spec("Qwen/Qwen3-VL-32B-Instruct")
+    request = PlanRequest(kind="lora", max_tokens=2048, sequences_per_step=8, num_gpus=4, towers=TowerUse(patches=8192))
+    assert make_plan(spec, gpu_spec("h100-80gb"), request).choices.sharding == "ddp"
+    with pytest.raises(UsageError, match="held whole"):
+        make_plan(spec, gpu_spec("h100-80gb"), replace(request, sharding="fsdp2"))
