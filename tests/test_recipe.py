@@ -253,6 +253,16 @@ def test_yaml_beyond_plain_values_is_refused(line: str, complaint: str) -> None:
     assert any(found.startswith(complaint) for found in problems(MINIMAL + line + "\n"))
 
 
+@pytest.mark.fault("I67", "half a character, which no file can hold, is refused with its place")
+@pytest.mark.parametrize("half", ['"\\U0000d800"', '{a: "\\U0000dfff"}', '{"\\ud83d": 1}'])
+def test_half_a_character_is_refused_with_its_place(half: str) -> None:
+    (found,) = (one for one in problems(f"{MINIMAL}name: {half}\n") if "half a character (U+D" in one)
+    assert found.startswith("r.yaml:4:")
+    for override in (f"model={half}", "model=caf\udce9", "model\udce9=1"):
+        found = "\n".join(problems(MINIMAL, override))
+        assert found.encode("utf-8").startswith(b"override 'model"), "said as text that every screen and file takes"
+
+
 @pytest.mark.fault("I67", "anchors, huge and deep files are refused unread")
 def test_an_alias_bomb_is_refused_without_being_expanded() -> None:
     bomb = "a: &a [x]\n" + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in pairwise("abcdefghi"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from qwentune.errors import Problem
-from qwentune.recipe.syntax import MAX_DEPTH, Node, Place, read_override_value
+from qwentune.recipe.syntax import MAX_DEPTH, Node, Place, half_characters, read_override_value
 
 _ITEM = re.compile("[0-9]{1,9}")  # of a list
 
@@ -15,10 +15,13 @@ def apply_override(root: Node, override: str, problems: list[Problem]) -> None:
 
     An unknown key is written too: the check of the whole recipe names it with its nearest neighbour.
     """
-    place = Place(f"override '{override}'", "override")
+    shown = override.encode("utf-8", "backslashreplace").decode()
+    place = Place(f"override '{shown}'", "override")
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
-    if override[:1] in {"~", "+"}:
+    if halves := half_characters(override, place.where):
+        problems += halves
+    elif override[:1] in {"~", "+"}:
         what = f"'{override[0]}' before a key has no meaning here"
         fix = "key=value sets a key, whether the recipe has it or not; key=null takes it back to its default."
         problems.append(Problem(place.where, what, fix))

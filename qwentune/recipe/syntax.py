@@ -21,6 +21,7 @@ MAX_DEPTH = 20
 MAX_VALUES = 10_000  # keys and values of a document
 _INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
 _NUMBER = re.compile(r"[-+]?(\.[0-9]{1,300}|[0-9]{1,300}(\.[0-9]{0,300})?)([eE][-+]?[0-9]{1,3})?")
+_HALF = re.compile("[\ud800-\udfff]")  # of a character: a lone surrogate, which no file can hold
 _TAB = re.compile(r"[ ]*\t[ \t]*(?=[^\s#])")
 
 Scalar = None | bool | int | float | str
@@ -138,6 +139,14 @@ def _leading_tabs(text: str) -> Iterator[tuple[int, re.Match[str]]]:
             yield number, match
 
 
+def half_characters(text: str, where: str) -> list[Problem]:
+    """The problem of a text with a lone surrogate, as Python shows bytes that are not UTF-8; else none."""
+    if (half := _HALF.search(text)) is None:
+        return []
+    what = f"the text holds half a character (U+{ord(half[0]):04X}, a lone surrogate)"
+    return [Problem(where, what, "Write the whole character, as UTF-8.")]
+
+
 class _Builder:
     """Builds the tree from the parser's events, which are flat: no input can exhaust the stack."""
 
@@ -171,6 +180,9 @@ class _Builder:
                 Problem(place.where, what, "Is it the data? The recipe names data files under data.train.")
             )
         self._check_extras(event)
+        if isinstance(event, events.ScalarEvent):
+            self._problems += half_characters(event.value, place.where)
+            event.value = _HALF.sub("\ufffd", event.value)  # what else is wrong can then be said
         if isinstance(event, events.MappingStartEvent):
             return self._mapping(place, depth)
         if isinstance(event, events.SequenceStartEvent):
@@ -187,8 +199,8 @@ class _Builder:
         keys: dict[str, Place] = {}
         while not isinstance(event := next(self._stream), events.MappingEndEvent):
             key_place = self._place(event)
-            key = event.value if isinstance(event, events.ScalarEvent) else None
             self._node(event, depth + 1)
+            key = event.value if isinstance(event, events.ScalarEvent) else None
             child = self._node(next(self._stream), depth + 1)
             if key is None:
                 self._refuse(event, "a key must be a word", "Quote it if it is text.")
