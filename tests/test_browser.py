@@ -79,7 +79,7 @@ def press(browser: Chrome, *keys: str) -> None:
 
 def test_the_page_loads_nothing_and_reports_no_error(browser: Chrome) -> None:
     assert len(shown(browser)) == len(ANSWERS)
-    assert "control tokens are spelled" in browser.find_element(By.CSS_SELECTOR, "main > ul.warnings").text
+    assert "control token is spelled" in browser.find_element(By.CSS_SELECTOR, "main > ul.warnings").text
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert browser.get_log("browser") == []
 

@@ -119,7 +119,7 @@ def test_strict_ends_with_the_exit_code_of_data_where_there_is_a_warning(tmp_pat
     refused = preview(tmp_path, "--strict")
     assert refused.returncode == 3
     assert "--strict allows none" in refused.stderr
-    assert "control tokens are spelled" in refused.stderr
+    assert "control token is spelled" in refused.stderr
 
 
 def test_a_page_that_cannot_be_written_is_said_before_anything_is_rendered(tmp_path: Path, qwen3_folder: Path) -> None:

@@ -147,7 +147,7 @@ def test_thousands_of_unknown_keys_are_grouped_and_counted(monkeypatch: pytest.M
     )
     Path("r.yaml").write_text(RECIPE + "".join(f"key{i}: 1\n" for i in range(4000)))
     said = refused()
-    assert said.endswith("4000 problems. Nothing was loaded.")
+    assert said.endswith("4,000 problems. Nothing was loaded.")
     assert len(said.splitlines()) < 100
     assert len(looked_up) < 100
     Path("r.yaml").write_text(RECIPE + "".join(f"key{i}: 1\n" for i in range(60_000)))

@@ -200,7 +200,7 @@ def test_a_folder_of_other_things_is_neither_written_nor_moved(tmp_path: Path) -
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "README.md").write_text("mine")
-    with pytest.raises(UsageError, match=r"holds 1 other things, such as 'README.md'"), RunFolder(folder).lock():
+    with pytest.raises(UsageError, match=r"holds 1 other thing, such as 'README.md'"), RunFolder(folder).lock():
         pass
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is no folder"), RunFolder(tmp_path / "file").lock():

@@ -276,7 +276,15 @@ def test_rows_of_which_nothing_is_trained_are_dropped_and_counted(name: str, qwe
     with pytest.raises(DataError, match=r"19 of \d\d turns .* would not be trained"):
         rendered(qwen3_folder, train=[{"path": "rows.jsonl"}])
     dataset = rendered(qwen3_folder, train=[{"path": "rows.jsonl"}], max_dropped_fraction=1.0)
-    rows = {"read": 20, "trained": 1, "evaluated": 0, "left_out_by_repeat": 0, "dropped": 19, "refused": 0}
+    rows = {
+        "read": 20,
+        "trained": 1,
+        "evaluated": 0,
+        "left_out_by_repeat": 0,
+        "logged_again": 0,
+        "dropped": 19,
+        "refused": 0,
+    }
     assert dataset.report["rows"] == rows
     assert {drop["source"]["line"] for drop in dataset.dropped} == set(range(2, 21))
     assert all(drop["reason"].startswith(reason) and drop["kind"] == "nothing to train" for drop in dataset.dropped)
@@ -354,5 +362,13 @@ def test_what_becomes_of_each_row_adds_up_over_all_sources(qwen3_folder: Path) -
         bad_rows="skip",
         max_dropped_fraction=0.5,
     ).report
-    rows = {"read": 22, "trained": 10, "evaluated": 3, "left_out_by_repeat": 5, "dropped": 0, "refused": 4}
+    rows = {
+        "read": 22,
+        "trained": 10,
+        "evaluated": 3,
+        "left_out_by_repeat": 5,
+        "logged_again": 0,
+        "dropped": 0,
+        "refused": 4,
+    }
     assert report["rows"] == rows
