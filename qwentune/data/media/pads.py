@@ -120,14 +120,15 @@ class ShownMedia:
         the marks and the pad that the template wrote: as vLLM has it, which encodes the time apart from the text before
         it. (transformers' processor leaves the template's marks around those of the steps.)
         """
-        numbers = self._numbers(kept)
+        places = [at for at, piece in enumerate(pieces) if piece in self._kinds]
+        numbers = dict(zip(places, self._numbers(kept), strict=True))
         vision = self.limits.vision
         found: list[int | str] = []
         for at, piece in enumerate(pieces):
-            if piece not in self._kinds:
+            if at not in numbers:
                 found.append(piece)
                 continue
-            number = next(numbers)
+            number = numbers[at]
             seen = self.table[number]
             steps = seen.grid[0]
             if seen.kind != "video" or vision is None or vision.video != "timestamped":
