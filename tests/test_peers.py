@@ -267,7 +267,7 @@ def test_a_folder_that_is_elsewhere_is_the_hub_id_of_its_name(place: Path) -> No
             "dataset: modelscope,pairs,photos,support_fag\ndataset_dir: llama_factory/data\n",
             [
                 *("old.yaml:1", "no Qwen", "old.yaml:2", "stage", "old.yaml:3", "freeze", "old.yaml:4", "fast"),
-                *("ms_hub_url", "preferences", "images", "Did you mean 'support_faq'?", "8 problems"),
+                *("ms_hub_url", "preferences", "Did you mean 'support_faq'?", "7 problems"),
             ],
         ),
         ("model_name_or_path: Qwen/Qwen3-8B\nstage: sft\n", ["no data is named"]),
@@ -277,7 +277,7 @@ def test_a_folder_that_is_elsewhere_is_the_hub_id_of_its_name(place: Path) -> No
         ),
         ("base_model: Qwen/Qwen3-8B\nrl: grpo\ndatasets: [{path: x.jsonl, type: pygmalion}]\n", ["grpo", "pygmalion"]),
         ("model: Qwen/Qwen3-8B\nrlhf_type: kto\ntuner_type: adalora\ndataset: x.jsonl\n", ["kto", "adalora"]),
-        ("model: Qwen/Qwen2.5-VL-7B-Instruct\ntuner_type: lora\ndataset: x.jsonl\n", ["Qwen2.5-VL"]),
+        ("model: Qwen/Qwen-VL-Chat\ntuner_type: lora\ndataset: x.jsonl\n", ["Qwen-VL"]),
         (
             "base_model: Qwen/Qwen3-8B\nlearning_rate: 20\ndatasets: [{path: x, type: alpaca}]\n",
             ["old.yaml:2  learning_rate"],

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from qwentune.durable import remove
+from qwentune.durable import mark, remove, replace_folder
 from qwentune.errors import Problem, ResumeError
 from qwentune.facts.documents import read_object
 from qwentune.facts.weight_files import read_weights
@@ -45,10 +45,9 @@ def put_thinker_in(base: Path, thinker: Path) -> None:
         what = f"{len(other)} tensors are not those of the base's thinker, the first: {other[0]}"
         raise ResumeError(Problem(str(thinker), what))
     sources = {name: (name, tensor.file) for name, tensor in stored.items()} | tuned
-    files = {file for _, file in tuned.values()}
-    whole = thinker.with_name(f"{thinker.name}.whole")
+    whole = thinker.with_name(f".{thinker.name}.whole")
     remove(whole)
-    whole.mkdir()
+    mark(whole)
     with ExitStack() as held:
         paths = {file for _, file in sources.values()}
         opened: dict[Path, Any] = {file: held.enter_context(safe_open(file, framework="pt")) for file in paths}
@@ -56,14 +55,9 @@ def put_thinker_in(base: Path, thinker: Path) -> None:
             of_file = [name for name, tensor in stored.items() if tensor.file == file]
             tensors = {name: opened[sources[name][1]].get_tensor(sources[name][0]) for name in of_file}
             save_file(tensors, whole / file.name, metadata={"format": "pt"})
-    for file in files:
-        file.unlink()
-    for index in thinker.glob("*.safetensors.index.json"):
-        index.unlink()
-    for file in whole.iterdir():
-        file.rename(thinker / file.name)
-    whole.rmdir()
-    (thinker / "config.json").unlink()
-    for file in base.iterdir():
-        if file.is_file() and not (thinker / file.name).exists():
-            shutil.copyfile(file, thinker / file.name)
+    of_weights = ("config.json", *(file.name for _, file in tuned.values()))
+    kept = [file for file in thinker.iterdir() if file.name not in of_weights and ".safetensors" not in file.name]
+    for file in (*kept, *base.iterdir()):
+        if file.is_file() and not (whole / file.name).exists():
+            shutil.copyfile(file, whole / file.name)
+    replace_folder(whole, thinker)

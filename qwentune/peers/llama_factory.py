@@ -105,13 +105,13 @@ def _source(
     columns = {key: str(value) for key, value in (as_mapping(entry.get("columns")) or {}).items()}
     if entry.get("ranking") or {"chosen", "rejected", "kto_tag"} & columns.keys():
         t.refuse(given, f"'{name}' has preferences, which are not trained yet", "Leave it out.")
-    if media := sorted(set(MEDIA) & columns.keys()):
-        t.refuse(given, f"'{name}' has {', '.join(media)}, which are not trained yet", "Leave it out.")
     source: dict[str, Any] = {"path": path}
     if entry.get("formatting", "alpaca") == "alpaca":
         source |= _instruction(columns, is_text)
     else:
         source |= _dialogue(columns, as_mapping(entry.get("tags")) or {})
+    if media := {kind: columns[kind] for kind in MEDIA if columns.get(kind, kind) != kind}:
+        source["columns"] = {**source.get("columns", {}), **media}
     rows = [count for count in (entry.get("num_samples"), t.number("max_rows")) if count]
     if rows:
         source["max_rows"] = int(min(rows))

@@ -78,8 +78,8 @@ def _columns(t: Translation) -> Mapping[str, str]:
         t.refuse(given, f"{shown(given.value)} is given; a mapping is needed", 'As in {"question": "query"}.')
         return {}
     named = {str(theirs): name for name, theirs in value.items()}
-    if media := sorted(set(MEDIA) & named.keys()):
-        t.refuse(given, f"{', '.join(media)}: images, video and audio are not trained yet", "Leave them out.")
+    for kind in sorted(set(MEDIA) & named.keys()):
+        t.leave_out(given, f"the column {kind}: write it into the recipe, as columns of each source", changes=True)
     for unknown in sorted(named.keys() - COLUMNS.keys() - set(MEDIA)):
         t.leave_out(given, f"the column {unknown}: no format here has one of that name", changes=True)
     return named

@@ -17,6 +17,7 @@ from qwentune.data.media.seen import Seen
 from qwentune.data.media.sounds import LEAST_SECONDS, clip, mel_frames, num_pads, num_samples
 from qwentune.data.media.videos import film, film_of, frames_taken, times_of, video_size
 from qwentune.data.sample import MediaKind, Medium, RowError
+from qwentune.durable import replace_file
 from qwentune.facts.media import FAMILIES, Vision
 
 NAMES = {"image": "an image", "video": "a video", "audio": "audio"}
@@ -108,7 +109,7 @@ def _kept(content: bytes, name: str) -> Path:
     if not file.exists():
         staging = file.with_name(f".{name}.{os.getpid()}")
         staging.write_bytes(content)
-        staging.replace(file)
+        replace_file(staging, file)
     return file
 
 
