@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,8 @@ from qwentune import console
 from qwentune.errors import EXIT_OK, Problem, UsageError
 
 if TYPE_CHECKING:
-    from qwentune.data.sample import Message
+    from qwentune.data.media.seen import Seen
+    from qwentune.data.sample import MediaKind, Message
     from qwentune.exporting.finished import FinishedRun
 
 MAX_NEW_TOKENS = 1024
@@ -37,22 +39,33 @@ def chat(
         str | None, typer.Option(help="Whether it reasons first: on or off; else as most turns were trained.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture before the first message.")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="A sound before the first message.")] = None,
 ) -> None:
     """Talk to the tuned model, with its own template and stop tokens."""
-    console.end(console.run(lambda: run_chat(run, message, thinking, as_json)))
+    files: list[tuple[MediaKind, Path]] = [("image", file) for file in image or ()]
+    files += [("audio", file) for file in audio or ()]
+    console.end(console.run(lambda: run_chat(run, message, thinking, as_json, files)))
 
 
-def run_chat(folder: Path, message: str | None, thinking: str | None, as_json: bool) -> int:
-    """Answers one message, or a dialogue on stdin; the exit code."""
-    from qwentune.data.sample import Message
+def run_chat(
+    folder: Path,
+    message: str | None,
+    thinking: str | None,
+    as_json: bool,
+    files: Sequence[tuple[MediaKind, Path]] = (),
+) -> int:
+    """Answers one message, or a dialogue on stdin, whose first message shows the files; the exit code."""
+    from qwentune.data.sample import Medium, Message
     from qwentune.exporting.finished import open_run
 
     if thinking not in (None, "on", "off"):
         raise UsageError(Problem("--thinking", f"{thinking!r} is neither on nor off"))
     with console.busy("loading"):
         speaker = Speaker(open_run(folder), thinking)
+    media = tuple(Medium(kind, file, 0, f"--{kind}") for kind, file in files)
     if message is not None:
-        answer = speaker.answer([Message("user", message)])
+        answer = speaker.answer([Message("user", message, media=media)])
         if as_json:
             print(json.dumps({"answer": answer.answer, "stopped": answer.stopped, "tokens": answer.tokens}), flush=True)
         else:
@@ -61,7 +74,7 @@ def run_chat(folder: Path, message: str | None, thinking: str | None, as_json: b
     history: list[Message] = []
     console.say("Type a message; an empty line ends the chat.")
     while console.is_read() and (line := sys.stdin.readline().strip()):
-        history.append(Message("user", line))
+        history.append(Message("user", line, media=() if history else media))
         answer = speaker.answer(history)
         _print(answer)
         history.append(Message("assistant", answer.answer, reasoning=answer.reasoning or None))
@@ -82,7 +95,6 @@ class Speaker:
     def __init__(self, run: FinishedRun, thinking: str | None) -> None:
         import torch
 
-        from qwentune.data.rendering.render import Renderer, RenderOptions
         from qwentune.exporting.merge import load_tuned
         from qwentune.exporting.package import main_mode
         from qwentune.facts.documents import MEND
@@ -96,12 +108,11 @@ class Speaker:
         self.mode: Any = main_mode(run.report)
         if thinking is not None and run.template.has_thinking_switch:
             self.mode = "thinking" if thinking == "on" else "non_thinking"
-        options = RenderOptions(max_tokens=sys.maxsize, unsupported_reasoning="drop", system=run.data.system)
-        self.renderer = Renderer(run.tokenizer, run.template, options)
         base = weights_folder(run.model, run.revision) if run.has_adapter else run.trained
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: Any = load_tuned(base, run.trained if run.has_adapter else None)
         self.model: Any = model.to(device)
+        self.renderer = run.renderer(base, model.config.model_type)
         generation = read_generation_config(run.trained)
         self.stops = end_token_ids(generation)
         self.pad: int = generation.get("pad_token_id", run.tokenizer.end_of_text_id)
@@ -117,14 +128,12 @@ class Speaker:
         from qwentune.data.sample import RowError
 
         try:
-            prompt = self.renderer.prompt(messages, self.mode)
+            prompt, media = self.renderer.prompt(messages, self.mode)
         except RowError as error:
             raise UsageError(Problem("the dialogue", error.what, error.fix)) from None
-        ids = torch.tensor([prompt], device=self.model.device)
         with torch.no_grad():
             generated = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
+                **self._given(prompt, media),
                 max_new_tokens=MAX_NEW_TOKENS,
                 do_sample=False,
                 temperature=None,
@@ -139,6 +148,24 @@ class Speaker:
         text = self.run.tokenizer.decode(generated[:-1] if stopped else generated)
         reasoning, answer = split_answer(text, opened=prompted.endswith("<think>\n"))
         return Answer(reasoning, answer, stopped, len(generated))
+
+    def _given(self, prompt: list[int], media: Sequence[Seen]) -> dict[str, Any]:
+        """A prompt on the model's device."""
+        import torch
+
+        from qwentune.data.layout.media_batch import as_prompt
+        from qwentune.data.layout.media_table import RunMedia
+
+        device, dtype = self.model.device, self.model.dtype
+        if not media:
+            ids = torch.tensor([prompt], device=device)
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        assert self.renderer.limits is not None  # else the prompt was refused
+        shown = as_prompt(prompt, RunMedia.of(media, self.renderer.limits, self.run.tokenizer.control_ids))
+        return {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in shown.items()
+        }
 
 
 def split_answer(text: str, *, opened: bool) -> tuple[str, str]:

@@ -140,6 +140,9 @@ def _verify(run: FinishedRun, exported: Path) -> None:
 
     Raises UserError where it is more than rounding explains, or no number at all.
     """
+    import torch
+
+    from qwentune.exporting.media_prompts import media_prompts
     from qwentune.exporting.merge import largest_logit_difference, load_tuned
     from qwentune.model.loading import silence_loading, weights_folder
 
@@ -148,9 +151,11 @@ def _verify(run: FinishedRun, exported: Path) -> None:
     reference = load_tuned(base, run.trained if run.has_adapter else None)
     is_adapter = (exported / "adapter_config.json").exists()
     candidate = load_tuned(base if is_adapter else exported, exported if is_adapter else None)
-    prompts = [run.tokenizer.encode([text])[0] for text in VERIFIED_TEXTS]
-    difference, scale = largest_logit_difference(reference, candidate, prompts)
-    console.say(f"verified: largest difference of logits {difference:.1e} of {scale:.1f} on {len(prompts)} texts")
+    texts = [{"input_ids": torch.tensor([ids])} for ids in run.tokenizer.encode(VERIFIED_TEXTS)]
+    media = media_prompts(run, base, reference.config.model_type)
+    difference, scale = largest_logit_difference(reference, candidate, [*texts, *media.values()])
+    shown = ", ".join([f"{len(texts)} texts", *media])
+    console.say(f"verified: largest difference of logits {difference:.1e} of {scale:.1f} on {shown}")
     allowed = TOLERANCE_FP32 if next(candidate.parameters()).dtype.itemsize == 4 else TOLERANCE_16_BIT
     if not difference <= allowed * scale:
         what = f"its logits differ from the run's by {difference:.1e}, more than {allowed * scale:.1e}"

@@ -206,13 +206,13 @@ def _fingerprint(
         "contents": [contents[source.path].fingerprint for source in data.sources],
         "tokenizer": tokenizer.fingerprint,
         "template": None if template is None else template.text,
-        "media": repr(_limits(data, tokenizer)),
+        "media": repr(limits_of(data, tokenizer)),
         "seed": seed,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _limits(data: DataOptions, tokenizer: Tokenizer) -> MediaLimits | None:
+def limits_of(data: DataOptions, tokenizer: Tokenizer) -> MediaLimits | None:
     """What the checkpoint of a tokenizer takes of media; None where it takes text alone."""
     folder = Path(tokenizer.folder)
     try:
@@ -312,7 +312,7 @@ def _build(
     warnings: list[str] = []
     answers, before = array("Q"), array("Q")  # of logged calls: fingerprints with their answer, and with that before it
     sources = data.sources
-    with Workers(BlockRenderer(Renderer(tokenizer, template, options, limits=_limits(data, tokenizer)))) as workers:
+    with Workers(BlockRenderer(Renderer(tokenizer, template, options, limits=limits_of(data, tokenizer)))) as workers:
         for number, source in enumerate(sources):
             mark, content = writer.mark(), contents[source.path]
             try:
@@ -381,7 +381,7 @@ def _refuse_losses(data: DataOptions, report: Report, dropped: Sequence[Dropped]
 
 def _open(folder: Path, fingerprint: str, data: DataOptions, tokenizer: Tokenizer, shares_prefixes: bool) -> Dataset:
     description, examples = open_sealed(folder, fingerprint)
-    limits = _limits(data, tokenizer) if examples.media else None
+    limits = limits_of(data, tokenizer) if examples.media else None
     shares = data.packing and shares_prefixes
     return Dataset(
         examples=examples,

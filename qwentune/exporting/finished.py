@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwentune.bounded import refuse_name
+from qwentune.data.media.limits import media_limits
+from qwentune.data.rendering.render import Renderer, RenderOptions
 from qwentune.data.templates.chat_template import ChatTemplate
 from qwentune.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from qwentune.errors import Problem, UsageError
 from qwentune.facts.adapter_config import read_adapter_config
+from qwentune.facts.media import FAMILIES
 from qwentune.facts.weight_files import read_adapter, read_weights
 from qwentune.recipe import DataOptions, load_recipe
 from qwentune.training.run_folder import RunFolder
@@ -33,6 +37,13 @@ class FinishedRun:
     def has_adapter(self) -> bool:
         """Whether the weights are adapters on the base."""
         return self.trained.name == "adapter"
+
+    def renderer(self, base: Path, model_type: str) -> Renderer:
+        """What renders prompts of any length for the run's model, whose type says which media it takes."""
+        family = FAMILIES.get(model_type)
+        limits = None if family is None else media_limits(base, family, self.data.media)
+        options = RenderOptions(max_tokens=sys.maxsize, unsupported_reasoning="drop", system=self.data.system)
+        return Renderer(self.tokenizer, self.template, options, limits=limits)
 
 
 def open_run(folder: Path) -> FinishedRun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -54,17 +55,24 @@ def merge(base: Path, adapter: Path, target: Path) -> None:
 
 
 def largest_logit_difference(
-    first: PreTrainedModel, second: PreTrainedModel, prompts: list[list[int]]
+    first: PreTrainedModel, second: PreTrainedModel, prompts: Sequence[Mapping[str, torch.Tensor]]
 ) -> tuple[float, float]:
-    """The largest difference of two models' logits over the prompts, and the first's largest logit; NaN stays NaN."""
+    """The largest difference of two models' logits over the prompts, and the first's largest logit; NaN stays NaN.
+
+    Prompts are the keywords of a forward.
+    """
     differences, sizes = [], []
     with torch.no_grad():
         for prompt in prompts:
-            ids = torch.tensor([prompt])
-            logits = first(ids).logits.float()
-            differences.append((logits - second(ids).logits.float()).abs().max())
+            logits, others = (model(**_in_dtype(model, prompt)).logits.float() for model in (first, second))
+            differences.append((logits - others).abs().max())
             sizes.append(logits.abs().max())
     return float(torch.stack(differences).max()), float(torch.stack(sizes).max())
+
+
+def _in_dtype(model: PreTrainedModel, prompt: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What towers see and hear, in the dtype of their weights."""
+    return {name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in prompt.items()}
 
 
 def _dtype(folder: Path) -> torch.dtype:

@@ -176,8 +176,9 @@ class ModelSpec:
         """The kinds of content that the model takes."""
         if self.tower is None:
             return ("text",)
-        pictures = ("image", "video") if self.tower.vision is not None else ()
-        return ("text", *pictures, *(("audio",) if self.tower.audio is not None else ()))
+        if self.tower.vision is None:
+            return ("text", "audio")
+        return ("text", "image", "video" if self.tower.audio is None else "audio")
 
     @property
     def active_body_parameters(self) -> int:

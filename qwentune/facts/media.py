@@ -77,8 +77,9 @@ class MediaFamily:
 
 
 _PICTURES = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-_OMNI_2 = {"image": "<|IMAGE|>", "video": "<|VIDEO|>", "audio": "<|AUDIO|>"}
-_OMNI_3 = {**_PICTURES, "audio": "<|audio_pad|>"}
+# Videos of Omni models are left out: flags of a server decide what it does with them and with their sound.
+_OMNI_2 = {"image": "<|IMAGE|>", "audio": "<|AUDIO|>"}
+_OMNI_3 = {"image": "<|image_pad|>", "audio": "<|audio_pad|>"}
 _VL2 = Vision(14, 3_136, 12_845_056, 3_136, 12_845_056, CLIP_MEAN, CLIP_STD, "one_span")
 _VL3 = Vision(16, 65_536, 16_777_216, 4_096, 25_165_824, HALF, HALF, "timestamped")
 _VL2_5 = replace(_VL2, clock="seconds", tokens_per_second=2.0)

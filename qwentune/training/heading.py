@@ -8,6 +8,7 @@ from typing import Any
 from qwentune.data.dataset import Dataset
 from qwentune.data.layout.schedule import Schedule
 from qwentune.facts.architecture import ModelSpec
+from qwentune.facts.towers import loads_towers
 from qwentune.memory import RunPlan
 from qwentune.recipe import Recipe
 from qwentune.training.progress import sparkline
@@ -19,10 +20,12 @@ def heading(
     """What is about to be trained, with what, on what, and where it will stand."""
     report = dataset.report
     kind = recipe.tuning.kind + ("" if recipe.tuning.kind == "full" else f" r{recipe.tuning.rank}")
+    towers = loads_towers(spec.checkpoint_type, has_media=dataset.media is not None)
+    count = spec.all_parameters if towers else spec.parameters
     unit = "packed rows" if dataset.packing else "examples"
     lines = {
         "with": " · ".join(f"{name} {number}" for name, number in versions.items()),
-        "model": f"{recipe.model} · {_in_words(spec.parameters)} parameters · {kind}",
+        "model": f"{recipe.model} · {_in_words(count)} parameters · {kind}",
         "on": f"{plan.gpus} × {plan.gpu} · {plan.choices.sharding} sharding" if plan.gpus > 1 else plan.gpu,
         "data": f"{report['samples']:,} rows: {report['train_examples']:,} examples to train on, "
         f"{report['eval_examples']:,} to evaluate on",

@@ -20,7 +20,7 @@ SIDE = 56  # pixels
 NUM_ROWS = 40
 
 
-@pytest.mark.fault("A01 A08 E35", "with pictures, two ranks, everything trained: the same, bit for bit")
+@pytest.mark.fault("A01 A08 E35", "with pictures, two ranks, the language model trained: the same, bit for bit")
 @pytest.mark.slow
 def test_kills_of_two_ranks_that_train_on_pictures_change_nothing(tmp_path: Path) -> None:
     kill_warm(tmp_path, "full", kills=3, ranks=2, model=write_rows_and_model(tmp_path, "qwen2_5_vl"))

@@ -29,7 +29,33 @@ def with_media(batch: dict[str, torch.Tensor], rows: Sequence[Packed], media: Ru
         positions = [row.positions for row in rows if row.positions is not None]
         batch["depths"] = batch["position_ids"]
         batch["position_ids"] = torch.as_tensor(np.concatenate(positions, axis=1).astype(np.int64))[:, None]
-    order = [number for row in rows for number in row.media]
+    batch |= _tensors([number for row in rows for number in row.media], media)
+    return batch | tower_inputs(media.limits.family, batch)
+
+
+def as_prompt(ids: Sequence[int], media: RunMedia) -> dict[str, torch.Tensor]:
+    """A prompt as transformers' `generate` takes it, which derives positions and tower inputs itself.
+
+    `input_ids`, `attention_mask`: (1, T) int64; `mm_token_type_ids` (1, T) where the model sees and does not hear;
+    `feature_attention_mask` (n, frames) beside `input_features`.
+    """
+    row = np.asarray(ids, dtype=np.int32)
+    known = torch.as_tensor(media.in_model(row).astype(np.int64))[None]
+    prompt = {"input_ids": known, "attention_mask": torch.ones_like(known), **_tensors(media.order(row), media)}
+    if (lengths := prompt.pop("feature_lengths", None)) is not None:
+        frames = torch.arange(prompt["input_features"].shape[-1])
+        prompt["feature_attention_mask"] = (frames < lengths[:, None]).long()
+    elif media.seen and media.limits.hearing is None:
+        kinds = torch.zeros_like(known)
+        for number, kind in enumerate(PATCHES, 1):
+            kinds[known == media.pad_ids.get(kind, -1)] = number
+        prompt["mm_token_type_ids"] = kinds
+    return prompt
+
+
+def _tensors(order: Sequence[int], media: RunMedia) -> dict[str, torch.Tensor]:
+    """Patches and features of media in that order."""
+    batch: dict[str, torch.Tensor] = {}
     loaded = {number: media.load(number) for number in dict.fromkeys(order)}
     by_kind: dict[str, list[int]] = {}
     for number in order:
@@ -37,7 +63,7 @@ def with_media(batch: dict[str, torch.Tensor], rows: Sequence[Packed], media: Ru
     for kind, numbers in by_kind.items():
         seen, contents = [media.seen[number] for number in numbers], [loaded[number] for number in numbers]
         batch |= _sounds(seen, contents) if kind == "audio" else _pictures(kind, seen, contents)
-    return batch | tower_inputs(media.limits.family, batch)
+    return batch
 
 
 def _pictures(kind: str, seen: Sequence[Seen], patches: Sequence[NDArray[Any]]) -> dict[str, torch.Tensor]:

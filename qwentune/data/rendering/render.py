@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Literal
 
 from qwentune.data.media.limits import MediaLimits
+from qwentune.data.media.seen import Seen
 from qwentune.data.rendering.credentials import credentials
 from qwentune.data.rendering.dialogue import Dialogue, RenderOptions
 from qwentune.data.rendering.example import DialogueExamples, Example, Part, Span, TurnIds
@@ -139,12 +140,16 @@ class Renderer:
                 planned, size = [], 0
         yield from self._finished(planned)
 
-    def prompt(self, messages: Sequence[Message], mode: Mode) -> list[int]:
-        """The ids after which the model answers `messages` in `mode`; raises RowError where the template refuses."""
+    def prompt(self, messages: Sequence[Message], mode: Mode) -> tuple[list[int], tuple[Seen, ...]]:
+        """The ids after which the model answers `messages` in `mode`, and the media that they name.
+
+        Raises RowError where the template refuses, or a medium cannot be shown.
+        """
         assert self.template is not None
         conversation = Conversation(Source("chat", 1), tuple(messages))
-        pieces = Dialogue.of(conversation, self.template, self.options, self.encoder, self.limits).prompt(mode)
-        return ids_of(pieces, self.encoder.encode([pieces]))
+        dialogue = Dialogue.of(conversation, self.template, self.options, self.encoder, self.limits)
+        pieces = dialogue.prompt(mode)
+        return ids_of(pieces, self.encoder.encode([pieces])), dialogue.media.table if dialogue.media else ()
 
     def _plan(self, sample: Sample, source_number: int) -> _Planned:
         planned = _Planned(sample, Outcome(sample.source), is_checked=_is_checked(sample.source))
