@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -43,8 +44,7 @@ def chat(
     audio: Annotated[list[Path] | None, typer.Option(help="A sound before the first message.")] = None,
 ) -> None:
     """Talk to the tuned model, with its own template and stop tokens."""
-    files: list[tuple[MediaKind, Path]] = [("image", file) for file in image or ()]
-    files += [("audio", file) for file in audio or ()]
+    files: dict[MediaKind, list[Path]] = {"image": image or [], "audio": audio or []}
     console.end(console.run(lambda: run_chat(run, message, thinking, as_json, files)))
 
 
@@ -53,7 +53,7 @@ def run_chat(
     message: str | None,
     thinking: str | None,
     as_json: bool,
-    files: Sequence[tuple[MediaKind, Path]] = (),
+    files: Mapping[MediaKind, Sequence[Path]] = MappingProxyType({}),
 ) -> int:
     """Answers one message, or a dialogue on stdin, whose first message shows the files; the exit code."""
     from qwentune.data.sample import Medium, Message
@@ -63,7 +63,7 @@ def run_chat(
         raise UsageError(Problem("--thinking", f"{thinking!r} is neither on nor off"))
     with console.busy("loading"):
         speaker = Speaker(open_run(folder), thinking)
-    media = tuple(Medium(kind, file, 0, f"--{kind}") for kind, file in files)
+    media = tuple(Medium(kind, file, 0, f"--{kind}") for kind, some in files.items() for file in some)
     if message is not None:
         answer = speaker.answer([Message("user", message, media=media)])
         if as_json:

@@ -40,15 +40,14 @@ def test_what_a_chat_gives_the_model_is_what_training_gives_it(
     assert tokenizer.chat_template is not None
     template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, {})
     renderer = Renderer(tokenizer, template, RenderOptions(max_tokens=10_000), limits=limits)
-    shown: list[tuple[MediaKind, Path]] = []
-    if "image" in limits.family.pads:
-        shown += [("image", files.folder / picture.name) for picture in files.pictures[:2]]
-    if "audio" in limits.family.pads:
-        shown += [("audio", files.folder / sound.name) for sound in files.sounds[:2]]
-    media = tuple(Medium(kind, path, 0, f"--{kind}") for kind, path in shown)
+    kinds: tuple[MediaKind, ...] = ("image", "audio")
+    shown: list[MediaKind] = [kind for kind in kinds if kind in limits.family.pads]
+    media = tuple(
+        Medium(kind, files.folder / item.name, 0, f"--{kind}") for kind in shown for item in files.of(kind)[:2]
+    )
     question = [Message("user", "What is it?", media=media)]
     prompt, seen = renderer.prompt(question, template.default_mode)
-    assert {one.kind for one in seen} == {kind for kind, _ in shown}
+    assert {one.kind for one in seen} == {*shown}
 
     run_media = RunMedia.of(seen, limits, tokenizer.control_ids)
     target = 77

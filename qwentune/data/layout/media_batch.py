@@ -13,8 +13,12 @@ from qwentune.data.layout.media_table import RunMedia
 from qwentune.data.layout.tower_inputs import tower_inputs
 from qwentune.data.layout.trie import Packed
 from qwentune.data.media.seen import Seen
+from qwentune.data.sample import MediaKind
 
-PATCHES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+PATCHES: dict[MediaKind, tuple[str, str]] = {
+    "image": ("pixel_values", "image_grid_thw"),
+    "video": ("pixel_values_videos", "video_grid_thw"),
+}
 
 
 def with_media(batch: dict[str, torch.Tensor], rows: Sequence[Packed], media: RunMedia) -> dict[str, torch.Tensor]:
@@ -57,7 +61,7 @@ def _tensors(order: Sequence[int], media: RunMedia) -> dict[str, torch.Tensor]:
     """Patches and features of media in that order."""
     batch: dict[str, torch.Tensor] = {}
     loaded = {number: media.load(number) for number in dict.fromkeys(order)}
-    by_kind: dict[str, list[int]] = {}
+    by_kind: dict[MediaKind, list[int]] = {}
     for number in order:
         by_kind.setdefault(media.seen[number].kind, []).append(number)
     for kind, numbers in by_kind.items():
@@ -66,7 +70,7 @@ def _tensors(order: Sequence[int], media: RunMedia) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _pictures(kind: str, seen: Sequence[Seen], patches: Sequence[NDArray[Any]]) -> dict[str, torch.Tensor]:
+def _pictures(kind: MediaKind, seen: Sequence[Seen], patches: Sequence[NDArray[Any]]) -> dict[str, torch.Tensor]:
     values, grids = PATCHES[kind]
     return {
         values: torch.as_tensor(np.concatenate(patches)),
