@@ -25,6 +25,7 @@ from qwentune.memory.media_use import expects_media, tower_use
 from qwentune.memory.settings import Settings, TowerUse
 from qwentune.memory.trace.live_bytes import live_bytes, trace
 from qwentune.memory.trace.meta_step import (
+    fewest_blocks,
     meta_batch,
     meta_step,
     step_of,
@@ -186,7 +187,9 @@ def test_shallow_copies_give_the_regions_of_a_deep_model(towers: TowerUse) -> No
     config = config_of_tiny(spec)
     with traceable(spec, settings):
         deep = live_bytes(meta_step(config, settings, 8, 0), 8)
-        shallow = trace(lambda recomputed, kept: meta_step(config, settings, recomputed, kept), 8, 0, 5)
+        shallow = trace(
+            lambda recomputed, kept: meta_step(config, settings, recomputed, kept), 8, 0, fewest_blocks(spec, settings)
+        )
     for region, terms in deep.items():
         assert sum(shallow[region].values()) == pytest.approx(sum(terms.values()), rel=0.005), region
 

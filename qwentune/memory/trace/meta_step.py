@@ -49,7 +49,7 @@ def traced_peak(spec: ModelSpec, settings: Settings) -> Terms:
     """The worst moment of the training step of one unsharded rank, device workspaces left out."""
     build, num_recomputed, num_kept = _steps(spec, settings)
     with traceable(spec, settings):
-        _, terms = peak(trace(build, num_recomputed, num_kept, _fewest_blocks(spec, settings)))
+        _, terms = peak(trace(build, num_recomputed, num_kept, fewest_blocks(spec, settings)))
     return _terms(terms)
 
 
@@ -58,15 +58,18 @@ def traced_evaluation(spec: ModelSpec, settings: Settings) -> Terms:
     settings = replace(settings, micro_batch=1, accumulation=1, gradient_checkpointing=False)
     build, _, num_blocks = _steps(spec, settings)
     with traceable(spec, settings):
-        fewest = _fewest_blocks(spec, settings)
+        fewest = fewest_blocks(spec, settings)
         _, terms = peak(trace(lambda _, kept: evaluation_of(build(0, kept)), 0, num_blocks, fewest))
     return _terms(terms)
 
 
-def _fewest_blocks(spec: ModelSpec, settings: Settings) -> int:
-    """Blocks that are traced as they are: pictures are added again after the first layers of some models."""
+def fewest_blocks(spec: ModelSpec, settings: Settings) -> int:
+    """Blocks that are traced as they are: pictures are added again after the first layers of some models.
+
+    The one after them, and the last, still differ from those between.
+    """
     vision = None if spec.tower is None or not settings.forward_patches else spec.tower.vision
-    return max(FEWEST_BLOCKS, len(vision.deepstack) + 2 if vision and vision.deepstack else 0)
+    return max(FEWEST_BLOCKS, len(vision.deepstack) + 3 if vision and vision.deepstack else 0)
 
 
 def evaluation_of(step: Step) -> Step:
