@@ -139,7 +139,7 @@ def test_every_checkpoint_says_what_it_takes_and_the_first_ones_why_not() -> Non
     assert takes["Qwen/Qwen3-8B"] == ("text",)
     assert takes["Qwen/Qwen3.5-9B"] == takes["Qwen/QVQ-72B-Preview"] == ("text", "image", "video")
     assert takes["Qwen/Qwen2-Audio-7B"] == ("text", "audio")
-    assert takes["Qwen/Qwen2.5-Omni-7B"] == ("text", "image", "video", "audio")
+    assert takes["Qwen/Qwen2.5-Omni-7B"] == ("text", "image", "audio")
     for name in NOT_TAKEN:
         with pytest.raises(UsageError, match=r"beside its weights.*\n?.*Take Qwen/Qwen2"):
             model_spec(name)
