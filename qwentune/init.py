@@ -30,6 +30,7 @@ NUM_ROWS_LOOKED_AT = 20_000  # of each file
 FEWEST_ROWS_FOR_FULL = 10_000
 # Qwen's vocabulary takes 3 to 4.5 bytes of UTF-8 for a token of prose, code or Chinese; fewer bytes mean more tokens.
 BYTES_PER_TOKEN = 3.0
+TOKENS_PER_MEDIUM = 400  # a picture of 640×480 under Qwen2.5-VL has 391
 LENGTH_STEP, LONGEST = 512, 32768
 SHARES = (1.0, 0.99, 0.95)  # of the examples that are not longer; a smaller one only where the larger does not fit
 BATCHES = (16, 8, 4, 2)
@@ -339,7 +340,8 @@ def _source(file: Seen) -> dict[str, Any]:
 
 
 def _guessed_tokens(sample: object) -> int:
-    return math.ceil(len(json.dumps(sample, ensure_ascii=False).encode()) / BYTES_PER_TOKEN)
+    medium = " " * int(TOKENS_PER_MEDIUM * BYTES_PER_TOKEN)  # in the place of its path or bytes
+    return math.ceil(len(json.dumps(sample, ensure_ascii=False, default=lambda _: medium).encode()) / BYTES_PER_TOKEN)
 
 
 def _batch(tokens: Sequence[int], max_tokens: int, ranks: int, epochs: float, can_pack: bool) -> tuple[bool, int, int]:

@@ -263,3 +263,20 @@ def test_every_mistake_is_said_and_nothing_is_written(tmp_path: Path) -> None:
     code, said, recipe = init(tmp_path, "--model", "Qwen/Qwen3-8B", "--data", "data_templates/chat.jsonl")
     assert (code, recipe.read_text()) == (2, "mine")
     assert "nothing is overwritten" in said
+
+
+@pytest.mark.parametrize(
+    ("model", "file"),
+    [
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "image"),
+        ("Qwen/Qwen3-VL-8B-Instruct", "video"),
+        ("Qwen/Qwen2-Audio-7B", "audio"),
+    ],
+)
+def test_rows_with_media_get_a_recipe(tmp_path: Path, model: str, file: str) -> None:
+    data = f"data_templates/{file}.jsonl"
+    code, said, recipe = init(tmp_path, "--model", model, "--data", data, "--gpu", "h100-80gb")
+    assert code == 0, said
+    assert load_recipe(recipe).recipe.data.train[0].path == data
+    (seen,) = look_at([data])
+    assert all(tokens > 400 for tokens in seen.tokens)

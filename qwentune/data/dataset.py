@@ -200,13 +200,16 @@ def chat_template(data: DataOptions, tokenizer: Tokenizer) -> ChatTemplate | Non
 def _fingerprint(
     data: DataOptions, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int, contents: Mapping[str, Content]
 ) -> str:
+    limits = limits_of(data, tokenizer)
+    # Where media may lie: the same rows beside other files are other data.
+    places = [] if limits is None else [os.getcwd(), *(os.path.abspath(source.path) for source in data.sources)]
     parts = {
         "format": CACHE_FORMAT,
         "options": {k: v for k, v in data.model_dump(mode="json").items() if k not in {"packing", "chat_template"}},
         "contents": [contents[source.path].fingerprint for source in data.sources],
         "tokenizer": tokenizer.fingerprint,
         "template": None if template is None else template.text,
-        "media": repr(limits_of(data, tokenizer)),
+        "media": [repr(limits), *places],
         "seed": seed,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

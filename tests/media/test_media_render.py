@@ -162,6 +162,24 @@ def test_swapped_pictures_are_other_data(place: Place) -> None:
     assert first.fingerprint != second.fingerprint
 
 
+def test_the_same_rows_beside_other_pictures_are_other_data(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(place.folders["qwen2_5_vl"])
+    options = DataOptions.model_validate({"train": [{"path": "rows.jsonl"}], "max_tokens": 4096})
+    found: list[Dataset] = []
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        Path("a.png").write_bytes((place.files.folder / place.files.pictures[number].name).read_bytes())
+        Path("rows.jsonl").write_text(json.dumps(dialogue(user("a.png", "what?"), "that")) + "\n", encoding="utf-8")
+        found.append(prepare(options, tokenizer, chat_template(options, tokenizer), 0))
+    media = [dataset.media for dataset in found]
+    assert [Path(one.seen[0].path) for one in media if one is not None] == [tmp_path / "0/a.png", tmp_path / "1/a.png"]
+    assert found[0].content != found[1].content
+
+
 def test_a_picture_that_changes_is_told_with_its_row_and_rendered_again(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:

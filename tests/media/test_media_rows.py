@@ -255,6 +255,7 @@ IN_ROWS: list[tuple[dict[str, Any], str]] = [
     (chat(part(type="image", image="data:image/png,abc")), "Write data:;base64,"),
     (chat(part(type="image", image="a.png", resized_height=28)), "has resized_height"),
     (chat(part(type="image", image="a.png", max_pixels="many")), "max_pixels is the text 'many'"),
+    (chat(part(type="image", image="a.png", max_pixels=0.5)), "max_pixels is the number 0.5"),
     (chat(part(type="document", path="a.pdf")), "is of the type 'document'"),
     ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [part(image="a.png")]}]},
      "messages[1].content[0] is an image in what the assistant says"),

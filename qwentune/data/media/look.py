@@ -145,7 +145,10 @@ def _video(files: list[Path], medium: Medium, limits: MediaLimits) -> Seen:
         what = f"it lists {video.num_frames} frames, and at most {vision.max_frames} are taken"
         raise RowError(what, "List fewer, or raise data.media.max_frames.")
     digest = digest_of(files)
-    path = _kept(json.dumps([str(file) for file in files]).encode(), f"{digest}.frames") if is_listed else files[0]
+    path = files[0]
+    if is_listed:  # named by where the frames are, which may move
+        listed = json.dumps([str(file) for file in files]).encode()
+        path = _kept(listed, f"{hashlib.sha256(listed).hexdigest()[:32]}.frames")
     size = video_size(video, len(frames), vision, medium.limits.get("max_pixels"))
     grid = (-(-len(frames) // vision.temporal), *size)
     seen = _seen("video", path, digest, (video.width, video.height), grid, vision)

@@ -129,10 +129,11 @@ def _read_limits(part: Mapping[str, Json], kind: MediaKind, path: str, reader: R
     limits: dict[str, float] = {}
     for key in LIMITS if kind == "video" else LIMITS[:2] if kind == "image" else ():
         value = part.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**40:
+        least = 0.001 if key == "fps" else 1
+        if isinstance(value, int | float) and not isinstance(value, bool) and least <= value < 2**40:
             limits[key] = value
         elif value is not None:
-            reader.refuse(f"{path}.{key} is {described(value)}", "A number above 0 is needed.")
+            reader.refuse(f"{path}.{key} is {described(value)}", f"A number from {least} on is needed.")
     return limits
 
 
