@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from itertools import islice
 
 from qwentune.data.cache import cache_folder
 from qwentune.data.dataset import Dataset, chat_template, prepared
-from qwentune.data.formats.samples import format_of_source, refuse_untrained
+from qwentune.data.formats.samples import NUM_ROWS_LOOKED_AT, format_of_source, read_samples, refuse_untrained
 from qwentune.data.layout.row_media import RowMedia
+from qwentune.data.reading.columns import Columns
 from qwentune.data.reading.files import is_at_hand
+from qwentune.data.sample import Conversation
 from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
 from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import DataError, UsageError
@@ -39,6 +42,18 @@ def refuse_untrained_rows(data: DataOptions) -> None:
             if source.format != "auto" or is_at_hand(source.path):
                 known.append(source.model_copy(update={"format": format_of_source(source)}))
     refuse_untrained(known)
+
+
+def show_media(data: DataOptions) -> bool:
+    """Whether one of the first rows of a source that is at hand has media."""
+    for source in data.sources:
+        with suppress(DataError):
+            if is_at_hand(source.path):
+                samples = read_samples(source.path, source.format, [], columns=Columns.of(source))
+                first = islice(samples, NUM_ROWS_LOOKED_AT)
+                if any(m.media for one in first if isinstance(one, Conversation) for m in one.messages):
+                    return True
+    return False
 
 
 def largest_media(recipe: Recipe, spec: ModelSpec) -> RowMedia | None:

@@ -15,11 +15,16 @@ _FRAMES_PER_PAD_BY_HUNDRED = 100 / 13
 def expects_media(spec: ModelSpec, data: DataOptions, media: RowMedia | None) -> bool:
     """Whether rows have media: by the rendered data, else where the model is made for them or the recipe bounds them.
 
-    A model that is also loaded without its towers is taken to be given text, unless `data.media` says something.
+    A model that is also loaded without its towers is taken to be given text, unless `data.media` or one of the first
+    rows says something else.
     """
+    from qwentune.data.at_hand import show_media
+
     if media is not None:
         return media != RowMedia()
-    return data.media != MediaOptions() or loads_towers(spec.checkpoint_type, has_media=False)
+    if data.media != MediaOptions() or loads_towers(spec.checkpoint_type, has_media=False):
+        return True
+    return loads_towers(spec.checkpoint_type, has_media=True) and show_media(data)
 
 
 def tower_use(

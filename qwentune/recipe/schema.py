@@ -159,7 +159,8 @@ class Fim(Section):
 class MediaOptions(Section):
     max_pixels: Pixels | None = _key(
         None,
-        "largest picture or frame of a video, in pixels; larger ones are scaled",
+        "largest picture, in pixels; larger ones are scaled; of a video each frame, or (Qwen3-VL and after) all of them "
+        "max_frames times as many",
         shown="the checkpoint's",
     )
     min_pixels: Pixels | None = _key(None, "smallest picture, in pixels", shown="the checkpoint's")

@@ -237,6 +237,13 @@ def test_rows_are_judged_by_the_data_else_by_as_many_pads_as_they_hold() -> None
     hybrid = model_spec("Qwen/Qwen3.5-9B")
     assert [expects_media(hybrid, data, None) for data in (asked, bounded)] == [False, True]
     assert expects_media(model_spec("Qwen/Qwen3-VL-2B-Instruct"), asked, None)
+    first_rows = {
+        name: expects_media(
+            hybrid, DataOptions.model_validate({"train": [{"path": f"data_templates/{name}.jsonl"}]}), None
+        )
+        for name in ("chat", "image", "video")
+    }
+    assert first_rows == {"chat": False, "image": True, "video": True}, "the plan is made before rows are rendered"
 
 
 def test_large_pictures_that_do_not_fit_are_mended_by_smaller_ones() -> None:
