@@ -159,7 +159,7 @@ class Fim(Section):
 class MediaOptions(Section):
     max_pixels: Pixels | None = _key(
         None,
-        "largest picture, in pixels; larger ones are scaled; of a video each frame, or (Qwen3-VL and after) all of them "
+        "largest picture, in pixels; larger ones are scaled; of a video each frame, or (Qwen3-VL on) all of them "
         "max_frames times as many",
         shown="the checkpoint's",
     )
