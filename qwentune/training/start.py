@@ -42,7 +42,7 @@ EFFECTS = {
     "tokenizer": "other tokens than those trained so far",
 }
 
-# What decides a run beside its recipe and `plan.*`; as manifests called it once.
+# What decides a run beside its recipe and `plan.*`; as manifests and commands called it once, which still counts.
 FACTS = ("data", "template", "tokenizer", "base", "ranks")
 RENAMED = {"chat template": "template", "base weights": "base", "number of ranks": "ranks"}
 
@@ -76,9 +76,9 @@ def refuse_unknown_changes(allowed: Sequence[str]) -> None:
     known = list(dict.fromkeys(".".join(parts[:n]) for key in keys if (parts := key.split(".")) for n in (1, 2, 3)))
     fix = f"Name {', '.join(FACTS)}, plan, or a key of the recipe or its section, as `qwentune keys` lists them."
     problems = [
-        Problem("--allow-change", f"'{name}' is nothing that can change.{nearest(RENAMED.get(name, name), known)}", fix)
+        Problem("--allow-change", f"'{name}' is nothing that can change.{nearest(name, known)}", fix)
         for name in allowed
-        if name not in known and not is_key(name)
+        if name not in known and name not in RENAMED and not is_key(name)
     ]
     if problems:
         raise UsageError(problems)
@@ -103,6 +103,7 @@ def choose_start(
     Raises ResumeError where checkpoints exist but none verifies, and where the run's facts differ from the
     checkpoint's in a key that is not in `allowed`.
     """
+    allowed = [RENAMED.get(name, name) for name in allowed]
     aside = checkpoints.sweep()
     skipped: list[Problem] = []
     if resume == "auto":
