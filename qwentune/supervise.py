@@ -11,10 +11,9 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import psutil
-import typer
 
 from qwentune import console
 from qwentune.errors import (
@@ -26,7 +25,7 @@ from qwentune.errors import (
     RunInUseError,
 )
 from qwentune.training import reports
-from qwentune.training.command_line import Request
+from qwentune.training.command_line import AllowChange, ForceMemory, Fresh, Overrides, RecipePath, Request, Resume
 from qwentune.training.hangs import HangWatch
 from qwentune.training.signals import ORPHAN_GRACE_SECONDS, stoppable, take_over
 
@@ -45,23 +44,12 @@ MAP_LOST = (
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value: keys to change for this time.")] = None,
-    resume: Annotated[
-        str, typer.Option(help="Where to go on: auto is the newest whole checkpoint, else the folder of one.")
-    ] = "auto",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Move the old run folder aside and start at step 0.")] = False,
-    allow_change: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY",
-            help="Go on though this differs from the checkpoint: a key or section of the recipe, or data, template, "
-            "tokenizer, base (its weights), ranks, plan. Give it again for more.",
-        ),
-    ] = None,
-    force_memory: Annotated[
-        bool, typer.Option("--force-memory", help="Train even where the plan says that memory does not suffice.")
-    ] = False,
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Resume = "auto",
+    fresh: Fresh = False,
+    allow_change: AllowChange = None,
+    force_memory: ForceMemory = False,
 ) -> None:
     """Plan, then train under accelerate; the same command again resumes an unfinished run."""
     request = Request(recipe, tuple(overrides or ()), resume, fresh, tuple(allow_change or ()), force_memory)

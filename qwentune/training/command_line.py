@@ -1,8 +1,29 @@
-"""What the command line asks of a run."""
+"""What the command line asks of a run: the options of both commands that train, and what they were."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+RecipePath = Annotated[str, typer.Argument(help="The recipe, a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value: keys to change for this time.")]
+Resume = Annotated[
+    str, typer.Option(help="Where to go on: auto is the newest whole checkpoint, else the folder of one.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Move the old run folder aside and start at step 0.")]
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY",
+        help="Go on though this differs from the checkpoint: a key or section of the recipe, or data, template, "
+        "tokenizer, base (its weights), ranks, plan. Give it again for more.",
+    ),
+]
+ForceMemory = Annotated[
+    bool, typer.Option("--force-memory", help="Train even where the plan says that memory does not suffice.")
+]
 
 
 @dataclass(frozen=True)
