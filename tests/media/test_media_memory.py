@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from qwentune.data.layout.row_media import RowMedia
 from qwentune.data.layout.tower_inputs import tower_inputs
+from qwentune.data.media.sounds import num_pads as num_pads_of
 from qwentune.errors import UsageError
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import gpu_spec
@@ -55,7 +56,11 @@ GRIDS = [[1, 8, 16], [1, 12, 20], [1, 10, 18]]  # whole windows of Qwen2.5 and c
 PATCHES = sum(h * w for _, h, w in GRIDS)
 PAD = 1000
 TRAINED = TowerUse(patches=PATCHES, body="trained", merger="trained")
+CLIPS = [400, 1000, 3000, 2999, 37]  # mel frames; more than go through Qwen2-Audio's tower at once
+FRAMES = len(CLIPS) * 3000
 VISION = ["Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"]
+OTHERS = ["Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen3.5-4B", "Qwen/Qwen2-Audio-7B-Instruct"]
+EVERY = [*VISION, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 
 
 def tiny(name: str) -> ModelSpec:
@@ -70,36 +75,44 @@ def tiny(name: str) -> ModelSpec:
         deepstack=(0, 1, 2) if spec.tower.vision.deepstack else (),
         **small,
     )
+    audio = spec.tower.audio and replace(spec.tower.audio, depth=4, **small)
     return replace(
         spec,
-        num_layers=6,
+        num_layers=2 * spec.period if spec.period > 1 else 6,
         hidden_size=128,
         intermediate_size=256,
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
         vocab_rows=1024,
-        tower=replace(spec.tower, vision=vision),
+        tower=replace(spec.tower, vision=vision, audio=audio),
     )
 
 
 def config_of_tiny(spec: ModelSpec) -> Any:
     config: Any = AutoConfig.for_model(**cast(Any, whole_config_of(spec)))
-    config.image_token_id = PAD
+    config.image_token_id = config.audio_token_id = PAD
     return config
 
 
 def real_batch(settings: Settings, config: Any) -> dict[str, torch.Tensor]:
-    """A batch of numbers in which the first tokens are the pads of three pictures of different sizes."""
-    batch = meta_batch(settings, config)
+    """A batch of numbers in which the first tokens are the pads of three pictures, or five clips, of different sizes."""
+    batch, family = meta_batch(settings, config), FAMILIES[config.model_type]
     real = {name: torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else x for name, x in batch.items()}
     num_tokens, grids = settings.forward_tokens, torch.tensor(GRIDS)
     real["input_ids"] = torch.randint(0, PAD, (1, num_tokens))
-    real["input_ids"][0, : PATCHES // 4] = PAD
-    real |= {"pixel_values": torch.randn(PATCHES, batch["pixel_values"].shape[1]), "image_grid_thw": grids}
-    real |= tower_inputs(FAMILIES[config.model_type], {"image_grid_thw": grids})
-    real["depths"] = torch.arange(num_tokens)[None]
-    real["position_ids"] = real["depths"].expand(3, 1, -1).contiguous()
+    real["position_ids"] = torch.arange(num_tokens)[None]
+    num_pads = PATCHES // 4
+    if family.hearing is not None:
+        num_pads = sum(num_pads_of(frames, family.hearing) for frames in CLIPS)
+        sounds = {"input_features": torch.randn(len(CLIPS), 128, 3000), "feature_lengths": torch.tensor(CLIPS)}
+        real |= sounds | tower_inputs(family, sounds)
+    else:
+        real |= {"pixel_values": torch.randn(PATCHES, batch["pixel_values"].shape[1]), "image_grid_thw": grids}
+        real |= tower_inputs(family, {"image_grid_thw": grids})
+        real["depths"] = real["position_ids"]
+        real["position_ids"] = real["depths"].expand(3, 1, -1).contiguous()
+    real["input_ids"][0, :num_pads] = PAD
     real["visible_until"] = torch.full((1, num_tokens), num_tokens)
     real["predict_from"] = torch.arange(num_tokens)
     return real
@@ -145,7 +158,7 @@ def test_every_checkpoint_says_what_it_takes_and_the_first_ones_why_not() -> Non
             model_spec(name)
 
 
-@pytest.mark.parametrize("name", VISION)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize(
     ("kind", "towers", "checkpointing"),
     [
@@ -159,12 +172,20 @@ def test_every_checkpoint_says_what_it_takes_and_the_first_ones_why_not() -> Non
 def test_each_region_of_a_real_step_takes_what_the_trace_says(
     name: str, kind: Any, towers: TowerUse, checkpointing: bool
 ) -> None:
-    settings = replace(SETTINGS, kind=kind, towers=towers, gradient_checkpointing=checkpointing, micro_batch=1)
+    settings = replace(SETTINGS, kind=kind, gradient_checkpointing=checkpointing, micro_batch=1)
     spec = tiny(name)
+    assert spec.tower is not None
+    if spec.tower.audio is not None:
+        num_pads = sum(num_pads_of(frames, FAMILIES["qwen2_audio"].hearing) for frames in CLIPS)
+        towers = replace(towers, patches=0, frames=FRAMES)
+        settings = replace(settings, max_tokens=num_pads)
+    settings = replace(settings, towers=towers)
     config = config_of_tiny(spec)
     num_recomputed = settings.num_checkpointed(spec.num_layers)
     with traceable(spec, settings):
-        traced = live_bytes(meta_step(config, settings, num_recomputed, 6 - num_recomputed), num_recomputed)
+        traced = live_bytes(
+            meta_step(config, settings, num_recomputed, spec.num_layers - num_recomputed), num_recomputed
+        )
     torch.manual_seed(0)
     network: Any = network_class(config)._from_config(
         config, dtype=torch.float32, attn_implementation=attention_of(config, IMPLEMENTATIONS["sdpa"])
