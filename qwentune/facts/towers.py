@@ -79,13 +79,22 @@ def training_problems(spec: ModelSpec) -> list[Problem]:
     return [Problem("model", what, "`qwentune plan` tells what its text tower would take.")]
 
 
+def sharding_problem(spec: ModelSpec, sharding: str, *, tuned: bool) -> Problem | None:
+    """Why a model whose towers are loaded cannot be spread over cards in that way; None where it can."""
+    if sharding in ("none", "ddp") or (sharding == "fsdp2" and not tuned):
+        return None
+    what, fix = f"{sharding}: {spec.checkpoint_type} is not spread by DeepSpeed", "fsdp2, or ddp"
+    if sharding == "fsdp2":
+        what, fix = f"fsdp2: towers and mergers of {spec.checkpoint_type} stay whole, so they cannot be trained", "ddp"
+    return Problem("hardware.launch", what, f"Leave it at auto, or take {fix}.")
+
+
 def part_problems(spec: ModelSpec, tuning: Tuning, *, has_media: bool, sharding: str) -> list[Problem]:
     """What of a recipe its towers do not allow: to be trained where none is loaded, or to be spread over cards."""
     has_towers = loads_towers(spec.checkpoint_type, has_media=has_media)
-    if has_towers and sharding not in ("none", "ddp"):
-        what = f"{sharding}: {spec.checkpoint_type} is held whole on every card so far"
-        fix = "Use hardware.launch=single or ddp, and QLoRA or LoRA to make it fit."
-        return [Problem("hardware.launch", what, fix)]
+    tuned = (tuning.towers, tuning.merger) != ("frozen", "frozen")
+    if has_towers and (problem := sharding_problem(spec, sharding, tuned=tuned)):
+        return [problem]
     why = f"{spec.id} reads text only"
     if spec.checkpoint_type in FAMILIES:
         why = "no row has a picture, a video or a sound"

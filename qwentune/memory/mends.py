@@ -176,16 +176,16 @@ def _costly_changes(spec: ModelSpec, device: Device, request: PlanRequest) -> It
                 lambda asked: replace(asked, kind="qlora", sharding="auto" if is_sharded else asked.sharding),
             )
         ]
-    shorter = [request.max_tokens >> halvings for halvings in range(1, 16)]
-    if shorter := [tokens for tokens in shorter if tokens >= _FEWEST_TOKENS]:
-        yield [_shorter(spec, request, tokens) for tokens in shorter]
+    halved = [request.max_tokens >> halvings for halvings in range(1, 16)]
+    if fewer := [tokens for tokens in halved if tokens >= _FEWEST_TOKENS]:
+        yield [shorter(spec, request, tokens) for tokens in fewer]
     if isinstance(device, GpuSpec) and request.kind != "qlora":
         yield [_more_gpus(count) for count in NUM_GPUS if count > request.num_gpus]
     if isinstance(device, GpuSpec) and request.kind == "qlora":  # whose weights are not shared
         yield [_unquantised(count) for count in NUM_GPUS if count >= request.num_gpus]
 
 
-def _shorter(spec: ModelSpec, request: PlanRequest, max_tokens: int) -> _Change:
+def shorter(spec: ModelSpec, request: PlanRequest, max_tokens: int) -> _Change:
     """Shorter rows, with pictures and videos that are as much smaller, so that they still stand in them.
 
     Only the length of rows bounds what they show: rows are filled up again where pictures alone are smaller. Nothing is
@@ -194,15 +194,15 @@ def _shorter(spec: ModelSpec, request: PlanRequest, max_tokens: int) -> _Change:
     text, overrides = f"shorten examples to {max_tokens} tokens", [f"data.max_tokens={max_tokens}"]
     largest, vision = request.largest, spec.tower and spec.tower.vision
     if request.towers is not None and largest is not None and vision is not None:
-        pixels = largest.largest * vision.patch**2
+        patches = largest.largest * max_tokens // request.max_tokens
+        pixels, what = patches * vision.patch**2, "pictures to"
         if largest.is_video:  # both, for of some families all frames together are bounded, and fewer would be larger
-            steps = -(-largest.num_frames // vision.temporal)
             frames = max(vision.temporal, largest.num_frames * max_tokens // request.max_tokens)
-            text += f", videos to {frames} frames"
-            overrides += [f"data.media.max_frames={frames}", f"data.media.max_pixels={pixels // steps}"]
-        elif (patches := largest.largest * max_tokens // request.max_tokens) >= _FEWEST_PATCHES:
-            text += f", pictures to {patches * vision.patch**2} pixels"
-            overrides.append(f"data.media.max_pixels={patches * vision.patch**2}")
+            pixels, what = pixels // -(-frames // vision.temporal), f"videos to {frames} frames of"
+            overrides.append(f"data.media.max_frames={frames}")
+        if largest.is_video or patches >= _FEWEST_PATCHES:
+            text += f", {what} {pixels} pixels"
+            overrides.append(f"data.media.max_pixels={pixels}")
 
     def apply(asked: PlanRequest) -> PlanRequest:
         towers = asked.towers and most_media(spec, asked.towers, max_tokens)

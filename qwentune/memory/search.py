@@ -232,7 +232,8 @@ def _shardings(device: Device, request: PlanRequest) -> tuple[Sharding, ...]:
     if request.sharding != "auto":
         return (request.sharding,)
     if request.towers is not None:
-        return ("none",) if request.num_gpus == 1 else ("ddp",)
+        takes_fsdp2 = isinstance(device, GpuSpec) and request.kind != "qlora" and not request.towers.is_tuned
+        return ("none",) if request.num_gpus == 1 else ("ddp", "fsdp2") if takes_fsdp2 else ("ddp",)
     # Adapters have few states, and DeepSpeed takes none in 8 bits.
     uses_zero = isinstance(device, GpuSpec) and request.kind == "full" and request.optimizer_state != "8bit"
     # A host that nobody knows is not counted on.

@@ -13,16 +13,21 @@ from transformers import AutoConfig
 
 from qwentune.data.layout.row_media import RowMedia
 from qwentune.data.layout.tower_inputs import tower_inputs
+from qwentune.data.media.limits import media_limits
+from qwentune.data.media.sounds import mel_frames
 from qwentune.data.media.sounds import num_pads as num_pads_of
+from qwentune.data.media.videos import Film, frames_taken, video_size
 from qwentune.errors import UsageError
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import gpu_spec
 from qwentune.facts.media import FAMILIES
 from qwentune.facts.models import MODELS, model_spec, whole_config_of
 from qwentune.facts.published_media import NOT_TAKEN
-from qwentune.memory import PlanRequest, make_plan
+from qwentune.memory import PlanRequest, RunPlan, make_plan
 from qwentune.memory.closed_form.phases import phases
-from qwentune.memory.media_use import expects_media, tower_use
+from qwentune.memory.judge import judge_recipe
+from qwentune.memory.media_use import expects_media, most_media, tower_use
+from qwentune.memory.mends import shorter
 from qwentune.memory.settings import Settings, TowerUse
 from qwentune.memory.trace.live_bytes import live_bytes, trace
 from qwentune.memory.trace.meta_step import (
@@ -36,7 +41,7 @@ from qwentune.memory.trace.meta_step import (
 )
 from qwentune.model.attention import IMPLEMENTATIONS
 from qwentune.model.senses import attention_of, network_class, take_media
-from qwentune.recipe import DataOptions, MediaOptions, Tuning
+from qwentune.recipe import DataOptions, MediaOptions, Recipe, Tuning, parse_recipe
 from tests.test_trace import NO_OVERHEADS, SETTINGS
 
 # Of the model classes of transformers 5.24 on the meta device (shared reference, computed from published dimensions).
@@ -64,7 +69,7 @@ EVERY = [*VISION, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER
 
 
 def tiny(name: str) -> ModelSpec:
-    """A model of the architecture with six layers and a tower of four blocks."""
+    """A model of the architecture with six layers, or two periods of different ones, and a tower of four blocks."""
     spec = model_spec(name)
     assert spec.tower is not None
     small: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_size": 128}
@@ -75,6 +80,7 @@ def tiny(name: str) -> ModelSpec:
         deepstack=(0, 1, 2) if spec.tower.vision.deepstack else (),
         **small,
     )
+    linear = spec.linear_attention
     audio = spec.tower.audio and replace(spec.tower.audio, depth=4, **small)
     return replace(
         spec,
@@ -85,6 +91,8 @@ def tiny(name: str) -> ModelSpec:
         num_kv_heads=2,
         head_dim=32,
         vocab_rows=1024,
+        linear_attention=linear
+        and replace(linear, num_key_heads=2, num_value_heads=4, key_head_dim=32, value_head_dim=32),
         tower=replace(spec.tower, vision=vision, audio=audio),
     )
 
@@ -96,7 +104,7 @@ def config_of_tiny(spec: ModelSpec) -> Any:
 
 
 def real_batch(settings: Settings, config: Any) -> dict[str, torch.Tensor]:
-    """A batch of numbers in which the first tokens are the pads of three pictures, or five clips, of different sizes."""
+    """A batch of numbers in which the first tokens are the pads of three pictures or five clips, all of other sizes."""
     batch, family = meta_batch(settings, config), FAMILIES[config.model_type]
     real = {name: torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else x for name, x in batch.items()}
     num_tokens, grids = settings.forward_tokens, torch.tensor(GRIDS)
@@ -183,16 +191,16 @@ def test_each_region_of_a_real_step_takes_what_the_trace_says(
     config = config_of_tiny(spec)
     num_recomputed = settings.num_checkpointed(spec.num_layers)
     with traceable(spec, settings):
-        traced = live_bytes(
-            meta_step(config, settings, num_recomputed, spec.num_layers - num_recomputed), num_recomputed
-        )
+        step = meta_step(config, settings, num_recomputed, spec.num_layers - num_recomputed)
+        traced = live_bytes(step, num_recomputed // spec.period)
     torch.manual_seed(0)
     network: Any = network_class(config)._from_config(
         config, dtype=torch.float32, attn_implementation=attention_of(config, IMPLEMENTATIONS["sdpa"])
     )
     network.config.use_cache = network.config.get_text_config().use_cache = False
     take_media(network)
-    measured = live_bytes(step_of(network, settings, num_recomputed, real_batch(settings, config)), num_recomputed)
+    step = step_of(network, settings, num_recomputed, real_batch(settings, config))
+    measured = live_bytes(step, num_recomputed // spec.period)
     assert ("backward tower" in measured) == towers.is_tuned
     assert "tower" in measured
     for region, terms in measured.items():
@@ -224,6 +232,8 @@ CLOSED = [
     ("Qwen/Qwen3-VL-8B-Instruct", TowerUse(patches=16384), {"max_tokens": 4096}),
     ("Qwen/Qwen3.5-0.8B", TowerUse(patches=4096), {"attention": "sdpa"}),
     ("Qwen/Qwen2-Audio-7B", TowerUse(frames=6000), {}),
+    ("Qwen/Qwen2-Audio-7B", TowerUse(frames=3_072_000), {}),  # the shortest clips alone
+    ("Qwen/Qwen2-Audio-7B", TowerUse(frames=15000, body="trained", merger="trained"), {"kind": "full"}),
     ("Qwen/Qwen2.5-Omni-3B", TowerUse(frames=6000, patches=2048), {}),
 ]
 
@@ -247,8 +257,8 @@ def test_rows_are_judged_by_the_data_else_by_as_many_pads_as_they_hold() -> None
     frozen = Tuning(kind="lora")
     use = tower_use(model_spec("Qwen/Qwen2.5-VL-3B-Instruct"), frozen, 1000, None, has_media=True)
     assert use == TowerUse(patches=4000)
-    heard = tower_use(model_spec("Qwen/Qwen2-Audio-7B"), frozen, 1000, None, has_media=True)
-    assert heard == TowerUse(frames=4000)
+    assert use is not None
+    assert use.is_bound
     seen = RowMedia(patches=600, largest=600)
     assert tower_use(model_spec("Qwen/Qwen3.5-9B"), frozen, 1000, seen, has_media=True) == TowerUse(patches=600)
     assert tower_use(model_spec("Qwen/Qwen3.5-9B"), frozen, 1000, RowMedia(), has_media=False) is None
@@ -267,7 +277,110 @@ def test_rows_are_judged_by_the_data_else_by_as_many_pads_as_they_hold() -> None
     assert first_rows == {"chat": False, "image": True, "video": True}, "the plan is made before rows are rendered"
 
 
-def test_large_pictures_that_do_not_fit_are_mended_by_smaller_ones() -> None:
+@pytest.mark.parametrize(
+    "name", ["Qwen2-Audio-7B-Instruct", "Qwen2.5-Omni-3B", "Qwen3-Omni-30B-A3B-Instruct"], ids=lambda name: name[:11]
+)
+def test_no_row_gives_a_tower_more_than_the_bound_before_rows_are_rendered(name: str) -> None:
+    """Of rows that are filled with clips of one length, each length in turn, and of rows of a few tokens."""
+    spec = model_spec(f"Qwen/{name}")
+    hearing = FAMILIES[spec.checkpoint_type].hearing
+    assert hearing is not None
+    whole = round(100 * (hearing.most_seconds or 0))
+    for max_tokens in (2, 3, 100, 2048):
+        bound = most_media(spec, TowerUse(), max_tokens).frames
+        for samples in range(1600, 480_001, 160):
+            frames = mel_frames(samples, hearing)
+            clips = max_tokens // num_pads_of(frames, hearing)
+            assert clips * max(frames, whole) <= bound, (max_tokens, samples)
+
+
+@pytest.mark.parametrize("body", ["frozen", "trained"])
+@pytest.mark.parametrize("name", ["Qwen2.5-Omni-7B", "Qwen3-Omni-30B-A3B-Instruct"])
+def test_a_row_of_pictures_and_sounds_takes_no_more_memory_than_the_bound(name: str, body: Any) -> None:
+    spec, max_tokens = model_spec(f"Qwen/{name}"), 2048
+    bound = most_media(spec, TowerUse(body=body, merger=body), max_tokens)
+    settings = replace(SETTINGS, kind="lora", max_tokens=max_tokens, weights="bf16", towers=bound)
+    most = phases(spec, settings, NO_OVERHEADS, merges_here=False)
+    for share in (0, 0.1, 0.5, 0.9, 1):
+        shown = replace(bound, patches=int(share * bound.patches), frames=int((1 - share) * bound.frames))
+        for phase, terms in phases(spec, replace(settings, towers=shown), NO_OVERHEADS, merges_here=False).items():
+            assert terms.total <= most[phase].total, (share, phase)
+
+
+FILM = RowMedia(patches=40_000, largest=12_800, num_frames=50)
+MENDED = [
+    ("Qwen2.5-VL-3B-Instruct", RowMedia(patches=60_000, largest=12_000), {"tuning.towers": "trained"}),
+    ("Qwen2.5-VL-7B-Instruct", None, {"data.max_tokens": 32768}),
+    ("Qwen2-VL-7B-Instruct", FILM, {"tuning.merger": "trained", "data.packing": False}),
+    ("Qwen3-VL-8B-Instruct", FILM, {"tuning.kind": "qlora"}),
+    ("Qwen3-VL-4B-Instruct", RowMedia(patches=9_000, largest=300), {"tuning.kind": "full"}),
+    ("Qwen3-VL-4B-Instruct", RowMedia(), {"tuning.kind": "full"}),
+    ("Qwen3.5-4B", RowMedia(patches=60_000, largest=60_000), {"tuning.kind": "qlora", "data.packing": False}),
+    ("Qwen2-Audio-7B-Instruct", RowMedia(frames=9_000), {}),
+    ("Qwen2.5-Omni-7B", RowMedia(patches=9_000, frames=9_000, largest=4_000), {}),
+]
+
+
+@pytest.mark.parametrize(("name", "shown", "changes"), MENDED, ids=str)
+@pytest.mark.parametrize("gpu", ["rtx-3060", "rtx-4090"])
+def test_every_mend_fits_when_it_is_applied(
+    name: str, shown: RowMedia | None, changes: dict[str, Any], gpu: str
+) -> None:
+    """Judged again as the command that is pasted judges: its rows are not rendered where a mend changes them.
+
+    Nor do the fullest rows that rendering can then find ask for more.
+    """
+    text = f"{{model: Qwen/{name}, tuning: {{kind: lora}}, data: {{train: [data_templates/image.jsonl]}}}}"
+    spec, given = model_spec(f"Qwen/{name}"), {"data.max_tokens": 16384, **changes}
+    overrides = [f"{key}={str(value).lower()}" for key, value in given.items()]
+    recipe = parse_recipe(text, "recipe.yaml", overrides).recipe
+
+    def judged(recipe: Recipe, media: RowMedia | None) -> RunPlan:
+        return judge_recipe(spec, recipe, device=gpu_spec(gpu), num_ranks=1, sharding="none", media=media)
+
+    plan = judged(recipe, shown)
+    assert plan.mends or (plan.fits and gpu == "rtx-4090")
+    for mend in plan.mends:
+        changed = parse_recipe(text, "recipe.yaml", [*overrides, *mend.overrides]).recipe
+        renders_again = changed.data != recipe.data
+        applied = judged(changed, None if renders_again else shown)
+        assert applied.fits, mend
+        assert mend.saves_bytes <= plan.peak_bytes, mend
+        if renders_again and spec.tower is not None:
+            full = most_media(spec, TowerUse(), changed.data.max_tokens)
+            assert judged(changed, RowMedia(full.patches, full.frames)).fits, mend
+
+
+@pytest.mark.parametrize("name", ["Qwen2-VL-7B-Instruct", "Qwen2.5-VL-7B-Instruct", "Qwen3-VL-8B-Instruct"])
+@pytest.mark.parametrize("film", [Film(1920, 1080, 9000, 30.0), Film(640, 480, 100, 25.0), Film(64, 2000, 31, 1.0)])
+def test_a_mend_of_videos_makes_them_as_much_smaller_as_rows_get_shorter(name: str, film: Film) -> None:
+    """Also of families in which all frames together are bounded, at that bound."""
+    spec = model_spec(f"Qwen/{name}")
+    family = FAMILIES[spec.checkpoint_type]
+
+    def patches(media: dict[str, Any]) -> tuple[int, int]:
+        limits = media_limits(None, family, MediaOptions.model_validate(media))
+        assert limits.vision is not None
+        frames = len(frames_taken(film, limits.vision.fps, limits.vision))
+        height, width = video_size(film, frames, limits.vision, None)
+        return -(-frames // limits.vision.temporal) * height * width // limits.vision.patch**2, frames
+
+    largest, num_frames = patches({})
+    request = PlanRequest(
+        kind="qlora",
+        max_tokens=max(1024, largest // 4 * 5 // 4),
+        sequences_per_step=1,
+        towers=TowerUse(patches=largest),
+        largest=RowMedia(patches=largest, largest=largest, num_frames=num_frames),
+    )
+    for halvings in (1, 2, 3):
+        max_tokens = request.max_tokens >> halvings
+        overrides = dict(one.split("=") for one in shorter(spec, request, max_tokens).overrides)
+        media = {key.removeprefix("data.media."): int(one) for key, one in overrides.items() if "media" in key}
+        assert patches(media)[0] <= largest / 2**halvings, halvings
+
+
+def test_large_pictures_that_do_not_fit_are_mended_by_smaller_ones_in_shorter_rows() -> None:
     spec = model_spec("Qwen/Qwen2.5-VL-3B-Instruct")
     request = PlanRequest(
         kind="lora",
