@@ -25,7 +25,7 @@ from qwentune.facts.models import MODELS, model_spec, whole_config_of
 from qwentune.facts.published_media import NOT_TAKEN
 from qwentune.memory import PlanRequest, RunPlan, make_plan
 from qwentune.memory.closed_form.phases import phases
-from qwentune.memory.judge import judge_recipe
+from qwentune.memory.judge import device_of, judge_recipe
 from qwentune.memory.media_use import expects_media, most_media, tower_use
 from qwentune.memory.mends import shorter
 from qwentune.memory.settings import Settings, TowerUse
@@ -184,7 +184,9 @@ def test_each_region_of_a_real_step_takes_what_the_trace_says(
     spec = tiny(name)
     assert spec.tower is not None
     if spec.tower.audio is not None:
-        num_pads = sum(num_pads_of(frames, FAMILIES["qwen2_audio"].hearing) for frames in CLIPS)
+        hearing = FAMILIES[spec.checkpoint_type].hearing
+        assert hearing is not None
+        num_pads = sum(num_pads_of(frames, hearing) for frames in CLIPS)
         towers = replace(towers, patches=0, frames=FRAMES)
         settings = replace(settings, max_tokens=num_pads)
     settings = replace(settings, towers=towers)
@@ -309,7 +311,7 @@ def test_a_row_of_pictures_and_sounds_takes_no_more_memory_than_the_bound(name: 
 
 FILM = RowMedia(patches=40_000, largest=12_800, num_frames=50)
 MENDED = [
-    ("Qwen2.5-VL-3B-Instruct", RowMedia(patches=60_000, largest=12_000), {"tuning.towers": "trained"}),
+    ("Qwen2.5-VL-3B-Instruct", RowMedia(patches=60_000, largest=12_000), {"tuning.merger": "trained"}),
     ("Qwen2.5-VL-7B-Instruct", None, {"data.max_tokens": 32768}),
     ("Qwen2-VL-7B-Instruct", FILM, {"tuning.merger": "trained", "data.packing": False}),
     ("Qwen3-VL-8B-Instruct", FILM, {"tuning.kind": "qlora"}),
@@ -331,12 +333,13 @@ def test_every_mend_fits_when_it_is_applied(
     Nor do the fullest rows that rendering can then find ask for more.
     """
     text = f"{{model: Qwen/{name}, tuning: {{kind: lora}}, data: {{train: [data_templates/image.jsonl]}}}}"
-    spec, given = model_spec(f"Qwen/{name}"), {"data.max_tokens": 16384, **changes}
+    spec, given = model_spec(f"Qwen/{name}"), {"hardware.gpu": gpu, "data.max_tokens": 16384, **changes}
     overrides = [f"{key}={str(value).lower()}" for key, value in given.items()]
     recipe = parse_recipe(text, "recipe.yaml", overrides).recipe
 
     def judged(recipe: Recipe, media: RowMedia | None) -> RunPlan:
-        return judge_recipe(spec, recipe, device=gpu_spec(gpu), num_ranks=1, sharding="none", media=media)
+        device, count, sharding = device_of(recipe.hardware, here=False)
+        return judge_recipe(spec, recipe, device=device, num_ranks=count, sharding=sharding, media=media)
 
     plan = judged(recipe, shown)
     assert plan.mends or (plan.fits and gpu == "rtx-4090")
@@ -396,9 +399,20 @@ def test_large_pictures_that_do_not_fit_are_mended_by_smaller_ones_in_shorter_ro
     assert plan.phases["train_step"].terms["media"] > plan.phases["train_step"].terms["towers"] > 0
 
 
-def test_models_with_towers_are_not_shared_among_cards() -> None:
-    spec = model_spec("Qwen/Qwen3-VL-32B-Instruct")
-    request = PlanRequest(kind="lora", max_tokens=2048, sequences_per_step=8, num_gpus=4, towers=TowerUse(patches=8192))
-    assert make_plan(spec, gpu_spec("h100-80gb"), request).choices.sharding == "ddp"
-    with pytest.raises(UsageError, match="held whole"):
-        make_plan(spec, gpu_spec("h100-80gb"), replace(request, sharding="fsdp2"))
+def test_frozen_towers_stay_whole_where_cards_share_the_weights() -> None:
+    spec, gpu = model_spec("Qwen/Qwen3-VL-32B-Instruct"), gpu_spec("h100-80gb")
+    assert spec.tower is not None
+    request = PlanRequest(kind="full", max_tokens=2048, sequences_per_step=8, num_gpus=8, towers=TowerUse(patches=8192))
+    plan = make_plan(spec, gpu, request)
+    assert plan.choices.sharding == "fsdp2"
+    terms = plan.phases["train_step"].terms
+    assert terms["towers"] == 2 * spec.tower.parameters
+    assert terms["weights"] == pytest.approx(2 * spec.parameters / 8, rel=0.01)
+    for sharding, towers, why in (
+        ("zero3", TowerUse(patches=8192), "not spread by DeepSpeed"),
+        ("fsdp2", TowerUse(patches=8192, merger="trained"), "stay whole, so they cannot be trained"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            make_plan(spec, gpu, replace(request, sharding=sharding, towers=towers))
+    tuned = replace(request, kind="lora", towers=TowerUse(patches=8192, merger="trained"))
+    assert make_plan(spec, gpu, tuned).choices.sharding == "ddp"
