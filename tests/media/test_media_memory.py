@@ -409,7 +409,7 @@ def test_frozen_towers_stay_whole_where_cards_share_the_weights() -> None:
     assert terms["towers"] == 2 * spec.tower.parameters
     assert terms["weights"] == pytest.approx(2 * spec.parameters / 8, rel=0.01)
     for sharding, towers, why in (
-        ("zero3", TowerUse(patches=8192), "not spread by DeepSpeed"),
+        ("zero3", TowerUse(patches=8192), "held whole on every card"),
         ("fsdp2", TowerUse(patches=8192, merger="trained"), "stay whole, so they cannot be trained"),
     ):
         with pytest.raises(UsageError, match=why):

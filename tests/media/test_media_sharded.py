@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.media.checkpoints import MediaType
+from qwentune.facts.towers import SPREAD
+from tests.media.checkpoints import TYPES, MediaType
 from tests.media.test_media_resume import write_rows_and_model
 from tests.runs import KILL_AT, final_weights, last_states, loss_history, write_recipe
 from tests.test_one_mathematics import farthest, metric
@@ -35,7 +36,7 @@ def written(folder: Path, name: MediaType, kind: str) -> Path:
     "name",
     [
         pytest.param("qwen2_5_vl", marks=pytest.mark.slow),
-        *(pytest.param(name, marks=pytest.mark.soak) for name in ("qwen3_vl", "qwen3_vl_moe", "qwen2_audio")),
+        *(pytest.param(name, marks=pytest.mark.soak) for name in TYPES if name in SPREAD[2:] or name == SPREAD[0]),
     ],
 )
 @pytest.mark.fault("A01 E34", "a model that sees, spread by FSDP2, killed and started again: the same, bit for bit")
@@ -76,7 +77,7 @@ def test_towers_that_are_trained_or_spread_by_deepspeed_are_refused(tmp_path: Pa
     recipe = written(tmp_path, "qwen2_5_vl", "full")
     for launch, overrides, why in (
         ("fsdp2", ["tuning.merger=trained"], "stay whole, so they cannot be trained"),
-        ("zero2", [], "not spread by DeepSpeed"),
+        ("zero2", [], "held whole on every card"),
     ):
         refused = warm.train(recipe, *overrides, launch=launch)
         assert refused.code != 0, refused.said
