@@ -31,7 +31,7 @@ _LOADED_ALONE = ("qwen3_5", "qwen3_5_moe")
 TOWERS = ("visual", "audio_tower")
 # Proved to train spread over cards as they do on one. Of Qwen3-VL-MoE transformers turns experts over as it reads them
 # where their shape is another one, and takes the shape of a rank's rows for another one always.
-SPREAD = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen2_audio")
+SPREAD = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "qwen2_audio")
 # What turns a tower's outputs into embeddings of the language model: beside the tower, or inside it.
 PROJECTOR = "multi_modal_projector"
 MERGERS = ("merger", "merger_list", "deepstack_merger_list", "proj", "proj1", "proj2", PROJECTOR)
