@@ -16,6 +16,7 @@ from qwentune.errors import EXIT_OK, DoesNotFitError, Problem, UsageError, UserE
 
 if TYPE_CHECKING:
     from qwentune.exporting.finished import FinishedRun
+    from qwentune.exporting.processors import ServerOption
 
 VERIFIED_TEXTS = ("Hello", "1 + 1 =", "你好，世界", "def f(x):\n    return")
 # Shares of the largest logit.
@@ -61,33 +62,42 @@ def run_export(folder: Path, merge: bool, verify: bool, output: Path | None) -> 
     finally:
         remove(staging)
     console.say(f"exported to {target}")
-    options = {"default-chat-template-kwargs": _flags(run), "mm-processor-kwargs": _processor_flags(run, target)}
-    said = " ".join(f"--{name} '{value}'" for name, value in options.items() if value)
-    if said:
-        console.say(f"serve it as it was trained: vllm serve {target} {said}")
+    _say_how_to_serve(run, target)
     return EXIT_OK
 
 
-def _flags(run: FinishedRun) -> str:
+def _say_how_to_serve(run: FinishedRun, target: Path) -> None:
+    """The command that serves the package as it was trained, and where each of its options comes from."""
     from qwentune.exporting.package import serving_flags
+    from qwentune.exporting.processors import ServerOption
 
-    flags = serving_flags(run.report)
-    return json.dumps(flags) if flags else ""
+    options = _media_options(run, target)
+    if flags := serving_flags(run.report):
+        options.insert(0, ServerOption("default-chat-template-kwargs", flags, "the mode and the arguments of the run"))
+    if options:
+        said = " ".join(f"--{option.name} '{json.dumps(option.value)}'" for option in options)
+        console.say(f"serve it as it was trained: vllm serve {target} {said}")
+        for option in options:
+            console.say(f"  --{option.name}: {option.source}")
 
 
-def _processor_flags(run: FinishedRun, target: Path) -> str:
-    """What a server must be told of media beside an adapter: its processor files are the base's."""
+def _media_options(run: FinishedRun, target: Path) -> list[ServerOption]:
+    """What a server must be told of media; says what no option tells it."""
     from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
     from qwentune.exporting.omni import is_omni
-    from qwentune.exporting.processors import is_whole, processor_arguments
+    from qwentune.exporting.package import own_limits
+    from qwentune.exporting.processors import beyond_servers, is_whole, server_options
 
-    if (target / "config.json").exists() or not is_whole(target):
-        return ""
+    if not is_whole(target):
+        return []
+    is_adapter = not (target / "config.json").exists()
     base = checkpoint_folder(run.model, run.revision)
-    if is_omni(base):
+    if is_adapter and is_omni(base):
         console.say("warning: servers take adapters on an Omni model only merged: export with --merge")
-    arguments = processor_arguments(base, run.data.media)
-    return json.dumps(arguments) if arguments else ""
+    kinds = run.report.get("media", {})
+    for remark in filter(None, (beyond_servers(base, run.data.media, kinds), own_limits(run.report))):
+        console.say(f"warning: {remark}")
+    return server_options(base, run.data.media, kinds, has_files=not is_adapter)
 
 
 def _write(run: FinishedRun, merge: bool, target: Path) -> None:

@@ -28,7 +28,7 @@ from qwentune.data.layout.rows import Rows, Trie, packed_rows
 from qwentune.data.layout.split import copies, dialogues, fates, logged_again, split, untrained_sources
 from qwentune.data.layout.store import Examples, ExampleWriter, open_sealed, seal
 from qwentune.data.layout.sums import DamagedError, StaleError
-from qwentune.data.media.limits import MediaLimits, media_limits
+from qwentune.data.media.limits import MediaLimits, limits_if_needed
 from qwentune.data.reading.faults import Unread
 from qwentune.data.reading.files import Content, content_of, is_at_hand
 from qwentune.data.rendering.grammar import ReadOtherwiseError
@@ -44,7 +44,7 @@ from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES, read_object
 from qwentune.facts.media import FAMILIES
 from qwentune.recipe import DataOptions
 
-CACHE_FORMAT = 17  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 18  # raise it whenever rendering or storing changes what stands in the cache
 ANOTHER_CACHE = "Name another cache folder with the variable QWENTUNE_CACHE."
 
 
@@ -223,7 +223,7 @@ def limits_of(data: DataOptions, tokenizer: Tokenizer) -> MediaLimits | None:
     except UsageError:
         return None  # what is wrong with that file is said by those who need it
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    return None if family is None else media_limits(folder, family, data.media)
+    return None if family is None else limits_if_needed(folder, family, data.media)
 
 
 def _contents(data: DataOptions) -> dict[str, Content]:

@@ -18,6 +18,7 @@ from qwentune.data.media.sounds import LEAST_SECONDS, clip, mel_frames, num_pads
 from qwentune.data.media.videos import film, film_of, frames_taken, times_of, video_size
 from qwentune.data.sample import MediaKind, Medium, RowError
 from qwentune.durable import replace_file
+from qwentune.errors import UsageError
 from qwentune.facts.media import FAMILIES, Vision
 
 NAMES = {"image": "an image", "video": "a video", "audio": "audio"}
@@ -35,10 +36,13 @@ TAKEN_FOR_MEDIA = (
 def look(medium: Medium, limits: MediaLimits | None) -> Seen:
     """The medium as the model takes it; `limits` are None of a model that takes text only.
 
-    Raises RowError for all that is wrong with its file, and where the model does not take its kind.
+    Raises RowError for all that is wrong with its file, and where the model does not take its kind; UsageError where a
+    file of the checkpoint is at fault.
     """
     if limits is None or medium.kind not in limits.family.pads:
         raise refusal(medium, limits)
+    if limits.faults:
+        raise UsageError(limits.faults)
     files: list[Path] = []
     try:
         for content in medium.content if isinstance(medium.content, tuple) else (medium.content,):
@@ -113,14 +117,33 @@ def _kept(content: bytes, name: str) -> Path:
     return file
 
 
-def _bounded_by_row(vision: Vision, medium: Medium) -> Vision:
-    """The limits with those of the row where they are smaller."""
-    own = medium.limits
+def has_own_limits(medium: Medium, limits: MediaLimits) -> bool:
+    """Whether the row bounds the medium otherwise than the run does, so that a request for it must say the same."""
+    if limits.vision is None or not medium.limits:
+        return False
+    is_sized = medium.kind == "video" and bool(_own_pixels(medium, limits))
+    is_clocked = isinstance(medium.content, tuple) and medium.limits.get("fps", limits.vision.fps) != limits.vision.fps
+    return is_sized or is_clocked or _bounded_by_row(medium, limits) != limits.vision
+
+
+def _own_pixels(medium: Medium, limits: MediaLimits) -> dict[str, int]:
+    """The row's `min_pixels` and `max_pixels`, the first no larger than the recipe's, where that says one."""
+    own = {name: int(medium.limits[name]) for name in ("min_pixels", "max_pixels") if name in medium.limits}
+    if "min_pixels" in own and limits.min_pixels is not None:
+        own["min_pixels"] = min(own["min_pixels"], limits.min_pixels)
+    return own
+
+
+def _bounded_by_row(medium: Medium, limits: MediaLimits) -> Vision:
+    """The limits with those of the row where they are smaller, or the recipe leaves them to it."""
+    vision = limits.vision
+    assert vision is not None
+    own = {**medium.limits, **_own_pixels(medium, limits)}
     most = min(vision.max_pixels, int(own.get("max_pixels", vision.max_pixels)))
     return replace(
         vision,
         max_pixels=max(1, most),
-        min_pixels=min(vision.min_pixels, most, int(own.get("min_pixels", vision.min_pixels))),
+        min_pixels=min(most, int(own.get("min_pixels", vision.min_pixels))),
         max_frames=min(vision.max_frames, max(vision.temporal, int(own.get("max_frames", vision.max_frames)))),
         min_frames=min(vision.min_frames, max(1, int(own.get("max_frames", vision.min_frames)))),
         fps=min(vision.fps, own.get("fps", vision.fps)),
@@ -129,7 +152,7 @@ def _bounded_by_row(vision: Vision, medium: Medium) -> Vision:
 
 def _picture(file: Path, medium: Medium, limits: MediaLimits) -> Seen:
     assert limits.vision is not None
-    vision = _bounded_by_row(limits.vision, medium)
+    vision = _bounded_by_row(medium, limits)
     width, height = picture_size(file)
     rows, columns = best_size(height, width, vision, vision.min_pixels, vision.max_pixels)
     return _seen("image", file, digest_of([file]), (width, height), (1, rows, columns), vision)
@@ -137,7 +160,7 @@ def _picture(file: Path, medium: Medium, limits: MediaLimits) -> Seen:
 
 def _video(files: list[Path], medium: Medium, limits: MediaLimits) -> Seen:
     assert limits.vision is not None
-    is_listed, vision = isinstance(medium.content, tuple), _bounded_by_row(limits.vision, medium)
+    is_listed, vision = isinstance(medium.content, tuple), _bounded_by_row(medium, limits)
     video = film_of(files, medium.limits.get("fps", limits.vision.fps)) if is_listed else film(files[0])
     _refuse_long(video.num_frames / video.fps, limits)
     frames = tuple(range(video.num_frames)) if is_listed else frames_taken(video, vision.fps, vision)
@@ -149,7 +172,7 @@ def _video(files: list[Path], medium: Medium, limits: MediaLimits) -> Seen:
     if is_listed:  # named by where the frames are, which may move
         listed = json.dumps([str(file) for file in files]).encode()
         path = _kept(listed, f"{hashlib.sha256(listed).hexdigest()[:32]}.frames")
-    size = video_size(video, len(frames), vision, medium.limits.get("max_pixels"))
+    size = video_size(video, len(frames), vision, _own_pixels(medium, limits))
     grid = (-(-len(frames) // vision.temporal), *size)
     seen = _seen("video", path, digest, (video.width, video.height), grid, vision)
     seconds = vision.temporal * video.num_frames / video.fps / len(frames)

@@ -9,7 +9,7 @@ number is even and they are every n-th frame from the first, cut down to whole o
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,18 +77,18 @@ def frames_taken(video: Film, fps: float, vision: Vision) -> tuple[int, ...]:
     return tuple(np.arange(0, total, total / count, dtype=np.float32).astype(int).tolist()[:count])
 
 
-def video_size(video: Film, num_frames: int, vision: Vision, most_of_frame: float | None) -> tuple[int, int]:
-    """Height and width to which the frames are resized; `most_of_frame` is a row's own bound of pixels."""
+def video_size(video: Film, num_frames: int, vision: Vision, own: Mapping[str, int]) -> tuple[int, int]:
+    """Height and width to which the frames are resized; `own` are a row's own bounds of the pixels of a frame."""
     height, width = video.height, video.width
     if max(width, height) > LONGEST_TO_SHORTEST * min(width, height):
         what = f"it is {width}×{height}, and no side may be more than {LONGEST_TO_SHORTEST} times the other"
         raise RowError(what, "Crop it.")
-    least, most = vision.min_video_pixels, vision.max_video_pixels
+    times = 1 if vision.video == "one_span" else num_frames
+    most = min(vision.max_video_pixels, own.get("max_pixels", vision.max_video_pixels) * times)
+    least = min(most, own["min_pixels"] * times if "min_pixels" in own else vision.min_video_pixels)
     if vision.video == "one_span":
-        most = min(most, int(most_of_frame or most))
-        return best_size(height, width, vision, min(least, most), most)
-    most = min(most, int(most_of_frame * num_frames) if most_of_frame else most)
-    return _size_of_all(height, width, num_frames, vision, min(least, most), most)
+        return best_size(height, width, vision, least, most)
+    return _size_of_all(height, width, num_frames, vision, least, most)
 
 
 def frames_of(path: Path, indices: Sequence[int], height: int, width: int) -> NDArray[np.uint8]:
