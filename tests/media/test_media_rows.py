@@ -232,6 +232,75 @@ def test_a_tag_without_a_column_is_text(rows: Path) -> None:
     assert meant(read(rows, row))[0] == ("user", "what does <image> do in HTML?", [])
 
 
+def test_tags_and_items_must_agree_where_the_file_has_a_column_of_media(rows: Path) -> None:
+    """Empty, null or of another kind: a tag without an item is no text. What the assistant says may be HTML."""
+    plain = {"messages": [{"role": "user", "content": "<image>what is it?"}, ANSWER]}
+    for beside in ({"images": []}, {"images": None}, {"image": ""}, {"audios": []}):
+        said = read(rows, {**plain, **beside})
+        assert isinstance(said, list), beside
+        assert "the row has 0 image items and 1 <image> " in said[0]
+        assert "Give its items in images" in said[0]
+    html = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<video>"}], "videos": []}
+    assert meant(read(rows, html))[1] == ("assistant", "<video>", [])
+    named = chat(part(image="a.png"), part(text="in <image>?"), images=[])
+    assert meant(read(rows, named))[0][1] == "in <image>?"
+
+    (rows / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (plain, CONVENTIONS["ms-swift"], plain)))
+    problems: list[Problem] = []
+    assert len(list(read_samples(str(rows / "rows.jsonl"), "auto", problems))) == 1
+    assert [one.where.rpartition(":")[2] for one in problems] == ["1", "3"]
+
+
+PARTS = [part(type="image", image="a.png"), TEXT]
+PACKED: dict[str, dict[str, Any]] = {
+    "a content": {"messages": [{"role": "user", "content": json.dumps(PARTS)}, ANSWER]},
+    "all contents": {
+        "messages": [{"role": "user", "content": json.dumps(PARTS)}, {**ANSWER, "content": json.dumps("a cat")}]
+    },
+    "all contents, as parts": {
+        "messages": [
+            {"role": "user", "content": json.dumps(PARTS)},
+            {**ANSWER, "content": json.dumps([part(type="text", text="a cat")])},
+        ]
+    },
+    "sharegpt": {"conversations": [{"from": "human", "value": json.dumps(PARTS)}, {"from": "gpt", "value": "a cat"}]},
+    "a prompt": {"prompt": [{"role": "user", "content": json.dumps(PARTS)}], "completion": [ANSWER]},
+    "a column": {**CONVENTIONS["ms-swift"], "images": json.dumps(["a.png"])},
+    "a column of one": {**CONVENTIONS["ms-swift"], "images": json.dumps({"path": "a.png"})},
+    "items of a column": {**CONVENTIONS["ms-swift"], "images": [json.dumps({"path": "a.png"})]},
+    "items that are texts": {**CONVENTIONS["ms-swift"], "images": [json.dumps("a.png")]},
+    "a source": chat(part(type="image", image=json.dumps({"path": "a.png"})), TEXT),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_texts_of_json_mean_what_they_hold(rows: Path, name: str) -> None:
+    assert meant(read(rows, PACKED[name])) == meant(read(rows, CONVENTIONS["Qwen"]))
+
+
+def test_a_text_that_only_looks_like_parts_is_a_text(rows: Path) -> None:
+    answer = json.dumps([part(type="text", text="a cat")])
+    row = {"messages": [{"role": "user", "content": json.dumps([TEXT])}, {"role": "assistant", "content": answer}]}
+    assert meant(read(rows, row)) == [("user", json.dumps([TEXT]), []), ("assistant", answer, [])]
+
+
+def test_what_datasets_writes_where_contents_differ_is_read_back(rows: Path) -> None:
+    """Its Parquet says which texts are JSON: the plain ones have quotes there, which no one wrote."""
+    kind = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.json_())]))
+    contents = ["see", PARTS, "a cat"]
+    messages = [
+        {"role": role, "content": json.dumps(content)}
+        for role, content in zip(("system", "user", "assistant"), contents, strict=True)
+    ]
+    storage = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
+    table = pyarrow.table({"messages": pyarrow.array([messages], storage).cast(kind)})
+    pyarrow.parquet.write_table(table, rows / "rows.parquet")
+    problems: list[Problem] = []
+    (sample,) = read_samples(str(rows / "rows.parquet"), "auto", problems)
+    assert meant(sample)[1:] == meant(read(rows, CONVENTIONS["Qwen"]))  # type: ignore[arg-type]
+    assert meant(sample)[0][1] == "see"  # type: ignore[arg-type]
+
+
 def test_a_path_is_looked_for_beside_the_data_file_first(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = rows / "elsewhere"
     elsewhere.mkdir()
