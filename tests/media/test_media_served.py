@@ -182,6 +182,14 @@ def test_a_missing_file_of_a_chat_is_said_in_a_chat_s_words(tmp_path: Path) -> N
     assert "data file" not in str(caught.value)
 
 
+def test_a_tag_without_any_column_stays_text_and_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWENTUNE_CACHE", str(tmp_path / "cache"))
+    base = write_media_checkpoint(tmp_path / "base", "qwen2_5_vl")
+    report = _report(base, tmp_path, _row("what does <image> do?"), _row("hello"))
+    assert report["train_examples"] == 2
+    assert [one for one in report["warnings"] if "<image>" in one and "trained as the text" in one]
+
+
 def _row(*parts: Any) -> dict[str, Any]:
     answer = {"role": "assistant", "content": "a cat"}
     content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]

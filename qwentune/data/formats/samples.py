@@ -64,19 +64,24 @@ def source_rows(
     Each row is counted into `count`. Raises DataError where the file does not hold `content`.
     """
     count = RowCount() if count is None else count
-    missing = dict(columns.columns) if columns else dict[str, str]()
+    missing: dict[str, str] = dict(columns.columns) if columns else {}
     row = None
-    rows = islice(read_rows(path, problems, content=content, count=count), max_rows)
-    head = list(islice(rows, NUM_ROWS_LOOKED_AT))
+    noted: list[Problem] = []  # while reading, also ahead
+    read = ((row, len(noted)) for row in islice(read_rows(path, noted, content=content, count=count), max_rows))
+    head = list(islice(read, NUM_ROWS_LOOKED_AT))
     names = {*MEDIA, *(theirs for ours, theirs in missing.items() if ours in MEDIA)}
-    of_media = sorted({name for row in head if isinstance(row.value, dict) for name in row.value if name in names})
-    for row in chain(head, rows):
+    of_media = sorted({name for row, _ in head if isinstance(row.value, dict) for name in row.value if name in names})
+    num_told = 0
+    for row, num_noted in chain(head, read):
+        problems += noted[num_told:num_noted]
+        num_told = num_noted
         if isinstance(row.value, dict):
             if missing:
                 missing = {ours: theirs for ours, theirs in missing.items() if theirs not in row.value}
             for name in of_media:  # a row without the column has an empty one, as in a table
                 row.value.setdefault(name, None)
         yield row
+    problems += noted[num_told:]
     count.is_complete |= max_rows is not None  # as far as was asked for
     if missing and count.read:
         problems += _no_such_columns(path, missing, row.value if row else None)

@@ -32,6 +32,7 @@ from qwentune.data.rendering.remarks import (
     UNREACHABLE,
     WITHOUT_TEMPLATE,
     remarks,
+    tags_as_text,
 )
 from qwentune.data.rendering.shorten import Shortening
 from qwentune.data.rendering.turn import Turn, renderings
@@ -178,6 +179,8 @@ class Renderer:
             planned.outcome.unreachable_turns = len(dialogue.candidates) - len(dialogue.trained)
             unreachable = [UNREACHABLE] * planned.outcome.unreachable_turns
             planned.outcome.remarks += [*remarks(sample), *dialogue.remarks, *unreachable]
+            if self.limits is not None:
+                planned.outcome.remarks += tags_as_text(sample, self.limits.family.pads)
             planned.dialogue = dialogue
             planned.outcome.media = () if dialogue.media is None else dialogue.media.shown
             planned.outcome.answers = sample.answers

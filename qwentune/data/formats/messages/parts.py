@@ -55,7 +55,7 @@ def read_parts(content: list[Json], path: str, role: str, reader: RowReader) -> 
                 reader.refuse(f"{place} is {described(part)}", _A_PART)
             continue
         part = {key: item for key, item in part.items() if item is not None} if None in part.values() else part
-        kind = _kind(part)
+        kind = part.get("type") or _kind_by_keys(part)
         if not isinstance(kind, str):
             reader.refuse(f"{place} has no type", _A_PART)
         elif kind in KINDS and role == "assistant":
