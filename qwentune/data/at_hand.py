@@ -53,7 +53,7 @@ def show_media(data: DataOptions) -> bool:
 def first_question(data: DataOptions) -> str | None:
     """The text with which the first dialogue that is at hand begins; None where none begins with a text alone."""
     first = next(_first_dialogues(data), None)
-    spoken = () if first is None else [message for message in first.messages if message.role != "system"]
+    spoken = [] if first is None else [message for message in first.messages if message.role != "system"]
     is_text = len(spoken) > 1 and spoken[0].role == "user" and not spoken[0].media
     return spoken[0].content if is_text else None
 
