@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -62,42 +62,49 @@ def run_export(folder: Path, merge: bool, verify: bool, output: Path | None) -> 
     finally:
         remove(staging)
     console.say(f"exported to {target}")
-    _say_how_to_serve(run, target)
+    _tell_how_to_serve(run, target)
     return EXIT_OK
 
 
-def _say_how_to_serve(run: FinishedRun, target: Path) -> None:
-    """The command that serves the package as it was trained, and where each of its options comes from."""
-    from qwentune.exporting.package import serving_flags
-    from qwentune.exporting.processors import ServerOption
+def _tell_how_to_serve(run: FinishedRun, target: Path) -> None:
+    """Says the command of each server that takes the folder, here and in its model card."""
+    from qwentune.data.at_hand import first_question
+    from qwentune.exporting.serving import artefact, commands, request
 
     options = _media_options(run, target)
-    if flags := serving_flags(run.report):
-        options.insert(0, ServerOption("default-chat-template-kwargs", flags, "the mode and the arguments of the run"))
-    if options:
-        said = " ".join(f"--{option.name} '{json.dumps(option.value)}'" for option in options)
-        console.say(f"serve it as it was trained: vllm serve {target} {said}")
-        for option in options:
-            console.say(f"  --{option.name}: {option.source}")
+    served = artefact(run, target, {option.name: option.value for option in options})
+    found = commands(served)
+    if not found:
+        again = shlex.join(["qwentune", "export", str(run.folder), "--merge"])
+        console.say(f"warning: servers do not take it as it is: {served.unservable}; {again} makes one model of it")
+        return
+    lines = [f"{server}: {command}" for server, command in found.items()]
+    console.say("serve it as it was trained:")
+    for line in lines:
+        console.say(f"  {line}")
+    for option in options:
+        console.say(f"  --{option.name} says {option.source}; other servers than vLLM have no such option")
+    question = first_question(run.data) or "Hello"
+    console.say(f"and ask it what it was taught: {request(served, next(iter(found)), question)}")
+    card = target / "README.md"
+    if card.exists():
+        fenced = "\n".join(f"{server}:\n\n```sh\n{command}\n```\n" for server, command in found.items())
+        card.write_text(f"{card.read_text(encoding='utf-8')}\n## Serving\n\n{fenced}", encoding="utf-8")
 
 
 def _media_options(run: FinishedRun, target: Path) -> list[ServerOption]:
-    """What a server must be told of media; says what no option tells it."""
+    """What vLLM must be told of media; says what no option tells it."""
     from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
-    from qwentune.exporting.omni import is_omni
     from qwentune.exporting.package import own_limits
     from qwentune.exporting.processors import beyond_servers, is_whole, server_options
 
     if not is_whole(target):
         return []
-    is_adapter = not (target / "config.json").exists()
     base = checkpoint_folder(run.model, run.revision)
-    if is_adapter and is_omni(base):
-        console.say("warning: servers take adapters on an Omni model only merged: export with --merge")
     kinds = run.report.get("media", {})
     for remark in filter(None, (beyond_servers(base, run.data.media, kinds), own_limits(run.report))):
         console.say(f"warning: {remark}")
-    return server_options(base, run.data.media, kinds, has_files=not is_adapter)
+    return server_options(base, run.data.media, kinds, has_files=(target / "config.json").exists())
 
 
 def _write(run: FinishedRun, merge: bool, target: Path) -> None:

@@ -73,11 +73,11 @@ def server_options(base: Path, options: MediaOptions, kinds: Collection[str], *,
     scopes = {f"{kind}s_kwargs": _as_call(limits) for kind, limits in _moved(base, options).items()}
     if scopes and not has_files:
         found.append(
-            ServerOption("mm-processor-kwargs", scopes, "data.media of the recipe; the base's files say others")
+            ServerOption("mm-processor-kwargs", scopes, "what data.media says otherwise than the base's files")
         )
     if "video" in kinds:
         frames = {"num_frames": -1, "fps": vision.fps, "min_frames": vision.min_frames, "max_frames": vision.max_frames}
-        source = "how the run took frames, for which servers ask no file"
+        source = "how the run took frames, for which vLLM asks no file"
         found.append(ServerOption("media-io-kwargs", {"video": frames}, source))
     return found
 
