@@ -29,7 +29,7 @@ from qwentune.data.layout.split import copies, dialogues, fates, logged_again, s
 from qwentune.data.layout.store import Examples, ExampleWriter, open_sealed, seal
 from qwentune.data.layout.sums import DamagedError, StaleError
 from qwentune.data.media.limits import MediaLimits, media_limits
-from qwentune.data.reading.faults import Unread
+from qwentune.data.reading.faults import Unread, Waiting
 from qwentune.data.reading.files import Content, content_of, is_at_hand
 from qwentune.data.rendering.grammar import ReadOtherwiseError
 from qwentune.data.rendering.outcome import Dropped
@@ -44,7 +44,7 @@ from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES, read_object
 from qwentune.facts.media import FAMILIES
 from qwentune.recipe import DataOptions
 
-CACHE_FORMAT = 17  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 18  # raise it whenever rendering or storing changes what stands in the cache
 ANOTHER_CACHE = "Name another cache folder with the variable QWENTUNE_CACHE."
 
 
@@ -360,7 +360,7 @@ def _build(
     finished = report.finish(int(once[train].sum()), len(evaluation), dropped, same, calls)
     finished["warnings"] += [*untrained_sources(data, groups, train, evaluation, again), *warnings]
     return {
-        "content": writer.finish(train, evaluation),
+        "content": writer.finish(train, evaluation, [one for one in problems if isinstance(one, Waiting)]),
         "file_names": list(writer.file_names),
         "control_ids_used": sorted(writer.control_ids_used - {tokenizer.end_of_text_id}),
         "report": finished,
@@ -396,5 +396,5 @@ def _open(folder: Path, fingerprint: str, data: DataOptions, tokenizer: Tokenize
         tokens_per_row=data.max_tokens,
         packing=data.packing,
         shares_prefixes=shares,
-        media=None if limits is None else RunMedia.of(examples.media, limits, tokenizer.control_ids),
+        media=None if limits is None else RunMedia.of(examples.media, limits, tokenizer.control_ids, folder),
     )

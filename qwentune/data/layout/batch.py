@@ -15,8 +15,9 @@ from qwentune.data.layout.media_table import RunMedia, UnloadableError
 from qwentune.data.layout.rows import Rows
 from qwentune.data.layout.schedule import Schedule
 from qwentune.data.layout.trie import Packed
+from qwentune.data.media.hashed import DriftError
 from qwentune.data.media.pads import pad_of
-from qwentune.errors import DataError, Problem
+from qwentune.errors import DataError, Problem, ResumeError
 
 Batch = dict[str, torch.Tensor]
 NUM_AHEAD = 4  # micro-batches with media that are made while a step runs
@@ -54,14 +55,17 @@ def collate(rows: Sequence[Packed], weight_scale: float, media: RunMedia | None 
 
 
 def collated(rows: Rows, chosen: Sequence[int], weight_scale: float) -> Batch:
-    """The batch of some rows; DataError where a medium is not what was rendered, with the rows that show it."""
+    """The batch of some rows, or the rows that show a medium that cannot be had: ResumeError where it is another than
+    was rendered, DataError where it cannot be read.
+    """
     try:
         return collate([rows[row] for row in chosen], weight_scale, rows.media)
     except UnloadableError as unloadable:
         error, pad = unloadable.error, pad_of(unloadable.number)
         examples = dict.fromkeys(i for row in chosen for i in rows.examples_of(row))
         sources = dict.fromkeys(str(rows.examples.source(i)) for i in examples if pad in rows.examples.ids(i))
-        raise DataError(Problem(", ".join(sources), error.what, error.fix), "The data was rendered before.") from None
+        kind = ResumeError if isinstance(error, DriftError) else DataError
+        raise kind(Problem(", ".join(sources), error.what, error.fix), "The data was rendered before.") from None
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +21,13 @@ LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 BLOCK_SAMPLES = 2**20
 
 
-def clip(path: Path, most_seconds: float) -> tuple[int, int]:
+def clip(file: BinaryIO, most_seconds: float) -> tuple[int, int]:
     """Samples and rate of a file, of which each sample was decoded; RowError where it is no whole clip.
 
     Only the header is read of one that is longer than `most_seconds`.
     """
     total = 0
-    with _Sound(path) as sound:
+    with _Sound(file) as sound:
         rate = sound.samplerate
         if not LOWEST_RATE <= rate <= HIGHEST_RATE:
             raise RowError(f"it has {rate:,} samples a second", "Save it with 16,000: sox FILE -r 16000 new.wav")
@@ -62,9 +61,9 @@ def num_pads(frames: int, hearing: Hearing) -> int:
     return ((begun - 1) // 2 + 1 - 1) // 2 + 1 + 13 * (frames // 100)
 
 
-def waveform(path: Path, hearing: Hearing) -> NDArray[np.float32]:
+def waveform(file: BinaryIO, hearing: Hearing) -> NDArray[np.float32]:
     """(samples,) of a file, one channel at the model's rate."""
-    with _Sound(path) as sound:
+    with _Sound(file) as sound:
         wave, rate = sound.read(dtype="float32", always_2d=True).mean(axis=1), sound.samplerate
     if rate == hearing.sampling_rate:
         return wave
@@ -91,14 +90,14 @@ def _extractor(hearing: Hearing) -> Any:
 class _Sound:
     """A file of sound, opened; whatever libsndfile raises of it is a RowError."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, file: BinaryIO) -> None:
+        self._read = file
 
     def __enter__(self) -> Any:
         soundfile = needed("soundfile", "audio", "sounds")
         needed("soxr", "audio", "sounds")
         try:
-            self._file = soundfile.SoundFile(str(self._path))
+            self._file = soundfile.SoundFile(self._read)
         except Exception as error:  # a decoder may raise anything of broken bytes
             raise _broken(error) from None
         return self._file
