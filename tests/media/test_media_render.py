@@ -22,7 +22,7 @@ from qwentune.data.layout.schedule import Schedule
 from qwentune.data.layout.trie import Packed
 from qwentune.data.media.thumbnails import thumbnails
 from qwentune.data.tokenizing.tokenizer import load_tokenizer
-from qwentune.errors import EXIT_OK, ResumeError
+from qwentune.errors import EXIT_OK, DataError, ResumeError
 from qwentune.recipe import DataOptions, load_recipe
 from tests.media import material, oracle
 from tests.media.checkpoints import MediaType, write_media_checkpoint
@@ -196,7 +196,7 @@ def test_a_picture_that_changes_is_told_with_its_row_and_rendered_again(
     assert "rows.jsonl:2" in capsys.readouterr().err
     assert after.content != before.content
     one.unlink()
-    with pytest.raises(ResumeError, match=r"rows\.jsonl:2 .*edited\.png"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2 .*edited\.png"):
         place.prepared("qwen3_vl", rows)
 
 
@@ -212,7 +212,7 @@ def test_a_picture_that_changes_is_told_with_its_row_and_rendered_again(
 def test_a_medium_that_is_not_shown_to_the_model_is_refused_by_name(
     place: Place, name: MediaType, row: dict[str, Any], says: str
 ) -> None:
-    with pytest.raises(ResumeError, match=says) as refused:
+    with pytest.raises(DataError, match=says) as refused:
         place.prepared(name, [row])
     assert "rows.jsonl:1" in str(refused.value)
 

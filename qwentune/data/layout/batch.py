@@ -15,9 +15,8 @@ from qwentune.data.layout.media_table import RunMedia, UnloadableError
 from qwentune.data.layout.rows import Rows
 from qwentune.data.layout.schedule import Schedule
 from qwentune.data.layout.trie import Packed
-from qwentune.data.media.hashed import DriftError
 from qwentune.data.media.pads import pad_of
-from qwentune.errors import DataError, Problem, ResumeError
+from qwentune.errors import DataError, Problem
 
 Batch = dict[str, torch.Tensor]
 NUM_AHEAD = 4  # micro-batches with media that are made while a step runs
@@ -61,11 +60,11 @@ def collated(rows: Rows, chosen: Sequence[int], weight_scale: float) -> Batch:
     try:
         return collate([rows[row] for row in chosen], weight_scale, rows.media)
     except UnloadableError as unloadable:
-        error, pad = unloadable.error, pad_of(unloadable.number)
+        assert rows.media is not None
+        pad = pad_of(unloadable.number)
         examples = dict.fromkeys(i for row in chosen for i in rows.examples_of(row))
         sources = dict.fromkeys(str(rows.examples.source(i)) for i in examples if pad in rows.examples.ids(i))
-        kind = ResumeError if isinstance(error, DriftError) else DataError
-        raise kind(Problem(", ".join(sources), error.what, error.fix), "The data was rendered before.") from None
+        raise rows.media.fault(unloadable, ", ".join(sources)) from None
 
 
 @dataclass(frozen=True)

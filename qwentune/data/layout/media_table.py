@@ -22,6 +22,7 @@ from qwentune.data.media.pads import number_of, pad_of
 from qwentune.data.media.seen import Seen
 from qwentune.data.reading.faults import Waiting
 from qwentune.data.sample import MediaKind, RowError
+from qwentune.errors import DataError, Problem, ResumeError, UserError
 
 FILE = "media.json"  # of a sealed folder, where there are media
 
@@ -138,16 +139,22 @@ class RunMedia:
         return self.limits.family.axes == 3
 
     def load(self, number: int) -> NDArray[Any]:
-        """The patches or features of a medium; UnloadableError where its file is not what it was.
-
-        What was rendered of another file is then rendered anew by the next command.
-        """
+        """The patches or features of a medium; UnloadableError where its file is not what it was."""
         try:
             return load(self.seen[number], self.limits)
         except RowError as error:
-            if isinstance(error, DriftError) and self.folder is not None:
-                mark_stale(self.folder, error.what)
             raise UnloadableError(number, error) from None
+
+    def fault(self, unloadable: UnloadableError, where: str) -> UserError:
+        """What to say of a medium that cannot be loaded: ResumeError where it is another than was rendered, which the
+        next command then renders anew; DataError where it cannot be read.
+        """
+        error = unloadable.error
+        is_drift = isinstance(error, DriftError)
+        if is_drift and self.folder is not None:
+            mark_stale(self.folder, f"{where}: {error.what}")
+        kind = ResumeError if is_drift else DataError
+        return kind(Problem(where, error.what, error.fix), "The data was rendered before.")
 
     def order(self, ids: NDArray[np.int32]) -> tuple[int, ...]:
         """The numbers of the media in the order of their pads."""

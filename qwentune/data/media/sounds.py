@@ -6,6 +6,7 @@ Channels are averaged and rates converted as librosa does, which servers use (so
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, BinaryIO
 
@@ -33,7 +34,7 @@ def clip(file: BinaryIO, most_seconds: float) -> tuple[int, int]:
             raise RowError(f"it has {rate:,} samples a second", "Save it with 16,000: sox FILE -r 16000 new.wav")
         if sound.frames / rate > most_seconds:
             return sound.frames, rate
-        for block in sound.blocks(BLOCK_SAMPLES, dtype="float32"):
+        for block in _blocks(sound):
             total += len(block)
             if not np.isfinite(block).all():
                 raise RowError("it holds samples that are no finite numbers", "Save it again as 16-bit WAV.")
@@ -64,12 +65,18 @@ def num_pads(frames: int, hearing: Hearing) -> int:
 def waveform(file: BinaryIO, hearing: Hearing) -> NDArray[np.float32]:
     """(samples,) of a file, one channel at the model's rate."""
     with _Sound(file) as sound:
-        wave, rate = sound.read(dtype="float32", always_2d=True).mean(axis=1), sound.samplerate
+        wave, rate = np.concatenate([block.mean(axis=1) for block in _blocks(sound)]), sound.samplerate
     if rate == hearing.sampling_rate:
         return wave
     length = num_samples(len(wave), rate, hearing)
     wave = needed("soxr", "audio", "sounds").resample(wave, rate, hearing.sampling_rate, quality="HQ")[:length]
     return np.pad(wave, (0, length - len(wave)))
+
+
+def _blocks(sound: Any) -> Iterator[NDArray[np.float32]]:
+    """(samples, channels) as they are decoded; soundfile's own `blocks` fills up what a broken file does not give."""
+    while len(block := sound.read(BLOCK_SAMPLES, dtype="float32", always_2d=True)):
+        yield block
 
 
 def features(wave: NDArray[np.float32], hearing: Hearing) -> NDArray[np.float32]:
