@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -23,7 +24,7 @@ from qwentune.data.media.load import colours
 from qwentune.data.media.look import look
 from qwentune.data.sample import RowError
 from qwentune.data.tokenizing.tokenizer import load_tokenizer
-from qwentune.errors import ResumeError
+from qwentune.errors import DataError, ResumeError
 from qwentune.recipe import DataOptions
 from tests.media.checkpoints import MediaType
 from tests.media.files import picture, picture_bytes, sound_bytes, write_cut_video, write_video
@@ -159,6 +160,24 @@ def test_a_file_that_is_written_while_it_is_read_is_told(tmp_path: Path) -> None
         reading.__exit__(None, None, None)
 
 
+@pytest.mark.fault("N99", "missing when a step reads it: its row, and that it is gone; exit 3")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_is_gone_before_a_step_is_told_with_its_row(rows_of: Callable[[str], Rows], kind: str) -> None:
+    rows = rows_of(kind)
+    dataset = rows.prepared()
+    rows.file.unlink()
+    with pytest.raises(DataError, match=r"rows\.jsonl:2 .*cannot be read: No such file"):
+        step(dataset)
+
+
+def test_threads_that_read_pictures_leave_the_warnings_of_the_process_alone(
+    rows_of: Callable[[str], Rows], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = rows_of("picture").prepared()
+    monkeypatch.setattr(warnings, "catch_warnings", None)
+    step(dataset)
+
+
 # ---------------------------------------------------------------------------------------------- left out, and mended
 
 
@@ -245,6 +264,7 @@ def fails(decode: Callable[[], object]) -> bool:
 
 
 @pytest.mark.fault("N96", "damage inside a file that opens: a data error with its row while rendering, not at a step")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tiff", "jp2", "mp4"])
 def test_damage_behind_the_header_is_said_while_a_file_is_looked_at(tmp_path: Path, ending: str) -> None:
     formats = {"jpg": "JPEG", "jp2": "JPEG2000"}

@@ -363,6 +363,7 @@ BROKEN_FILES: dict[str, tuple[MediaKind, Callable[[], bytes], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.fault("N95", "what is wrong with the file, its place in the row, and a mend; exit 3, or the row left out")
 @pytest.mark.parametrize("name", BROKEN_FILES)
 def test_a_broken_file_is_said_in_words_with_its_place_and_a_mend(tmp_path: Path, name: str) -> None:
     kind, content, wanted = BROKEN_FILES[name]
@@ -646,7 +647,8 @@ def test_a_video_that_breaks_off_is_said(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- mutants
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.fault("N95 N96", "hundreds of damaged files: each is refused in words, or can be trained as it was seen")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("num", [40, pytest.param(500, marks=pytest.mark.soak)])
 def test_mutated_media_are_seen_or_refused_but_never_a_traceback(tmp_path: Path, num: int) -> None:
     random = Random(int(os.environ.get("FUZZ_SEED", 0)))

@@ -12,6 +12,7 @@ import torch
 
 from qwentune.data.cache import cache_folder
 from qwentune.data.layout.media_table import RunMedia, UnloadableError
+from qwentune.data.layout.row_media import NUM_AHEAD
 from qwentune.data.layout.rows import Rows
 from qwentune.data.layout.schedule import Schedule
 from qwentune.data.layout.trie import Packed
@@ -19,7 +20,6 @@ from qwentune.data.media.pads import pad_of
 from qwentune.errors import DataError, Problem
 
 Batch = dict[str, torch.Tensor]
-NUM_AHEAD = 4  # micro-batches with media that are made while a step runs
 
 
 def collate(rows: Sequence[Packed], weight_scale: float, media: RunMedia | None = None) -> Batch:
