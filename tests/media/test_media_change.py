@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,12 +20,13 @@ from PIL import Image
 
 from qwentune.data.dataset import Dataset, chat_template, prepare
 from qwentune.data.layout.batch import collated
+from qwentune.data.media import pixels
 from qwentune.data.media.hashed import hashed
 from qwentune.data.media.load import colours
 from qwentune.data.media.look import look
 from qwentune.data.sample import RowError
 from qwentune.data.tokenizing.tokenizer import load_tokenizer
-from qwentune.errors import DataError, ResumeError
+from qwentune.errors import DataError, DoesNotFitError, ResumeError
 from qwentune.recipe import DataOptions
 from tests.media.checkpoints import MediaType
 from tests.media.files import picture, picture_bytes, sound_bytes, write_cut_video, write_video
@@ -230,6 +232,54 @@ def test_a_row_that_was_left_out_comes_back_when_the_extra_is_there(
         assert len(rows.prepared(bad_rows="skip").examples) == 1
         assert len(rows.prepared(bad_rows="skip").examples) == 1
     assert len(rows.prepared(bad_rows="skip").examples) == 2
+
+
+# ------------------------------------------------------------------------------------------------------- kept pixels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_pixels_give_the_same_batches_and_are_decoded_once(
+    rows_of: Callable[[str], Rows], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(kind)
+    plain, kept = rows.prepared(), rows.prepared(media={"cache": "pixels"})
+    assert kept.fingerprint == plain.fingerprint
+    expected = as_bytes(step(plain))
+    assert as_bytes(step(kept)) == expected
+    if kind != "sound":
+        monkeypatch.setattr(pixels, "colours", None)
+    assert as_bytes(step(kept)) == expected
+
+
+@pytest.mark.fault("N98", "kept pixels that are damaged, cut or removed: decoded again, with the same batches")
+def test_kept_pixels_are_proved(rows_of: Callable[[str], Rows]) -> None:
+    dataset = (rows := rows_of("video")).prepared(media={"cache": "pixels"})
+    expected = as_bytes(step(dataset))
+    (kept,) = (rows.folder / "cache" / "media").iterdir()
+    whole = kept.read_bytes()
+    for damage in (lambda: flip(kept, quietly=True), lambda: kept.write_bytes(whole[:-9]), kept.unlink):
+        damage()
+        assert as_bytes(step(dataset)) == expected
+        assert kept.read_bytes() == whole
+
+
+@pytest.mark.fault("C17", "a disk too small for the pixels that a recipe keeps: what they take, before a step; exit 4")
+def test_what_kept_pixels_take_is_said_and_judged_before(
+    rows_of: Callable[[str], Rows], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = rows_of("frames")
+    dataset = rows.prepared(media={"cache": "pixels"})
+    assert "will hold 0.00 GiB of pixels, 0.00 of them there already" in capsys.readouterr().err
+    state = shutil.disk_usage(rows.folder)._replace(free=9000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: state)
+    with pytest.raises(DoesNotFitError, match=r"data\.media\.cache .*GiB are free"):
+        rows.prepared(media={"cache": "pixels"})
+    step(dataset)
+    rows.prepared(media={"cache": "pixels"})  # nothing is missing now
+
+
+def as_bytes(batch: dict[str, Any]) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in batch.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ damage

@@ -19,6 +19,8 @@ from qwentune.data.media.hashed import DriftError, state_of
 from qwentune.data.media.limits import MediaLimits
 from qwentune.data.media.load import files_of, load
 from qwentune.data.media.pads import number_of, pad_of
+from qwentune.data.media.pictures import patches
+from qwentune.data.media.pixels import kept_colours
 from qwentune.data.media.seen import Seen
 from qwentune.data.reading.faults import Waiting
 from qwentune.data.sample import MediaKind, RowError
@@ -117,21 +119,28 @@ class UnloadableError(Exception):
 class RunMedia:
     """The media of a run by their numbers, and what the model takes of them; `pad_ids` are the pads that it knows.
 
-    `folder` is that of the rendered data, where they stand in some.
+    `folder` is that of the rendered data, where they stand in some; `keeps_pixels`, whether they are decoded once.
     """
 
     seen: Sequence[Seen]
     limits: MediaLimits
     pad_ids: Mapping[MediaKind, int]
     folder: Path | None = None
+    keeps_pixels: bool = False
 
     @classmethod
     def of(
-        cls, seen: Sequence[Seen], limits: MediaLimits, control_ids: Mapping[str, int], folder: Path | None = None
+        cls,
+        seen: Sequence[Seen],
+        limits: MediaLimits,
+        control_ids: Mapping[str, int],
+        folder: Path | None = None,
+        *,
+        keeps_pixels: bool = False,
     ) -> RunMedia:
         """The media of a run whose tokenizer has these control tokens."""
         kinds: set[MediaKind] = {one.kind for one in seen}
-        return cls(seen, limits, {kind: control_ids[limits.family.pads[kind]] for kind in kinds}, folder)
+        return cls(seen, limits, {kind: control_ids[limits.family.pads[kind]] for kind in kinds}, folder, keeps_pixels)
 
     @property
     def has_axes(self) -> bool:
@@ -140,8 +149,11 @@ class RunMedia:
 
     def load(self, number: int) -> NDArray[Any]:
         """The patches or features of a medium; UnloadableError where its file is not what it was."""
+        seen, vision = self.seen[number], self.limits.vision
         try:
-            return load(self.seen[number], self.limits)
+            if self.keeps_pixels and seen.kind != "audio" and vision is not None:
+                return patches(kept_colours(seen, self.limits), vision)
+            return load(seen, self.limits)
         except RowError as error:
             raise UnloadableError(number, error) from None
 

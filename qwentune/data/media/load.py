@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +25,17 @@ def load(seen: Seen, limits: MediaLimits) -> NDArray[np.float32]:
     A sound of a model that takes clips of one length has as many columns as that has; `seen.grid[0]` are its own.
     Raises DriftError where the file is no longer what it was when it was looked at, RowError where it cannot be read.
     """
+    if seen.kind == "audio":
+        return _heard(seen, limits)
+    assert limits.vision is not None
+    return patches(colours(seen, limits), limits.vision)
+
+
+@contextmanager
+def _readable(seen: Seen) -> Generator[None]:
+    """RowError where a file of a medium cannot be read."""
     try:
-        if seen.kind == "audio":
-            return _heard(seen, limits)
-        assert limits.vision is not None
-        return patches(colours(seen, limits), limits.vision)
+        yield
     except OSError as error:
         fix = "Put the file back that was there when the data was rendered, or begin a new run."
         raise RowError(f"{seen.path!r} cannot be read: {error.strerror}", fix) from None
@@ -37,16 +45,17 @@ def colours(seen: Seen, limits: MediaLimits) -> NDArray[np.uint8]:
     """(frames, height, width, 3) of a picture or a video, resized: what may be kept, at a quarter of its patches."""
     assert limits.vision is not None
     height, width = (side * limits.vision.patch for side in seen.grid[1:])
-    files = files_of(seen)
-    if seen.kind == "video" and not seen.is_listed:
-        with unchanged(files[0], seen.digest) as file:
-            return frames_of(file, seen.frames, height, width)
-    digests = _digests(seen, files) if len(files) > 1 else [seen.digest]
-    shown: list[NDArray[np.uint8]] = []
-    for path, digest in zip(files, digests, strict=True):
-        with unchanged(path, digest) as file, opened(file) as image:
-            shown.append(resized(image, height, width))
-    return np.stack(shown)
+    with _readable(seen):
+        files = files_of(seen)
+        if seen.kind == "video" and not seen.is_listed:
+            with unchanged(files[0], seen.digest) as file:
+                return frames_of(file, seen.frames, height, width)
+        digests = _digests(seen, files) if len(files) > 1 else [seen.digest]
+        shown: list[NDArray[np.uint8]] = []
+        for path, digest in zip(files, digests, strict=True):
+            with unchanged(path, digest) as file, opened(file) as image:
+                shown.append(resized(image, height, width))
+        return np.stack(shown)
 
 
 def files_of(seen: Seen) -> list[Path]:
@@ -74,7 +83,7 @@ def _digests(seen: Seen, frames: list[Path]) -> list[str]:
 
 def _heard(seen: Seen, limits: MediaLimits) -> NDArray[np.float32]:
     assert limits.hearing is not None
-    with unchanged(Path(seen.path), seen.digest) as file:
+    with _readable(seen), unchanged(Path(seen.path), seen.digest) as file:
         wave = waveform(file, limits.hearing)
     if mel_frames(len(wave), limits.hearing) != seen.grid[0]:
         raise RowError(f"{seen.path!r} decodes otherwise than before", "Save it again as WAV.")
