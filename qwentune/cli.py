@@ -6,10 +6,12 @@ import typer
 
 from qwentune import __version__, console
 from qwentune.chat import chat
+from qwentune.doctor import doctor
 from qwentune.export import export
 from qwentune.init import init
 from qwentune.plan import plan
 from qwentune.preview import preview
+from qwentune.runs import runs
 from qwentune.supervise import train
 
 app = typer.Typer(
@@ -19,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help=f"Fine-tune Qwen models (version {__version__}). First init, then preview, plan and train.",
 )
-for verb in (init, preview, plan, train, export, chat):
+for verb in (init, preview, plan, train, export, chat, runs, doctor):
     app.command()(verb)
 
 

@@ -65,6 +65,7 @@ def train(
     *arguments: str,
     kill_at: int | None = None,
     launch: str | None = None,
+    longest: float = LONGEST_SECONDS,
 ) -> subprocess.CompletedProcess[str]:
     """Trains in a process of its own, killed with kill -9 after step `kill_at`; under accelerate with a launch file.
 
@@ -85,7 +86,7 @@ def train(
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=LONGEST_SECONDS,
+        timeout=longest,
         check=False,
     )
 

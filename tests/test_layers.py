@@ -30,10 +30,11 @@ LAYERS = (
     "model",
     "memory",
     "training",
+    "machine",
     "exporting",
     "html_report",
 )
-COMMANDS = {"init", "train", "supervise", "preview", "plan", "export", "chat", "cli"}
+COMMANDS = {"init", "train", "supervise", "preview", "plan", "export", "chat", "doctor", "runs", "cli"}
 TORCH_FREE = (
     "errors",
     "bounded",

@@ -53,7 +53,7 @@ def publish(
     aside = replace_folder(staging, target)
     if aside is not None:
         console.say(f"moved {target}, which no run wrote, to {aside}")
-    loss = (folder.last_metrics() or {}).get("loss")
+    loss = (folder.last_record() or {}).get("loss")
     card = model_card(
         name=folder.path.name,
         base=recipe.model,

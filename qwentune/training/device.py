@@ -57,7 +57,7 @@ def refuse_other_device(device: Device, ranks: Ranks) -> None:
     codes = torch.cuda.get_arch_list()
     without = [card for card in range(needed) if not runs(torch.cuda.get_device_capability(card), codes)]
     if without:
-        raise UsageError([_no_code(torch.cuda.get_device_name(card), card, codes) for card in without])
+        raise UsageError([no_code(torch.cuda.get_device_name(card), card, codes) for card in without])
 
 
 def runs(capability: tuple[int, int], codes: Sequence[str]) -> bool:
@@ -91,7 +91,8 @@ def _why_no_gpu() -> str:
     return f"CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}"
 
 
-def _no_code(name: str, card: int, codes: Sequence[str]) -> Problem:
+def no_code(name: str, card: int, codes: Sequence[str]) -> Problem:
+    """What to say of a card that this build of torch has no code for."""
     import torch
 
     capability = torch.cuda.get_device_capability(card)

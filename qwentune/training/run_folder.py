@@ -201,10 +201,10 @@ class RunFolder:
                 with _about(self.path / name), (self.path / name).open("ab") as file:
                     os.fsync(file.fileno())
 
-    def last_metrics(self) -> dict[str, Any] | None:
-        """The newest row of `metrics.jsonl` that can be read."""
+    def last_record(self, name: str = METRICS) -> dict[str, Any] | None:
+        """The newest row of a file of records that can be read."""
         with suppress(OSError):
-            rows, _ = self._records(METRICS)
+            rows, _ = self._records(name)
             return rows[-1] if rows else None
         return None
 
@@ -216,7 +216,7 @@ class RunFolder:
 
     def reached_step(self) -> int:
         """The step of the newest record, else of the status, else 0."""
-        step = (self.last_metrics() or self.read_json(STATUS)).get("step")
+        step = (self.last_record() or self.read_json(STATUS)).get("step")
         return step if isinstance(step, int) else 0
 
     def _begin(self) -> None:

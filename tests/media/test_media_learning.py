@@ -30,12 +30,13 @@ NUM_TAUGHT, NUM_ASKED = 400, 96
 ROWS_PER_STEP, PER_ROW = 4, 7
 THETA = 5.0  # with the published one a head of 16 numbers can hardly tell columns apart
 ENOUGH = 0.9  # of the words
+LONGEST = 3600  # seconds
 
 # Steps and learning rate.
 COURSES: dict[MediaType, tuple[int, float]] = {
     "qwen2_5_vl": (140, 2e-3),
     "qwen3_vl": (180, 2e-3),
-    "qwen3_5": (200, 2e-3),
+    "qwen3_5": (500, 2e-3),
     "qwen2_audio": (200, 2e-3),
 }
 FIRST: MediaType = "qwen2_5_vl"
@@ -52,7 +53,7 @@ def test_it_learns_to_see_or_hear(tmp_path: Path, name: MediaType) -> None:
     taught, asked = (material(tmp_path, name, count, seed) for seed, count in enumerate((NUM_TAUGHT, NUM_ASKED)))
     recipe = write_lessons(tmp_path, model, taught, name, steps, learning_rate)
 
-    ended = train(recipe, launch="launch/single.yaml")
+    ended = train(recipe, launch="launch/single.yaml", longest=LONGEST)
     assert ended.returncode == 0, ended.stderr
     exported = tmp_path / "exported"
     assert run_export(tmp_path / "run", False, True, exported) == EXIT_OK

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 from qwentune.data.media.seen import Seen
 from qwentune.data.rendering.dialogue import Dialogue
 from qwentune.data.rendering.pieces import Encoder, Piece, ids_of
-from qwentune.data.rendering.runs import Beginnings, Run, Tokens
+from qwentune.data.rendering.stretches import Beginnings, Run, Tokens
 from qwentune.data.rendering.turn import Turn, renderings
 from qwentune.data.sample import Source
 
