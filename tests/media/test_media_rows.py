@@ -432,6 +432,7 @@ BROKEN_FILES: dict[str, tuple[MediaKind, Callable[[], bytes], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.fault("N95", "what is wrong with the file, its place in the row, and a mend; exit 3, or the row left out")
 @pytest.mark.parametrize("name", BROKEN_FILES)
 def test_a_broken_file_is_said_in_words_with_its_place_and_a_mend(tmp_path: Path, name: str) -> None:
     kind, content, wanted = BROKEN_FILES[name]
@@ -641,7 +642,8 @@ def test_odd_rates_and_channels_become_one_channel_of_the_model_s_rate(rate: int
     seen = look(medium(sound_bytes(0.7, rate, 2, format), "audio"), limits("qwen3_omni_moe"))
     hearing = FAMILIES["qwen3_omni_moe"].hearing
     assert hearing is not None
-    wave = waveform(Path(seen.path), hearing)
+    with open(seen.path, "rb") as file:
+        wave = waveform(file, hearing)
     assert abs(len(wave) - 0.7 * 16000) < 16000 * 0.06
     peak = np.abs(np.fft.rfft(wave))[5:].argmax() + 5
     assert peak * 16000 / len(wave) == pytest.approx(440, abs=3)
@@ -714,6 +716,8 @@ def test_a_video_that_breaks_off_is_said(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- mutants
 
 
+@pytest.mark.fault("N95 N96", "hundreds of damaged files: each is refused in words, or can be trained as it was seen")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("num", [40, pytest.param(500, marks=pytest.mark.soak)])
 def test_mutated_media_are_seen_or_refused_but_never_a_traceback(tmp_path: Path, num: int) -> None:
     random = Random(int(os.environ.get("FUZZ_SEED", 0)))
@@ -735,10 +739,10 @@ def test_mutated_media_are_seen_or_refused_but_never_a_traceback(tmp_path: Path,
         bound = limits(family, max_pixels=100_000, max_seconds=60)
         try:
             seen = look(medium(bytes(mutated), kind), bound)
-            loaded = load(seen, bound)
         except RowError:
             fates[False] += 1
         else:
+            loaded = load(seen, bound)  # what was seen can be trained
             assert loaded.dtype == np.float32
             assert np.isfinite(loaded).all()
             assert kind == "audio" or len(loaded) == np.prod(seen.grid)
