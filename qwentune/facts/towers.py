@@ -29,6 +29,9 @@ DECODERS = {
 _LOADED_ALONE = ("qwen3_5", "qwen3_5_moe")
 
 TOWERS = ("visual", "audio_tower")
+# Proved to train spread over cards as they do on one. Of Qwen3-VL-MoE transformers turns experts over as it reads them
+# where their shape is another one, and takes the shape of a rank's rows for another one always.
+SPREAD = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen2_audio")
 # What turns a tower's outputs into embeddings of the language model: beside the tower, or inside it.
 PROJECTOR = "multi_modal_projector"
 MERGERS = ("merger", "merger_list", "deepstack_merger_list", "proj", "proj1", "proj2", PROJECTOR)
@@ -79,13 +82,25 @@ def training_problems(spec: ModelSpec) -> list[Problem]:
     return [Problem("model", what, "`qwentune plan` tells what its text tower would take.")]
 
 
+def sharding_problem(spec: ModelSpec, sharding: str, *, tuned: bool) -> Problem | None:
+    """Why a model whose towers are loaded cannot be spread over cards in that way; None where it can."""
+    kind = spec.checkpoint_type
+    takes_fsdp2 = kind in SPREAD and not tuned
+    if sharding in ("none", "ddp") or (sharding == "fsdp2" and takes_fsdp2):
+        return None
+    what = f"{kind} is held whole on every card so far"
+    if sharding == "fsdp2" and kind in SPREAD:
+        what = f"towers and mergers of {kind} stay whole, so they cannot be trained"
+    fix = "fsdp2, single or ddp" if takes_fsdp2 else "single or ddp, and LoRA or QLoRA"
+    return Problem("hardware.launch", f"{sharding}: {what}", f"Leave it at auto, or take {fix}.")
+
+
 def part_problems(spec: ModelSpec, tuning: Tuning, *, has_media: bool, sharding: str) -> list[Problem]:
     """What of a recipe its towers do not allow: to be trained where none is loaded, or to be spread over cards."""
     has_towers = loads_towers(spec.checkpoint_type, has_media=has_media)
-    if has_towers and sharding not in ("none", "ddp"):
-        what = f"{sharding}: {spec.checkpoint_type} is held whole on every card so far"
-        fix = "Use hardware.launch=single or ddp, and QLoRA or LoRA to make it fit."
-        return [Problem("hardware.launch", what, fix)]
+    tuned = (tuning.towers, tuning.merger) != ("frozen", "frozen")
+    if has_towers and (problem := sharding_problem(spec, sharding, tuned=tuned)):
+        return [problem]
     why = f"{spec.id} reads text only"
     if spec.checkpoint_type in FAMILIES:
         why = "no row has a picture, a video or a sound"

@@ -62,6 +62,17 @@ def num_pads(frames: int, hearing: Hearing) -> int:
     return ((begun - 1) // 2 + 1 - 1) // 2 + 1 + 13 * (frames // 100)
 
 
+@lru_cache
+def most_frames_per_pad(hearing: Hearing) -> float:
+    """The most mel frames that the tower takes for one pad, over clips of every length that is let in.
+
+    Short clips have the most: of each a whole one is taken where clips are padded, and counts of pads round down.
+    """
+    whole = mel_frames(round((hearing.most_seconds or 0) * hearing.sampling_rate), hearing)
+    shortest = mel_frames(round(LEAST_SECONDS * hearing.sampling_rate), hearing)
+    return max(max(frames, whole) / num_pads(frames, hearing) for frames in range(shortest, shortest + 100))
+
+
 def waveform(file: BinaryIO, hearing: Hearing) -> NDArray[np.float32]:
     """(samples,) of a file, one channel at the model's rate."""
     with _Sound(file) as sound:
