@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from qwentune.errors import ResumeError
 from qwentune.exporting.changes import place
 from qwentune.exporting.merge import merge
 from qwentune.exporting.tensors import read_rows
