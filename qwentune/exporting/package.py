@@ -82,6 +82,20 @@ def serving_flags(report: Mapping[str, Any]) -> dict[str, Any]:
     return flags
 
 
+def own_limits(report: Mapping[str, Any]) -> str:
+    """What is to be said of rows that bound their media otherwise than the run; empty where none does."""
+    media: Mapping[str, Mapping[str, Any]] = report.get("media", {})
+    found = [
+        f"{one['rows_with_own_limits']} with {kind}" for kind, one in media.items() if one.get("rows_with_own_limits")
+    ]
+    if not found:
+        return ""
+    return (
+        f"rows that were trained with their own bounds of pixels or frames: {', '.join(found)}. No file or option of a "
+        "server says them: a request like theirs must carry its own (vLLM: mm_processor_kwargs, media_io_kwargs)"
+    )
+
+
 def main_mode(report: Mapping[str, Any]) -> str:
     """The mode that most turns were trained in."""
     modes: Mapping[str, int] = report["modes"]
@@ -106,6 +120,8 @@ def model_card(*, name: str, base: str, tuning: str, report: Mapping[str, Any], 
     ]
     if flags:
         lines += ["", f"Serve it with `chat_template_kwargs` `{json.dumps(flags)}`: that is how it was trained."]
+    if own := own_limits(report):
+        lines += ["", f"{own[0].upper()}{own[1:]}."]
     return "\n".join(lines) + "\n"
 
 

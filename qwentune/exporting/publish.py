@@ -53,7 +53,7 @@ def publish(
         end_of_text_id=tokenizer.end_of_text_id,
     )
     if is_whole(staging):
-        write_processors(staging, base, recipe.data.media)
+        write_processors(staging, base, recipe.data.media, report.get("media", ()))
     aside = replace_folder(staging, target)
     if aside is not None:
         console.say(f"moved {target}, which no run wrote, to {aside}")

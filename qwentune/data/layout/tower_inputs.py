@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ HAS_LEARNED_POSITIONS = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "
 AUDIO_FRAMES = 3000  # that Qwen2-Audio's tower takes, no more and no fewer
 
 
-def stays_on_cpu(name: str) -> bool:
-    """Whether a tensor of a batch is read as numbers in the step."""
+def stays_on_cpu(name: str, batch: Container[str]) -> bool:
+    """Whether a tensor of a batch is read as numbers in the step, or cut up already into what is read."""
+    if name == "input_features":
+        return "audio_padded_feature" in batch
     return name == "trees" or name.endswith(("_grid_thw", "seqlens", "feature_lengths"))
 
 

@@ -119,8 +119,8 @@ def _of_sounds(audio: AudioTower, settings: Settings) -> MediaBytes:
         convolving, convolved = width * 2 * first, width * 2 * (1 + 1 / 4 + 1 / 16) * first
     else:
         convolving, convolved = 4.5 * width * hidden, 3 * width * hidden
-    # As they came, and cut into chunks or padded.
-    inputs = 2 * _FP32 * audio.mel_bins + 2 * _INDEX * positions
+    # Cut into chunks; those of Qwen2-Audio as they came, and padded.
+    inputs = (2 if audio.kind == "qwen2_audio" else 1) * _FP32 * audio.mel_bins + 2 * _INDEX * positions
     running = cast + max(convolving, positions * width * (4.5 * hidden + 2 * inner))
     saved = positions * (9 * width * hidden + 2 * width * inner + _FP32 * (audio.num_heads + 4))
     kept = backward = 0.0
