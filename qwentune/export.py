@@ -108,23 +108,21 @@ def _media_options(run: FinishedRun, target: Path) -> list[ServerOption]:
 
 
 def _write(run: FinishedRun, merge: bool, target: Path) -> None:
-    from qwentune.exporting.package import stop_token_ids, write_package
+    from qwentune.exporting.omni import is_omni
+    from qwentune.exporting.package import keep_config, stop_token_ids, write_package
     from qwentune.exporting.processors import is_whole, write_processors
+    from qwentune.exporting.whole import copy_other_files
     from qwentune.recipe import MediaOptions
 
     if merge and run.has_adapter:
         from qwentune.exporting.merge import merge as merge_adapter
-        from qwentune.exporting.merge import merge_bytes
-        from qwentune.facts.present import free_host_bytes
         from qwentune.model.loading import silence_loading, weights_folder
 
         silence_loading()
         base = weights_folder(run.model, run.revision)
-        needed, free = merge_bytes(base) / 2**30, free_host_bytes() / 2**30
-        if needed > free:
-            what = f"merging needs {needed:.1f} GiB of host memory for the base in fp32; {free:.1f} GiB are free"
-            raise DoesNotFitError(Problem(str(run.folder), what, "Export without --merge; servers load the adapter."))
+        _refuse_full_disk(base, target)
         merge_adapter(base, run.trained, target)
+        keep_config(target, base)
         write_package(
             target,
             run.trained,
@@ -132,24 +130,49 @@ def _write(run: FinishedRun, merge: bool, target: Path) -> None:
             stop_token_ids=stop_token_ids(run.report, run.tokenizer.control_ids),
             end_of_text_id=run.tokenizer.end_of_text_id,
         )
-        if is_whole(target):
-            write_processors(target, run.trained, MediaOptions())  # which say already what the recipe says
+        if is_omni(base):
+            copy_other_files(base, target)
+        elif is_whole(target):
+            with_limits = is_whole(run.trained)  # which say already what the recipe says
+            write_processors(target, run.trained if with_limits else base, MediaOptions())
     else:
         shutil.copytree(run.trained, target, dirs_exist_ok=True)
-    _make_whole(run, target)
+        _name_as_the_base(run, target)
     if (run.folder / "README.md").is_file():
         shutil.copyfile(run.folder / "README.md", target / "README.md")
     else:
         console.say(f"warning: {run.folder / 'README.md'} is missing: there is no model card to export")
 
 
-def _make_whole(run: FinishedRun, target: Path) -> None:
-    """Puts a thinker that was trained alone back into its Omni checkpoint."""
-    from qwentune.exporting.omni import is_omni, is_thinker, put_thinker_in
-    from qwentune.model.loading import weights_folder
+def _refuse_full_disk(base: Path, target: Path) -> None:
+    """Raises DoesNotFitError where what is written of a base's weights has no room."""
+    from qwentune.facts.present import free_disk_bytes
+    from qwentune.facts.weight_files import read_weights
 
-    if is_thinker(target) and is_omni(base := weights_folder(run.model, run.revision)):
-        put_thinker_in(base, target)
+    needed, free = sum(tensor.num_bytes for tensor in read_weights(base).values()), free_disk_bytes(target, fresh=True)
+    if needed > free:
+        what = f"the weights take {needed / 1e6:,.1f} MB of disk; {free / 1e6:,.1f} MB are free"
+        raise DoesNotFitError(Problem(str(target), what, "Name a folder on another disk with -o."))
+
+
+def _name_as_the_base(run: FinishedRun, target: Path) -> None:
+    """Makes what was tuned of a checkpoint, loaded without the rest, one of the class that its files name."""
+    from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
+    from qwentune.exporting.omni import is_omni
+    from qwentune.exporting.processors import write_processors
+    from qwentune.exporting.whole import copy_other_files, is_part, name_as_whole, put_back
+    from qwentune.model.loading import weights_folder
+    from qwentune.recipe import MediaOptions
+
+    if run.has_adapter:
+        name_as_whole(target, checkpoint_folder(run.model, run.revision))
+    elif is_part(target, checkpoint_folder(run.model, run.revision)):
+        base = weights_folder(run.model, run.revision)
+        put_back(base, target)
+        if is_omni(base):
+            copy_other_files(base, target)
+        else:
+            write_processors(target, base, MediaOptions())
 
 
 def _verify(run: FinishedRun, exported: Path) -> None:

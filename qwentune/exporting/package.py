@@ -10,6 +10,7 @@ from typing import Any
 
 from qwentune.data.tokenizing.tokenizer import split_pattern
 from qwentune.data.tokenizing.vocabulary import SPLIT_PATTERN
+from qwentune.exporting.config_keys import kept_config, kept_part_config
 from qwentune.facts.documents import LARGEST_TOKENIZER_BYTES, read_object
 from qwentune.facts.generation_config import end_token_ids, read_generation_config
 
@@ -25,6 +26,15 @@ def copy_weights(source: Path, target: Path) -> None:
     for pattern in WEIGHT_FILES:
         for file in source.glob(pattern):
             shutil.copyfile(file, target / file.name)
+
+
+def keep_config(target: Path, base: Path) -> None:
+    """Writes config.json with the base's keys: for its weights merged, or around what training has written."""
+    path = target / "config.json"
+    before, saved = _json(base / "config.json"), _json(path)
+    is_part = bool(saved) and saved.get("model_type") != before.get("model_type")
+    config = kept_part_config(before, saved) if is_part else kept_config(before, saved)
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def write_package(

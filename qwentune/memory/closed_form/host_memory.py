@@ -20,6 +20,9 @@ from qwentune.memory.settings import GIB, HostMemory, Settings, device_overheads
 
 # Interpreter, torch, CUDA libraries and pinned buffers of a rank on a GPU, unverified.
 HOST_BYTES_PER_RANK = 3 * GIB
+MERGED_AT_ONCE = (
+    128 * 2**20
+)  # a block of rows as it is read, in fp32, its update, the sum and what is written; measured
 
 
 def host_bytes(spec: ModelSpec, settings: Settings) -> dict[str, int]:
@@ -77,13 +80,7 @@ def disk_bytes(spec: ModelSpec, settings: Settings, keep: int) -> int:
 
 
 def merging(spec: ModelSpec, settings: Settings) -> Terms:
-    """The base in fp32, the adapters, one module's update and its sum; full tuning has nothing to merge."""
+    """One layer's adapters in fp32, and rows of one tensor at a time; full tuning has nothing to merge."""
     if settings.kind == "full":
         return Terms()
-    largest = max(spec.hidden_size * spec.dense_intermediate, spec.expert_parameters_per_layer)
-    return Terms(
-        weights=4 * spec.parameters,
-        towers=4 * spec.tower.parameters if settings.towers is not None and spec.tower is not None else 0,
-        adapters=settings.trained_bytes * adapter_parameters(spec, settings),
-        temporaries=2 * 4 * largest,
-    )
+    return Terms(adapters=4 * adapter_parameters(spec, settings) // spec.num_layers, temporaries=MERGED_AT_ONCE)
