@@ -61,6 +61,10 @@ def run_chat(
 
     if thinking not in (None, "on", "off"):
         raise UsageError(Problem("--thinking", f"{thinking!r} is neither on nor off"))
+    missing = [(kind, file) for kind, some in files.items() for file in some if not file.exists()]
+    if missing:
+        fix = "A path counts from the folder in which the command is started."
+        raise UsageError([Problem(f"--{kind}", f"{str(file)!r}: there is no such file", fix) for kind, file in missing])
     with console.busy("loading"):
         speaker = Speaker(open_run(folder), thinking)
     media = tuple(Medium(kind, file, 0, f"--{kind}") for kind, some in files.items() for file in some)
@@ -87,6 +91,13 @@ def _print(answer: Answer) -> None:
     print(answer.answer, flush=True)
     if not answer.stopped:
         console.say(f"(cut after {answer.tokens} tokens)")
+
+
+def _without_rows(fix: str) -> str:
+    """The mend of a medium's fault, where it was given on the command line and not in a row."""
+    for said in (", or leave the row out", ", or leave such rows out with data.bad_rows=skip"):
+        fix = fix.replace(said, "")
+    return fix.replace("Leave the row out", "Give another file")
 
 
 class Speaker:
@@ -130,7 +141,7 @@ class Speaker:
         try:
             prompt, media = self.renderer.prompt(messages, self.mode)
         except RowError as error:
-            raise UsageError(Problem("the dialogue", error.what, error.fix)) from None
+            raise UsageError(Problem("the dialogue", error.what, _without_rows(error.fix))) from None
         with torch.no_grad():
             generated = self.model.generate(
                 **self._given(prompt, media),

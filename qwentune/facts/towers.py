@@ -26,7 +26,7 @@ DECODERS = {
     "qwen3_asr": "qwen3",
 }
 # transformers loads the text decoders of these alone, as causal language models.
-_LOADED_ALONE = ("qwen3_5", "qwen3_5_moe")
+LOADED_ALONE = ("qwen3_5", "qwen3_5_moe")
 
 TOWERS = ("visual", "audio_tower")
 # Proved to train spread over cards as they do on one. Of Qwen3-VL-MoE transformers turns experts over as it reads them
@@ -43,7 +43,7 @@ def loads_towers(model_type: str, *, has_media: bool) -> bool:
 
     A run on texts alone takes the decoder alone where transformers can load that.
     """
-    return model_type in FAMILIES and (has_media or model_type not in _LOADED_ALONE)
+    return model_type in FAMILIES and (has_media or model_type not in LOADED_ALONE)
 
 
 def part_of(name: str) -> Part:
@@ -67,7 +67,7 @@ def not_adapted(parts: Collection[Part]) -> str:
 
 def tower_remark(spec: ModelSpec) -> str:
     """What of a checkpoint is left out, in words; empty where nothing is."""
-    if spec.tower_of in _LOADED_ALONE:
+    if spec.tower_of in LOADED_ALONE:
         return f"{spec.tower_of}: the vision tower is loaded where rows have media; texts train the decoder alone."
     if spec.tower_of is None or spec.tower_of in FAMILIES:
         return ""

@@ -11,7 +11,7 @@ from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.facts.launch import Sharding
 from qwentune.facts.towers import sharding_problem
-from qwentune.memory.closed_form.host_memory import disk_bytes, host_bytes, offloaded_bytes
+from qwentune.memory.closed_form.host_memory import ahead_bytes, disk_bytes, host_bytes, offloaded_bytes
 from qwentune.memory.closed_form.phases import phases
 from qwentune.memory.closed_form.roofline import step_seconds
 from qwentune.memory.closed_form.terms import Terms
@@ -109,7 +109,10 @@ def host_phases(spec: ModelSpec, device: Device, candidate: Candidate) -> dict[s
         return host_bytes(spec, settings)
     offloaded = offloaded_bytes(spec, settings)
     each = {name: terms.total + offloaded for name, terms in candidate.phases.items()}
-    return {name: size * (1 if name == "merge" else settings.num_ranks) for name, size in each.items()}
+    ahead = ahead_bytes(spec, settings)
+    return {
+        name: size * (1 if name == "merge" else settings.num_ranks) + ahead.get(name, 0) for name, size in each.items()
+    }
 
 
 def needed_host_bytes(spec: ModelSpec, device: Device, candidate: Candidate) -> int:

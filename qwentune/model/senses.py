@@ -202,7 +202,7 @@ class _Senses:
 
 
 def _on(device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor if made.stays_on_cpu(name) else tensor.to(device) for name, tensor in tensors.items()}
+    return {name: tensor if made.stays_on_cpu(name, tensors) else tensor.to(device) for name, tensor in tensors.items()}
 
 
 def freeze(network: nn.Module, trained: Collection[Part]) -> None:

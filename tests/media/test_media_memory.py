@@ -365,7 +365,7 @@ def test_a_mend_of_videos_makes_them_as_much_smaller_as_rows_get_shorter(name: s
         limits = media_limits(None, family, MediaOptions.model_validate(media))
         assert limits.vision is not None
         frames = len(frames_taken(film, limits.vision.fps, limits.vision))
-        height, width = video_size(film, frames, limits.vision, None)
+        height, width = video_size(film, frames, limits.vision, {})
         return -(-frames // limits.vision.temporal) * height * width // limits.vision.patch**2, frames
 
     largest, num_frames = patches({})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ HAS_WINDOWS = ("qwen2_5_vl", "qwen2_5_omni")
 HAS_LEARNED_POSITIONS = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe")
 
 
-def stays_on_cpu(name: str) -> bool:
-    """Whether a tensor of a batch is read as numbers in the step."""
+def stays_on_cpu(name: str, batch: Container[str]) -> bool:
+    """Whether a tensor of a batch is read as numbers in the step, or cut up already into what is read."""
+    if name == "input_features":
+        return "audio_padded_feature" in batch
     return name == "trees" or name.endswith(("_grid_thw", "seqlens", "feature_lengths"))
 
 

@@ -123,8 +123,8 @@ def _of_sounds(audio: AudioTower, settings: Settings) -> MediaBytes:
         convolving, convolved = width * 2 * first, width * 2 * (1 + 1 / 4 + 1 / 16) * first
     else:
         convolving, convolved = 4.5 * width * hidden, 3 * width * hidden
-    # As they came, and but for whole ones cut into chunks.
-    inputs = frames * ((1 if is_whole else 2) * _FP32 * audio.mel_bins + 2 * _INDEX * positions)
+    # Whole ones as they came, others cut into chunks.
+    inputs = frames * (_FP32 * audio.mel_bins + 2 * _INDEX * positions)
     through = max(convolving, positions * width * (4.5 * hidden + 2 * inner))
     running = at_once * (cast + through)
     saved = positions * (9 * width * hidden + 2 * width * inner + _FP32 * (audio.num_heads + 4))

@@ -61,12 +61,13 @@ class MediaBatch:
         if family.axes == 3:
             row = torch.empty((1, settings.forward_tokens), dtype=torch.int64)
             batch |= {"depths": row, "position_ids": row.expand(3, 1, -1).contiguous()}
-        return cls({name: x if stays_on_cpu(name) else x.to("meta") for name, x in batch.items()})
+        return cls({name: x if stays_on_cpu(name, batch) else x.to("meta") for name, x in batch.items()})
 
     @property
     def tensors(self) -> Sequence[Tensor]:
         """All that lies on the device."""
-        return [tensor for name, tensor in self.tensors_by_name.items() if not stays_on_cpu(name)]
+        named = self.tensors_by_name
+        return [tensor for name, tensor in named.items() if not stays_on_cpu(name, named)]
 
 
 def tower_modules(network: Any) -> list[nn.Module]:
