@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 VERIFIED_TEXTS = ("Hello", "1 + 1 =", "你好，世界", "def f(x):\n    return")
 # Shares of the largest logit.
 TOLERANCE_FP32 = 1e-4
+GGUF_KINDS = ("f32", "f16", "bf16", "q8_0")
 TOLERANCE_16_BIT = 0.05  # a merged weight is rounded once more than an adapter beside it
 
 
@@ -30,40 +31,95 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify", help="Load what was written, and compare what it computes with the run.")
     ] = False,
+    gguf: Annotated[
+        str | None, typer.Option("--gguf", metavar="TYPE", help="Write a file for llama.cpp: f32, f16, bf16 or q8_0.")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", help="The folder to write; else RUN/export, or RUN/merged with --merge.")
+        Path | None,
+        typer.Option("-o", help="The folder to write; else RUN/export, RUN/merged with --merge, RUN/gguf-TYPE."),
     ] = None,
 ) -> None:
     """Package a finished run: weights, tokenizer, template, generation config, model card."""
-    console.end(console.run(lambda: run_export(run, merge, verify, output)))
+    console.end(console.run(lambda: run_export(run, merge, verify, output, gguf)))
 
 
-def run_export(folder: Path, merge: bool, verify: bool, output: Path | None) -> int:
+def run_export(folder: Path, merge: bool, verify: bool, output: Path | None, gguf: str | None = None) -> int:
     """Writes the package, whole or not at all; the exit code."""
     from qwentune.bounded import refuse_name
     from qwentune.exporting.finished import open_run
 
     refuse_name("-o", output or ".")
+    if gguf is not None:
+        _refuse_without_gguf(gguf)
     with console.busy("looking at the run"):
         run = open_run(folder)
-    target = output or folder / ("merged" if merge else "export")
+    target = output or folder / (f"gguf-{gguf}" if gguf else "merged" if merge else "export")
     if os.path.lexists(target):
         raise UsageError(Problem(str(target), "exists already", "Remove it, or name another folder with -o."))
     staging = target.with_name(f".{target.name}.writing")
     remove(staging)
     mark(staging)
     try:
-        with console.busy("writing the package"):
-            _write(run, merge, staging)
-        if verify:
-            with console.busy("verifying"):
-                _verify(run, staging)
+        if gguf is not None:
+            _write_gguf(run, gguf, verify, staging)
+        else:
+            with console.busy("writing the package"):
+                _write(run, merge, staging)
+            if verify:
+                with console.busy("verifying"):
+                    _verify(run, staging)
         replace_folder(staging, target)
     finally:
         remove(staging)
     console.say(f"exported to {target}")
-    _tell_how_to_serve(run, target)
+    if gguf is not None:
+        _tell_of_gguf(run, target)
+    else:
+        _tell_how_to_serve(run, target)
     return EXIT_OK
+
+
+def _refuse_without_gguf(kind: str) -> None:
+    from importlib.util import find_spec
+
+    if kind not in GGUF_KINDS:
+        raise UsageError(Problem("--gguf", f"{kind!r} is none of {', '.join(GGUF_KINDS)}"))
+    if find_spec("gguf") is None:
+        raise UsageError(Problem("--gguf", "the package gguf is not installed", "pip install 'qwentune[gguf]'"))
+
+
+def _write_gguf(run: FinishedRun, kind: str, verify: bool, target: Path) -> None:
+    from qwentune.exporting.gguf_file import verify_gguf
+    from qwentune.exporting.gguf_run import write_run_gguf
+    from qwentune.model.loading import silence_loading
+
+    silence_loading()
+    with console.busy("writing the GGUF file"):
+        written = write_run_gguf(run, kind, target)
+    if written.without_tower:
+        console.say("the file holds what reads and writes text; the vision tower is left out")
+    if verify:
+        with console.busy("verifying"):
+            error = verify_gguf(written.path, written.tensors)
+        console.say(f"verified: {len(written.tensors)} tensors read again, largest error {error:.1e} of their largest")
+    _copy_model_card(run, target)
+
+
+def _tell_of_gguf(run: FinishedRun, target: Path) -> None:
+    """Says what is done with the file, here and in its model card."""
+    from qwentune.exporting.gguf_run import gguf_commands
+    from qwentune.exporting.package import serving_flags
+
+    (path,) = target.glob("*.gguf")
+    flags = serving_flags(run.report)
+    found = gguf_commands(path, run.data.max_tokens, flags, run.folder.resolve().name)
+    for purpose, command in found.items():
+        console.say(f"{purpose}: {command}")
+    console.say("Ollama has chat templates of its own: the model may see other prompts there than it was taught on")
+    card = target / "README.md"
+    if card.exists():
+        fenced = "\n".join(f"To {purpose}:\n\n```sh\n{command}\n```\n" for purpose, command in found.items())
+        card.write_text(f"{card.read_text(encoding='utf-8')}\n## llama.cpp\n\n{fenced}", encoding="utf-8")
 
 
 def _tell_how_to_serve(run: FinishedRun, target: Path) -> None:
@@ -138,6 +194,10 @@ def _write(run: FinishedRun, merge: bool, target: Path) -> None:
     else:
         shutil.copytree(run.trained, target, dirs_exist_ok=True)
         _name_as_the_base(run, target)
+    _copy_model_card(run, target)
+
+
+def _copy_model_card(run: FinishedRun, target: Path) -> None:
     if (run.folder / "README.md").is_file():
         shutil.copyfile(run.folder / "README.md", target / "README.md")
     else:

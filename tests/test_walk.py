@@ -117,6 +117,10 @@ def test_a_merged_folder_is_the_adapter_on_its_base(
     twice = warm.train(run, "--merge", code=CLI, given=["export"])
     assert (twice.code, "exists already" in twice.said) == (2, True)
 
+    run_export(run, merge=False, verify=True, output=tmp_path / "gguf", gguf="q8_0")
+    assert {"run-Q8_0.gguf", "Modelfile", "README.md"} <= {file.name for file in (tmp_path / "gguf").iterdir()}
+    assert "llama-server -m" in (tmp_path / "gguf" / "README.md").read_text()
+
     with monkeypatch.context() as scarce:
         scarce.setattr(present, "free_disk_bytes", lambda *_, **__: 10**5)
         with pytest.raises(DoesNotFitError, match=r"of disk; 0\.1 MB are free"):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qwentune.data.tokenizing.tokenizer import PATTERNS_THAT_CUT_AFTER_NEWLINE, Tokenizer, split_pattern
 from qwentune.errors import Problem, UsageError, UserError
-from qwentune.exporting.gguf_tensors import GgufTensor, architecture, gguf_tensors
+from qwentune.exporting.gguf_tensors import OTHER_SERVERS, GgufTensor, architecture, gguf_tensors
 from qwentune.exporting.tensors import ModelTensor
 from qwentune.facts.architecture import ModelSpec
 
@@ -26,7 +26,7 @@ FILE_TYPES = {
     "bf16": gguf.LlamaFileType.MOSTLY_BF16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
-PRE_TOKENIZERS = dict(zip(PATTERNS_THAT_CUT_AFTER_NEWLINE, ("qwen2", "qwen35"), strict=True))
+PRE_TOKENIZERS: dict[str | None, str] = dict(zip(PATTERNS_THAT_CUT_AFTER_NEWLINE, ("qwen2", "qwen35"), strict=True))
 # Whether the chosen experts' weights are scaled to a sum of 1, which llama.cpp's graphs have built in.
 SCALES_CHOSEN = {"qwen2_moe": False, "qwen3_moe": True, "qwen3_next": True}
 SECTIONS = 4  # of rotary positions in llama.cpp
@@ -125,7 +125,11 @@ def _refuse_other_graph(spec: ModelSpec, config: Mapping[str, Any]) -> None:
     expected = SCALES_CHOSEN.get(spec.model_type)
     if expected is not None and bool(config.get("norm_topk_prob", expected)) is not expected:
         what = f"norm_topk_prob is {not expected}; llama.cpp computes {spec.model_type} as if it were {expected}"
-        raise UsageError(Problem("--gguf", what, "Serve the export or the merged model with vLLM or transformers."))
+        raise UsageError(Problem("--gguf", what, OTHER_SERVERS))
+    linear = spec.linear_attention
+    if linear is not None and linear.key_head_dim != linear.value_head_dim:
+        what = f"linear_value_head_dim is {linear.value_head_dim}, linear_key_head_dim {linear.key_head_dim}; llama.cpp"
+        raise UsageError(Problem("--gguf", f"{what} computes with one size for both", OTHER_SERVERS))
 
 
 def _add_sizes(writer: gguf.GGUFWriter, spec: ModelSpec, config: Mapping[str, Any]) -> None:
@@ -170,7 +174,7 @@ def _add_tokenizer(
     writer: gguf.GGUFWriter, spec: ModelSpec, tokenizer: Tokenizer, chat_template: str | None, stops: Sequence[int]
 ) -> None:
     document = json.loads(tokenizer.definition)
-    pre = PRE_TOKENIZERS.get(split_pattern(document) or "")
+    pre = PRE_TOKENIZERS.get(split_pattern(document))
     if pre is None:
         what = "splits texts by a pattern that llama.cpp has no name for"
         raise UsageError(Problem(str(Path(tokenizer.folder, "tokenizer.json")), what))

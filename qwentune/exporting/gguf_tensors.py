@@ -33,6 +33,7 @@ ARCHITECTURES = {
     "qwen3_5_text": "QWEN35",
     "qwen3_5_moe_text": "QWEN35MOE",
 }
+OTHER_SERVERS = "Serve the export or the merged model with vLLM or transformers."
 OF_THE_DECODER = ("embed_tokens", "layers", "norm", "lm_head")
 EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(\w+)\.weight")
 IN_FP32 = ("norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight")
@@ -76,7 +77,7 @@ def gguf_tensors(tensors: Mapping[str, ModelTensor], spec: ModelSpec, kind: Type
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
             what = f"{where} has no place in llama.cpp's {ARCHITECTURES[spec.model_type]}"
-            raise UsageError(Problem("--gguf", what, "Serve the export or the merged model with vLLM or transformers."))
+            raise UsageError(Problem("--gguf", what, OTHER_SERVERS))
         written.append(GgufTensor(name, shape, _type_of(name, shape, kind), blocks))
     return written
 
@@ -167,13 +168,11 @@ def _by_kind(where: str, tensor: ModelTensor, linear: LinearAttentionSpec) -> It
 def _changed(where: str, tensor: ModelTensor, spec: ModelSpec) -> _Laid:
     """A tensor that stays by itself, its numbers or their order changed where llama.cpp has them otherwise."""
     shape, linear = tensor.shape, spec.linear_attention
-    if linear is None:
-        if where.endswith(".shared_expert_gate.weight"):
-            return where, shape[1:], lambda: iter([tensor.whole()[0]])
-        return where, shape, _as_stored(tensor)
-    order = _value_heads(linear, where) if spec.model_type != "qwen3_next" else None
     if where.endswith(".shared_expert_gate.weight"):
         return where, shape[1:], lambda: iter([tensor.whole()[0]])
+    if linear is None:
+        return where, shape, _as_stored(tensor)
+    order = _value_heads(linear, where) if spec.model_type != "qwen3_next" else None
     if where.endswith("norm.weight") and not where.endswith("linear_attn.norm.weight"):
         return where, shape, lambda: iter([tensor.whole() + 1])
     if where.endswith(".A_log"):
