@@ -11,7 +11,7 @@ from qwentune import console
 from qwentune.errors import EXIT_OK, DataError, Problem, UsageError, counted
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from qwentune.data.dataset import Dataset
     from qwentune.exporting.finished import FinishedRun
@@ -138,17 +138,19 @@ def _source(data: DataOptions, file: str) -> DataSource:
     return plain
 
 
-def _table(name: str, source: dict[str, Any]) -> list[str]:
+def _table(name: str, source: Mapping[str, Any]) -> list[str]:
     """The scores of one source in lines."""
     whose = ["base", "tuned"] if source["base"] is not None else ["tuned"]
     rows: list[list[str]] = [["", *whose, *(["difference"] if whose[1:] else [])]]
     intervals: dict[str, dict[str, list[float]]] = source["intervals"]
     for score, of in intervals.items():
         count = source["counts"][score]
-        cells = [f"{_value(source[one][score], score, count)} {_interval(of[one])}" for one in whose]
-        if whose[1:]:
-            difference = source["tuned"][score] - source["base"][score]
-            cells.append(f"{difference:+.4g} {_interval(of['difference'])}")
+        values = [float(source[one][score]) for one in whose]
+        cells = [
+            f"{_value(value, score, count)} {_interval(of[one])}" for one, value in zip(whose, values, strict=True)
+        ]
+        if values[1:]:
+            cells.append(f"{values[1] - values[0]:+.4g} {_interval(of['difference'])}")
         rows.append([score, *cells])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
