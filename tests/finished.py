@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -28,8 +29,13 @@ def finished_run(run: Path, model: Path, *, data: dict[str, Any], lora: bool = F
     target.mkdir(parents=True)
     if lora:
         network = AutoModelForCausalLM.from_pretrained(model)
-        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-        save_weights(get_peft_model(network, config), target)
+        rows = {"embed_tokens": [7, 8], "lm_head": [7, 8]}
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", trainable_token_indices=rows)
+        adapted = get_peft_model(network, config)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter.data, std=0.1)
+        save_weights(adapted, target)
     else:
         copy_weights(model, target)
     tokenizer = load_tokenizer(model)

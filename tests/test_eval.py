@@ -15,7 +15,7 @@ from qwentune.answering.speaker import Prompt, Speaker
 from qwentune.data.dataset import chat_template, prepare
 from qwentune.data.layout.batch import EvalBatches
 from qwentune.data.tokenizing.tokenizer import load_tokenizer
-from qwentune.errors import EXIT_OK, DataError, NotFiniteError, ResumeError, UsageError
+from qwentune.errors import EXIT_OK, DataError, NotFiniteError, ResumeError, UsageError, machine_error
 from qwentune.eval import run_eval
 from qwentune.evaluating.measure import measured
 from qwentune.evaluating.questions import Question, questions
@@ -182,6 +182,12 @@ def test_memory_that_does_not_suffice_halves_the_batch(model: Path, monkeypatch:
     assert dict(speaker.answers(prompts)) == expected
     assert sizes == [11, 5, 2, 2, 2, 2, 2, 1]
 
+    monkeypatch.setattr(network, "generate", lambda **_: small(torch.zeros(9, 1)))
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        speaker.answer(prompts[0])
+    words = "the GPU  has no room for it: CUDA out of memory. Tried to allocate 2 GiB\n"
+    assert words in str(machine_error(caught.value))
+
 
 @pytest.mark.parametrize("lora", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_base_beside_the_tuned_model_is_the_base(lora: bool, model: Path, tmp_path: Path) -> None:
@@ -242,6 +248,15 @@ def test_held_out_rows_are_those_that_the_run_held_out(
     kept = [json.loads(line)["source"]["line"] for line in (run / "examples.jsonl").read_text().splitlines()]
     assert sorted(kept) == held_out
     assert 0 < len(kept) < 8
+
+    capsys.readouterr()
+    for data, is_said in ((dataset.content, False), ("0" * 64, True)):
+        checkpoint = run / "checkpoints" / "step-1"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "manifest.json").write_text(json.dumps({"facts": {"run": {"data": data}}}))
+        (run / "latest").write_text("checkpoints/step-1\n")
+        assert run_eval(run, None, False, None, 1, True) == EXIT_OK
+        assert ("the rows were changed since the run" in capsys.readouterr().err) == is_said
 
 
 def test_rows_of_any_format_are_taken_under_the_recipe_s_names(

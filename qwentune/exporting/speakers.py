@@ -50,11 +50,12 @@ def networks(run: FinishedRun, *, with_base: bool = False) -> Iterator[tuple[Who
 
 
 def _loaded(folder: Path, adapter: Path | None) -> Any:
-    network: Any = load_tuned(folder, adapter)
+    on_gpu = torch.cuda.is_available()
+    network: Any = load_tuned(folder, adapter, None if on_gpu else torch.float32)  # few CPUs reckon in 16 bits
     whole = network if adapter is None else network.get_base_model()
     if whole.config.model_type in FAMILIES:
         take_media(whole)
-    return network.to("cuda" if torch.cuda.is_available() else "cpu")
+    return network.to("cuda") if on_gpu else network
 
 
 def speaker(run: FinishedRun, network: Any) -> Speaker:
