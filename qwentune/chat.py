@@ -50,6 +50,10 @@ def run_chat(
 
     if thinking not in (None, "on", "off"):
         raise UsageError(Problem("--thinking", f"{thinking!r} is neither on nor off"))
+    missing = [(kind, file) for kind, some in files.items() for file in some if not file.exists()]
+    if missing:
+        fix = "A path counts from the folder in which the command is started."
+        raise UsageError([Problem(f"--{kind}", f"{str(file)!r}: there is no such file", fix) for kind, file in missing])
     with console.busy("loading"):
         partner = Partner(open_run(folder), thinking)
     media = tuple(Medium(kind, file, 0, f"--{kind}") for kind, some in files.items() for file in some)

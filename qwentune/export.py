@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +16,7 @@ from qwentune.errors import EXIT_OK, DoesNotFitError, Problem, UsageError, UserE
 
 if TYPE_CHECKING:
     from qwentune.exporting.finished import FinishedRun
+    from qwentune.exporting.processors import ServerOption
 
 VERIFIED_TEXTS = ("Hello", "1 + 1 =", "你好，世界", "def f(x):\n    return")
 # Shares of the largest logit.
@@ -61,53 +62,67 @@ def run_export(folder: Path, merge: bool, verify: bool, output: Path | None) -> 
     finally:
         remove(staging)
     console.say(f"exported to {target}")
-    options = {"default-chat-template-kwargs": _flags(run), "mm-processor-kwargs": _processor_flags(run, target)}
-    said = " ".join(f"--{name} '{value}'" for name, value in options.items() if value)
-    if said:
-        console.say(f"serve it as it was trained: vllm serve {target} {said}")
+    _tell_how_to_serve(run, target)
     return EXIT_OK
 
 
-def _flags(run: FinishedRun) -> str:
-    from qwentune.exporting.package import serving_flags
+def _tell_how_to_serve(run: FinishedRun, target: Path) -> None:
+    """Says the command of each server that takes the folder, here and in its model card."""
+    from qwentune.data.at_hand import first_question
+    from qwentune.exporting.serving import artefact, commands, request
 
-    flags = serving_flags(run.report)
-    return json.dumps(flags) if flags else ""
+    options = _media_options(run, target)
+    served = artefact(run, target, {option.name: option.value for option in options})
+    found = commands(served)
+    if not found:
+        again = shlex.join(["qwentune", "export", str(run.folder), "--merge"])
+        console.say(f"warning: servers do not take it as it is: {served.unservable}; {again} makes one model of it")
+        return
+    lines = [f"{server}: {command}" for server, command in found.items()]
+    console.say("serve it as it was trained:")
+    for line in lines:
+        console.say(f"  {line}")
+    for option in options:
+        console.say(f"  --{option.name} says {option.source}; other servers than vLLM have no such option")
+    question = first_question(run.data) or "Hello"
+    console.say(f"and ask it what it was taught: {request(served, next(iter(found)), question)}")
+    card = target / "README.md"
+    if card.exists():
+        fenced = "\n".join(f"{server}:\n\n```sh\n{command}\n```\n" for server, command in found.items())
+        card.write_text(f"{card.read_text(encoding='utf-8')}\n## Serving\n\n{fenced}", encoding="utf-8")
 
 
-def _processor_flags(run: FinishedRun, target: Path) -> str:
-    """What a server must be told of media beside an adapter: its processor files are the base's."""
+def _media_options(run: FinishedRun, target: Path) -> list[ServerOption]:
+    """What vLLM must be told of media; says what no option tells it."""
     from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
-    from qwentune.exporting.omni import is_omni
-    from qwentune.exporting.processors import is_whole, processor_arguments
+    from qwentune.exporting.package import own_limits
+    from qwentune.exporting.processors import beyond_servers, is_whole, server_options
 
-    if (target / "config.json").exists() or not is_whole(target):
-        return ""
+    if not is_whole(target):
+        return []
     base = checkpoint_folder(run.model, run.revision)
-    if is_omni(base):
-        console.say("warning: servers take adapters on an Omni model only merged: export with --merge")
-    arguments = processor_arguments(base, run.data.media)
-    return json.dumps(arguments) if arguments else ""
+    kinds = run.report.get("media", {})
+    for remark in filter(None, (beyond_servers(base, run.data.media, kinds), own_limits(run.report))):
+        console.say(f"warning: {remark}")
+    return server_options(base, run.data.media, kinds, has_files=(target / "config.json").exists())
 
 
 def _write(run: FinishedRun, merge: bool, target: Path) -> None:
-    from qwentune.exporting.package import stop_token_ids, write_package
+    from qwentune.exporting.omni import is_omni
+    from qwentune.exporting.package import keep_config, stop_token_ids, write_package
     from qwentune.exporting.processors import is_whole, write_processors
+    from qwentune.exporting.whole import copy_other_files
     from qwentune.recipe import MediaOptions
 
     if merge and run.has_adapter:
         from qwentune.exporting.merge import merge as merge_adapter
-        from qwentune.exporting.merge import merge_bytes
-        from qwentune.facts.present import free_host_bytes
         from qwentune.model.loading import silence_loading, weights_folder
 
         silence_loading()
         base = weights_folder(run.model, run.revision)
-        needed, free = merge_bytes(base) / 2**30, free_host_bytes() / 2**30
-        if needed > free:
-            what = f"merging needs {needed:.1f} GiB of host memory for the base in fp32; {free:.1f} GiB are free"
-            raise DoesNotFitError(Problem(str(run.folder), what, "Export without --merge; servers load the adapter."))
+        _refuse_full_disk(base, target)
         merge_adapter(base, run.trained, target)
+        keep_config(target, base)
         write_package(
             target,
             run.trained,
@@ -115,24 +130,49 @@ def _write(run: FinishedRun, merge: bool, target: Path) -> None:
             stop_token_ids=stop_token_ids(run.report, run.tokenizer.control_ids),
             end_of_text_id=run.tokenizer.end_of_text_id,
         )
-        if is_whole(target):
-            write_processors(target, run.trained, MediaOptions())  # which say already what the recipe says
+        if is_omni(base):
+            copy_other_files(base, target)
+        elif is_whole(target):
+            with_limits = is_whole(run.trained)  # which say already what the recipe says
+            write_processors(target, run.trained if with_limits else base, MediaOptions())
     else:
         shutil.copytree(run.trained, target, dirs_exist_ok=True)
-    _make_whole(run, target)
+        _name_as_the_base(run, target)
     if (run.folder / "README.md").is_file():
         shutil.copyfile(run.folder / "README.md", target / "README.md")
     else:
         console.say(f"warning: {run.folder / 'README.md'} is missing: there is no model card to export")
 
 
-def _make_whole(run: FinishedRun, target: Path) -> None:
-    """Puts a thinker that was trained alone back into its Omni checkpoint."""
-    from qwentune.exporting.omni import is_omni, is_thinker, put_thinker_in
-    from qwentune.model.loading import weights_folder
+def _refuse_full_disk(base: Path, target: Path) -> None:
+    """Raises DoesNotFitError where what is written of a base's weights has no room."""
+    from qwentune.facts.present import free_disk_bytes
+    from qwentune.facts.weight_files import read_weights
 
-    if is_thinker(target) and is_omni(base := weights_folder(run.model, run.revision)):
-        put_thinker_in(base, target)
+    needed, free = sum(tensor.num_bytes for tensor in read_weights(base).values()), free_disk_bytes(target, fresh=True)
+    if needed > free:
+        what = f"the weights take {needed / 1e6:,.1f} MB of disk; {free / 1e6:,.1f} MB are free"
+        raise DoesNotFitError(Problem(str(target), what, "Name a folder on another disk with -o."))
+
+
+def _name_as_the_base(run: FinishedRun, target: Path) -> None:
+    """Makes what was tuned of a checkpoint, loaded without the rest, one of the class that its files name."""
+    from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
+    from qwentune.exporting.omni import is_omni
+    from qwentune.exporting.processors import write_processors
+    from qwentune.exporting.whole import copy_other_files, is_part, name_as_whole, put_back
+    from qwentune.model.loading import weights_folder
+    from qwentune.recipe import MediaOptions
+
+    if run.has_adapter:
+        name_as_whole(target, checkpoint_folder(run.model, run.revision))
+    elif is_part(target, checkpoint_folder(run.model, run.revision)):
+        base = weights_folder(run.model, run.revision)
+        put_back(base, target)
+        if is_omni(base):
+            copy_other_files(base, target)
+        else:
+            write_processors(target, base, MediaOptions())
 
 
 def _verify(run: FinishedRun, exported: Path) -> None:

@@ -257,12 +257,11 @@ def draft(
     from qwentune.facts.packing import packing_problems
     from qwentune.memory.alternatives import alternatives
     from qwentune.memory.device_remarks import rates_remark
-    from qwentune.memory.judge import device_of, judge
+    from qwentune.memory.judge import device_of, judge_recipe
     from qwentune.memory.run_plan import plan_warnings
     from qwentune.memory.shortage import refusal
-    from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Tuning
+    from qwentune.recipe import BatchOptions, DataOptions, Hardware, OutputOptions, Recipe, Tuning
     from qwentune.recipe.schema import EPOCHS
-    from qwentune.row_formats import ROW_FORMATS
 
     can_pack = not packing_problems(spec.checkpoint_type)
     num_rows, has_more = sum(len(file.tokens) for file in files), any(file.has_more for file in files)
@@ -273,23 +272,23 @@ def draft(
     folder = f"runs/{Path(path).stem}"
     if remark := rates_remark(device):
         console.say(remark)
-    learns_chat = any(file.format == "auto" or ROW_FORMATS[file.format].has_turns for file in files)
+    train = [_source(file) for file in files]
     asked: dict[str, Any] = {}
+    optimizer_steps = None
 
     def judged(spec: ModelSpec, kind: Kind, on: Device) -> RunPlan:
         """The plan as it is `asked` for; another card than the one here stands alone."""
         shared = {"num_ranks": ranks, "sharding": sharding} if on is device else {"num_ranks": 1, "sharding": "none"}
-        return judge(
-            spec, tuning=Tuning(kind=kind), precision=Precision(), memory=MemoryOptions(),
-            output=OutputOptions(dir=folder), device=on, learns_chat=learns_chat, **shared, **asked,
-        )  # fmt: skip
+        recipe = Recipe(model=model, tuning=Tuning(kind=kind), output=OutputOptions(dir=folder), **asked)
+        return judge_recipe(spec, recipe, device=on, optimizer_steps=optimizer_steps, **shared)
 
     plan = None
     for max_tokens in dict.fromkeys(lengths.within(share, spec.max_positions) for share in SHARES):
         kept = [number for number in lengths.tokens if number <= max_tokens]
         packing, batch, steps = _batch(kept, max_tokens, ranks, EPOCHS * (1 - (eval_fraction or 0)), can_pack)
-        asked |= {"max_tokens": max_tokens, "batch": BatchOptions(sequences_per_step=batch)}
-        asked["optimizer_steps"] = None if has_more else steps
+        data = DataOptions.model_validate({"train": train, "max_tokens": max_tokens, "packing": packing})
+        asked = {"data": data, "batch": BatchOptions(sequences_per_step=batch)}
+        optimizer_steps = None if has_more else steps
         needs: list[str] = []
         for kind in kinds:
             plan = judged(spec, kind, device)

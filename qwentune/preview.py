@@ -253,8 +253,8 @@ class Thumbnails:
             self.num_left -= num_patches
             try:
                 loaded = self.media.load(number)
-            except UnloadableError as unloadable:  # changed in the last seconds
-                raise DataError(Problem(self.media.seen[number].path, unloadable.error.what)) from None
+            except UnloadableError as unloadable:
+                raise self.media.fault(unloadable, self.media.seen[number].path) from None
             self.made[number] = thumbnails(self.media.seen[number], loaded, self.media.limits)
         return self.made.get(number, [])
 

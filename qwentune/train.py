@@ -170,7 +170,8 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
 
         def mended(overrides: Sequence[str], num_ranks: int, sharding: Sharding | Auto) -> RunPlan:
             changed, _ = continued(load_recipe(request.recipe, [*request.overrides, *overrides]), spec)
-            return judged(changed.recipe, num_ranks=num_ranks, sharding=sharding)
+            anew = judged if changed.recipe.data == recipe.data else partial(judged, longest_row=None, media=None)
+            return anew(changed.recipe, num_ranks=num_ranks, sharding=sharding)
 
         raise DoesNotFitError(refusal(plan, lambda mend: relaunched(mend, arguments, ranks.num_ranks, mended)))
     refuse_what_is_not_here(recipe, plan.choices)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qwentune.exporting.changes import PREFIX, place
+from qwentune.facts.weight_files import read_adapter, read_weights
 from tests import qwen3_5
 from tests.checkpoints import SMALL_NUM_RANKS, template_text, token_ids
 from tests.runs import ENVIRONMENT, KILL_AT, KILLED, final_weights, loss_history, write_recipe
@@ -21,13 +23,13 @@ from tests.warm import Warm
 COMPARE = """
 import sys, torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 base, adapter, merged = sys.argv[1:]
 whole = AutoConfig.from_pretrained(base)
 text = whole.get_text_config()
 text.tie_word_embeddings = whole.tie_word_embeddings  # which transformers looks for in the decoder's part alone
 untuned = AutoModelForCausalLM.from_pretrained(base, config=text, dtype=torch.float32).eval()
-result = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+result = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32).eval()
 tokenizer = AutoTokenizer.from_pretrained(merged)
 text = tokenizer.apply_chat_template([{"role": "user", "content": "Hello! " * 40}], tokenize=False)
 ids = torch.tensor([tokenizer(text)["input_ids"]])
@@ -83,7 +85,16 @@ def test_a_hybrid_is_tuned_resumed_merged_and_loaded_again(tmp_path: Path, warm:
     exported = warm.train(run, "--merge", "--verify", code=EXPORT)
     assert exported.code == 0, exported.said
     assert "verified" in exported.said
-    assert json.loads((run / "merged" / "config.json").read_text())["model_type"] == "qwen3_5_text"
+    base, merged = ({place(name): name for name in read_weights(each)} for each in (model, run / "merged"))
+    assert merged == base, "the whole model that it came from, under its own names"
+    assert "model.visual.patch_embed.proj.weight" in merged.values()
+    assert json.loads((run / "merged" / "config.json").read_text())["architectures"] == [
+        "Qwen3_5ForConditionalGeneration"
+    ]
+    adapter = warm.train(run, "--verify", code=EXPORT)
+    assert adapter.code == 0, adapter.said
+    modules = {name.removeprefix(PREFIX).split(".lora_")[0] + ".weight" for name in read_adapter(run / "export")}
+    assert modules <= set(base.values()), "an adapter names modules of the class that a server loads"
     folders = [str(folder) for folder in (model, run / "adapter", run / "merged")]
     compared = subprocess.run(
         [sys.executable, "-c", COMPARE, *folders], env=ENVIRONMENT, capture_output=True, text=True, check=False

@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -21,7 +22,7 @@ from qwentune.errors import Problem, UsageError
 from qwentune.facts import present
 from qwentune.facts.gpus import gpu_spec
 from qwentune.init import KINDS, look_at, which_gpu
-from qwentune.memory import judge
+from qwentune.memory import RunPlan, judge
 from qwentune.recipe import load_recipe
 from tests.checkpoints import write_checkpoint
 from tests.dialogues import random_rows
@@ -43,6 +44,36 @@ def fits(recipe: Path, *overrides: str) -> bool:
     ended = CliRunner().invoke(app, ["plan", str(recipe), *overrides])
     assert ended.exit_code in (0, 4), ended.stderr
     return ended.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "gpu"),
+    [
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "image", "l40s"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "chat", "l40s"),
+        ("Qwen/Qwen3.5-4B", "video", "rtx-4090"),
+        ("Qwen/Qwen3.5-4B", "chat", "rtx-4090"),
+        ("Qwen/Qwen2-Audio-7B-Instruct", "audio", "h100-80gb"),
+    ],
+)
+def test_a_recipe_is_judged_as_its_plan_is_also_where_rows_have_media(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, data: str, gpu: str
+) -> None:
+    plans: list[RunPlan] = []
+    made = judge.judge
+
+    def recorded(*args: Any, **kwargs: Any) -> RunPlan:
+        plans.append(made(*args, **kwargs))
+        return plans[-1]
+
+    monkeypatch.setattr(judge, "judge", recorded)
+    source = Path(__file__).parent.parent / f"data_templates/{data}.jsonl"
+    code, said, recipe = init(tmp_path, "--model", model, "--data", str(source), "--gpu", gpu)
+    assert code == 0, said
+    chosen = plans[-1]
+    ended = CliRunner().invoke(app, ["plan", str(recipe), "--json"])
+    assert json.loads(ended.stdout)["phases"] == chosen.to_json()["phases"]
+    assert (chosen.phases["train_step"].terms["media"] > 0) == (data != "chat" or "VL" in model)
 
 
 def rows(folder: Path, *texts: str) -> Path:

@@ -218,6 +218,29 @@ def test_yaml_and_json_of_ms_swift(place: Path) -> None:
     assert recipe.output.report_to == ["tensorboard", "swanlab"]
 
 
+def test_media_of_other_tools_are_taken_over_or_said_by_name(place: Path) -> None:
+    entry = {"file_name": "seen.json", "columns": {"images": "pictures"}}
+    Path("dataset_info.json").write_text(json.dumps({"seen": entry}))
+    config = "model_name_or_path: Qwen/Qwen2.5-VL-3B-Instruct\nstage: sft\ndataset: seen\ndataset_dir: .\nmedia_dir: "
+    Path("old.yaml").write_text(f"{config}photos\n")
+    translated = translate_file(Path("old.yaml"))
+    assert translated.settings["data.train"].value[0]["columns"] == {"images": "pictures"}
+    (left,) = [one for one in translated.left_out if one.given.key == "media_dir"]
+    assert left.changes
+    assert "put those of photos there" in left.why
+    Path("old.yaml").write_text(f"{config}.\n")
+    translated = translate_file(Path("old.yaml"))
+    assert not [one for one in translated.left_out if one.given.key == "media_dir"], "where they are looked for anyway"
+    Path("rows.jsonl").write_text('{"messages": [], "pics": ["a.png"], "clip": "a.mp4"}\n')
+    columns = {"pics": "images", "clip": "videos"}
+    Path("swift.yaml").write_text(
+        yaml.safe_dump({"model": "Qwen/Qwen2.5-VL-3B-Instruct", "dataset": ["rows.jsonl"], "columns": columns})
+    )
+    translated = translate_file(Path("swift.yaml"))
+    assert translated.settings["data.train"].value[0]["columns"] == {"images": "pics", "videos": "clip"}
+    assert not [one for one in translated.left_out if one.given.key == "columns"]
+
+
 def test_fields_and_roles_by_other_names_are_tags(place: Path) -> None:
     entry = {
         "file_name": "old_chats.json",

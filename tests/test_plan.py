@@ -985,16 +985,13 @@ def test_host_memory_is_told_by_phase_and_a_merge_in_it_refuses_no_run() -> None
     assert plan.fits
     assert list(plan.host_phases) == list(plan.phases)
     assert plan.host_bytes == plan.host_phases["train_step"] < request.host_free_bytes  # type: ignore[operator]
-    base = 4 * QWEN3_8B.parameters
-    assert base < plan.host_phases["merge"] < 1.1 * base, "the base in fp32"
-    text = " ".join(render_plan(plan, 36).split())
-    assert f"host 3.00 GiB ({plan.host_phases['merge'] / GIB:.2f} to merge the adapters)" in text
+    assert 0 < plan.host_phases["merge"] < 2 * GIB, "a merge goes through the base's files, a few rows at a time"
+    assert "host 3.00 GiB, disk" in " ".join(render_plan(plan, 36).split())
     full = make_plan(QWEN3_8B, H200, PlanRequest("full", 2048, 16, num_gpus=8, sharding="fsdp2"))
     host = full.host_phases
     assert full.host_bytes == host["save"] > host["resume"] == host["train_step"], "files of states are mapped"
     assert host["save"] - host["train_step"] == 2 * QWEN3_8B.parameters, "rank 0 gathers the weights alone"
     assert full.host_phases["merge"] == 0
-    assert "merge the" not in render_plan(full, 36)
 
 
 def test_a_damaged_plan_is_refused_with_every_fault() -> None:

@@ -108,12 +108,18 @@ def test_a_merged_folder_is_the_adapter_on_its_base(
         loaded = AutoTokenizer.from_pretrained(folder)
         assert split_pattern(json.loads(loaded.backend_tokenizer.to_str())) == pattern
 
+    beside = warm.train(run, code=CLI, given=["export"])
+    assert f"vllm serve {model} --enable-lora" in beside.said
+    assert f"--lora-modules run={run / 'export'}" in beside.said
+    assert f"vllm serve {run / 'merged'} --served-model-name run" in exported.said
+    assert "vllm serve" in (run / "merged" / "README.md").read_text()
+
     twice = warm.train(run, "--merge", code=CLI, given=["export"])
     assert (twice.code, "exists already" in twice.said) == (2, True)
 
     with monkeypatch.context() as scarce:
-        scarce.setattr(present, "free_host_bytes", lambda: 10**6)
-        with pytest.raises(DoesNotFitError, match="of host memory for the base in fp32"):
+        scarce.setattr(present, "free_disk_bytes", lambda *_, **__: 10**5)
+        with pytest.raises(DoesNotFitError, match=r"of disk; 0\.1 MB are free"):
             run_export(run, merge=True, verify=False, output=tmp_path / "too-large")
     assert not (tmp_path / "too-large").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 
@@ -46,14 +47,24 @@ def refuse_untrained_rows(data: DataOptions) -> None:
 
 def show_media(data: DataOptions) -> bool:
     """Whether one of the first rows of a source that is at hand has media."""
+    return any(message.media for sample in _first_dialogues(data) for message in sample.messages)
+
+
+def first_question(data: DataOptions) -> str | None:
+    """The text with which the first dialogue that is at hand begins; None where none begins with a text alone."""
+    first = next(_first_dialogues(data), None)
+    spoken = [] if first is None else [message for message in first.messages if message.role != "system"]
+    is_text = len(spoken) > 1 and spoken[0].role == "user" and not spoken[0].media
+    return spoken[0].content if is_text else None
+
+
+def _first_dialogues(data: DataOptions) -> Iterator[Conversation]:
+    """The dialogues among the first rows of each source that is at hand and can be read."""
     for source in data.sources:
         with suppress(DataError):
             if is_at_hand(source.path):
                 samples = read_samples(source.path, source.format, [], columns=Columns.of(source))
-                first = islice(samples, NUM_ROWS_LOOKED_AT)
-                if any(m.media for one in first if isinstance(one, Conversation) for m in one.messages):
-                    return True
-    return False
+                yield from (one for one in islice(samples, NUM_ROWS_LOOKED_AT) if isinstance(one, Conversation))
 
 
 def largest_media(recipe: Recipe, spec: ModelSpec) -> RowMedia | None:

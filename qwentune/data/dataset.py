@@ -28,8 +28,9 @@ from qwentune.data.layout.rows import Rows, Trie, packed_rows
 from qwentune.data.layout.split import copies, dialogues, fates, logged_again, split, untrained_sources
 from qwentune.data.layout.store import Examples, ExampleWriter, open_sealed, seal
 from qwentune.data.layout.sums import DamagedError, StaleError
-from qwentune.data.media.limits import MediaLimits, media_limits
-from qwentune.data.reading.faults import Unread
+from qwentune.data.media.limits import MediaLimits, limits_if_needed
+from qwentune.data.media.pixels import refuse_without_room
+from qwentune.data.reading.faults import Unread, Waiting
 from qwentune.data.reading.files import Content, content_of, is_at_hand
 from qwentune.data.rendering.grammar import ReadOtherwiseError
 from qwentune.data.rendering.outcome import Dropped
@@ -44,7 +45,7 @@ from qwentune.facts.documents import LARGEST_TEMPLATE_BYTES, read_object
 from qwentune.facts.media import FAMILIES
 from qwentune.recipe import DataOptions
 
-CACHE_FORMAT = 17  # raise it whenever rendering or storing changes what stands in the cache
+CACHE_FORMAT = 19  # raise it whenever rendering or storing changes what stands in the cache
 ANOTHER_CACHE = "Name another cache folder with the variable QWENTUNE_CACHE."
 
 
@@ -203,9 +204,10 @@ def _fingerprint(
     limits = limits_of(data, tokenizer)
     # Where media may lie: the same rows beside other files are other data.
     places = [] if limits is None else [os.getcwd(), *(os.path.abspath(source.path) for source in data.sources)]
+    options = data.model_copy(update={"media": data.media.model_copy(update={"cache": "none"})}).model_dump(mode="json")
     parts = {
         "format": CACHE_FORMAT,
-        "options": {k: v for k, v in data.model_dump(mode="json").items() if k not in {"packing", "chat_template"}},
+        "options": {k: v for k, v in options.items() if k not in {"packing", "chat_template"}},
         "contents": [contents[source.path].fingerprint for source in data.sources],
         "tokenizer": tokenizer.fingerprint,
         "template": None if template is None else template.text,
@@ -223,7 +225,7 @@ def limits_of(data: DataOptions, tokenizer: Tokenizer) -> MediaLimits | None:
     except UsageError:
         return None  # what is wrong with that file is said by those who need it
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    return None if family is None else media_limits(folder, family, data.media)
+    return None if family is None else limits_if_needed(folder, family, data.media)
 
 
 def _contents(data: DataOptions) -> dict[str, Content]:
@@ -360,7 +362,7 @@ def _build(
     finished = report.finish(int(once[train].sum()), len(evaluation), dropped, same, calls)
     finished["warnings"] += [*untrained_sources(data, groups, train, evaluation, again), *warnings]
     return {
-        "content": writer.finish(train, evaluation),
+        "content": writer.finish(train, evaluation, [one for one in problems if isinstance(one, Waiting)]),
         "file_names": list(writer.file_names),
         "control_ids_used": sorted(writer.control_ids_used - {tokenizer.end_of_text_id}),
         "report": finished,
@@ -384,7 +386,11 @@ def _refuse_losses(data: DataOptions, report: Report, dropped: Sequence[Dropped]
 
 def _open(folder: Path, fingerprint: str, data: DataOptions, tokenizer: Tokenizer, shares_prefixes: bool) -> Dataset:
     description, examples = open_sealed(folder, fingerprint)
-    limits = limits_of(data, tokenizer) if examples.media else None
+    media, keeps_pixels = None, data.media.cache == "pixels"
+    if examples.media and (limits := limits_of(data, tokenizer)) is not None:
+        media = RunMedia.of(examples.media, limits, tokenizer.control_ids, folder, keeps_pixels=keeps_pixels)
+        if keeps_pixels:
+            refuse_without_room(examples.media, limits)
     shares = data.packing and shares_prefixes
     return Dataset(
         examples=examples,
@@ -396,5 +402,5 @@ def _open(folder: Path, fingerprint: str, data: DataOptions, tokenizer: Tokenize
         tokens_per_row=data.max_tokens,
         packing=data.packing,
         shares_prefixes=shares,
-        media=None if limits is None else RunMedia.of(examples.media, limits, tokenizer.control_ids),
+        media=media,
     )

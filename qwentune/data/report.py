@@ -33,7 +33,10 @@ LENGTH_EDGES = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 @dataclass(slots=True)
 class MediaCount:
-    """How many media of a kind the rows show, how many tokens these are, and what was scaled, by share of pixels."""
+    """How many media of a kind the rows show, how many tokens these are, and what was scaled, by share of pixels.
+
+    `rows_with_own_limits` are those that bound one otherwise than the run does.
+    """
 
     count: int = 0
     tokens: int = 0
@@ -41,6 +44,7 @@ class MediaCount:
     scaled_up: int = 0
     smallest_scale: float = 1.0
     largest_scale: float = 1.0
+    rows_with_own_limits: int = 0
 
     def add(self, shown: Shown) -> None:
         """Counts one in."""
@@ -49,7 +53,7 @@ class MediaCount:
 
     def merge(self, later: MediaCount) -> None:
         """Counts in what another counted."""
-        for name in ("count", "tokens", "scaled_down", "scaled_up"):
+        for name in ("count", "tokens", "scaled_down", "scaled_up", "rows_with_own_limits"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.smallest_scale = min(self.smallest_scale, later.smallest_scale)
         self.largest_scale = max(self.largest_scale, later.largest_scale)
@@ -103,6 +107,8 @@ class Tally:
             self.counts["texts"] += sum(not example.turns for example in first)
             for shown in outcome.media:
                 self.media.setdefault(shown.kind, MediaCount()).add(shown)
+            for kind in {shown.kind for shown in outcome.media if shown.has_own_limits}:
+                self.media[kind].rows_with_own_limits += 1
 
     def merge(self, later: Tally) -> None:
         """Counts in the outcomes of samples that come after these."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
@@ -181,8 +181,11 @@ Sample: TypeAlias = Conversation | Text | Completion | Code | Pair | Retrieval
 
 
 class RowError(Exception):
-    """A row that cannot be trained as it is: what is wrong with it, and how to mend it."""
+    """A row that cannot be trained as it is: what is wrong with it, and how to mend it.
 
-    def __init__(self, what: str, fix: str = "") -> None:
-        self.what, self.fix = what, fix
+    `waits_for` are absolute paths of files, and names of modules, by which it may be mended as it stands.
+    """
+
+    def __init__(self, what: str, fix: str = "", *, waits_for: Iterable[str] = ()) -> None:
+        self.what, self.fix, self.waits_for = what, fix, tuple(waits_for)
         super().__init__(what)

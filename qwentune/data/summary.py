@@ -35,6 +35,8 @@ def media(report: Mapping[str, Any]) -> Iterator[str]:
             line += f"; {found['scaled_down']:,} scaled down, to {found['smallest_scale']:.0%} of the pixels at least"
         if found["scaled_up"]:
             line += f"; {found['scaled_up']:,} scaled up, to {found['largest_scale']:.0%} at most"
+        if own := found.get("rows_with_own_limits"):
+            line += f"; bounded by {own:,} rows themselves"
         yield line
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwentune.bounded import refuse_name
-from qwentune.data.media.limits import media_limits
+from qwentune.data.media.limits import limits_if_needed
 from qwentune.data.rendering.render import Renderer, RenderOptions
 from qwentune.data.templates.chat_template import ChatTemplate
 from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
@@ -60,7 +60,7 @@ class FinishedRun:
     def renderer(self, base: Path, model_type: str) -> Renderer:
         """What renders prompts of any length for the run's model, whose type says which media it takes."""
         family = FAMILIES.get(model_type)
-        limits = None if family is None else media_limits(base, family, self.data.media)
+        limits = None if family is None else limits_if_needed(base, family, self.data.media)
         options = RenderOptions(max_tokens=sys.maxsize, unsupported_reasoning="drop", system=self.data.system)
         return Renderer(self.tokenizer, self.template, options, limits=limits)
 

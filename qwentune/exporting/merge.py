@@ -1,9 +1,8 @@
-"""Adapters into weights: merged into a freshly loaded base, never into a live 4-bit model."""
+"""Adapters into weights: merged into the base's own files, never into a live 4-bit model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qwentune.console import busy
+from qwentune.exporting.changes import merged_tensors
 from qwentune.exporting.processors import is_whole
-from qwentune.facts.documents import read_object
+from qwentune.exporting.tensors import ModelTensor, write_tensors
 from qwentune.facts.weight_files import read_weights
-from qwentune.model.hollow import refuse_other_weights
+from qwentune.model.hollow import refuse_other_adapter, refuse_other_weights
 from qwentune.model.loading import read_config
 from qwentune.model.senses import network_class
 
@@ -36,22 +36,25 @@ def load_tuned(base: Path, adapter: Path | None, dtype: torch.dtype | None = Non
     return model.eval()
 
 
-def merge_bytes(base: Path) -> int:
-    """Bytes of host memory that `merge` takes: the base in fp32, and its largest tensor once more."""
-    sizes = [prod(tensor.shape) for tensor in read_weights(base).values()]
-    return 4 * (sum(sizes) + max(sizes, default=0))
-
-
 @busy("merging the adapter")
 def merge(base: Path, adapter: Path, target: Path) -> None:
-    """Writes the base with the adapters merged in, as safetensors in the base's dtype.
+    """Writes the weights of the base with the adapter merged in, under the base's names, in its files and dtypes.
 
-    The sums are made in fp32 and rounded once. PEFT refuses to merge weights that are not finite.
+    Raises ResumeError where the two do not fit, or where a merged weight would not be finite.
     """
-    dtype = _dtype(base)
-    merged: Any = load_tuned(base, adapter, torch.float32)
-    merged = merged.merge_and_unload(safe_merge=True)
-    merged.to(dtype).save_pretrained(target)
+    tensors = tuned_tensors(base, adapter)
+    write_tensors(tensors, read_weights(base), target)
+
+
+def tuned_tensors(base: Path, adapter: Path) -> dict[str, ModelTensor]:
+    """The base's tensors by name, each as the adapter makes it; nothing of them is read yet. Raises as `merge`."""
+    has_media = is_whole(adapter)
+    refuse_other_weights(base, has_media=has_media)
+    config = read_config(base, has_media=has_media)
+    adapted = refuse_other_adapter(config, adapter)
+    return merged_tensors(
+        read_weights(base), adapted, adapter, tied=bool(getattr(config, "tie_word_embeddings", False))
+    )
 
 
 def largest_logit_difference(
@@ -73,10 +76,3 @@ def largest_logit_difference(
 def _in_dtype(model: PreTrainedModel, prompt: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What towers see and hear, in the dtype of their weights."""
     return {name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in prompt.items()}
-
-
-def _dtype(folder: Path) -> torch.dtype:
-    config = read_object(folder / "config.json")
-    config = {**(config.get("thinker_config") or {}), **config}  # where an Omni checkpoint may say it
-    names = {"float32": torch.float32, "float16": torch.float16}
-    return names.get(str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16)

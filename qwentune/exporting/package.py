@@ -10,6 +10,7 @@ from typing import Any
 
 from qwentune.data.tokenizing.tokenizer import split_pattern
 from qwentune.data.tokenizing.vocabulary import SPLIT_PATTERN
+from qwentune.exporting.config_keys import kept_config, kept_part_config
 from qwentune.facts.documents import LARGEST_TOKENIZER_BYTES, read_object
 from qwentune.facts.generation_config import end_token_ids, read_generation_config
 
@@ -25,6 +26,15 @@ def copy_weights(source: Path, target: Path) -> None:
     for pattern in WEIGHT_FILES:
         for file in source.glob(pattern):
             shutil.copyfile(file, target / file.name)
+
+
+def keep_config(target: Path, base: Path) -> None:
+    """Writes config.json with the base's keys: for its weights merged, or around what training has written."""
+    path = target / "config.json"
+    before, saved = _json(base / "config.json"), _json(path)
+    is_part = bool(saved) and saved.get("model_type") != before.get("model_type")
+    config = kept_part_config(before, saved) if is_part else kept_config(before, saved)
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def write_package(
@@ -72,6 +82,20 @@ def serving_flags(report: Mapping[str, Any]) -> dict[str, Any]:
     return flags
 
 
+def own_limits(report: Mapping[str, Any]) -> str:
+    """What is to be said of rows that bound their media otherwise than the run; empty where none does."""
+    media: Mapping[str, Mapping[str, Any]] = report.get("media", {})
+    found = [
+        f"{one['rows_with_own_limits']} with {kind}" for kind, one in media.items() if one.get("rows_with_own_limits")
+    ]
+    if not found:
+        return ""
+    return (
+        f"rows that were trained with their own bounds of pixels or frames: {', '.join(found)}. No file or option of a "
+        "server says them: a request like theirs must carry its own (vLLM: mm_processor_kwargs, media_io_kwargs)"
+    )
+
+
 def main_mode(report: Mapping[str, Any]) -> str:
     """The mode that most turns were trained in."""
     modes: Mapping[str, int] = report["modes"]
@@ -96,6 +120,8 @@ def model_card(*, name: str, base: str, tuning: str, report: Mapping[str, Any], 
     ]
     if flags:
         lines += ["", f"Serve it with `chat_template_kwargs` `{json.dumps(flags)}`: that is how it was trained."]
+    if own := own_limits(report):
+        lines += ["", f"{own[0].upper()}{own[1:]}."]
     return "\n".join(lines) + "\n"
 
 

@@ -10,8 +10,9 @@ from qwentune import console
 from qwentune.data.tokenizing.tokenizer import Tokenizer
 from qwentune.durable import mark, remove, replace_folder
 from qwentune.errors import Problem, ResumeError
-from qwentune.exporting.package import copy_weights, model_card, stop_token_ids, write_package
+from qwentune.exporting.package import copy_weights, keep_config, model_card, stop_token_ids, write_package
 from qwentune.exporting.processors import is_whole, write_processors
+from qwentune.exporting.whole import name_as_part
 from qwentune.recipe import Recipe
 from qwentune.training.best import best_step
 from qwentune.training.checkpoints import Checkpoint, Checkpoints, verify
@@ -41,6 +42,9 @@ def publish(
     remove(staging)
     mark(staging)
     copy_weights(source.folder, staging)
+    if recipe.tuning.kind == "full":
+        name_as_part(staging)
+        keep_config(staging, base)
     write_package(
         staging,
         base,
@@ -49,7 +53,7 @@ def publish(
         end_of_text_id=tokenizer.end_of_text_id,
     )
     if is_whole(staging):
-        write_processors(staging, base, recipe.data.media)
+        write_processors(staging, base, recipe.data.media, report.get("media", ()))
     aside = replace_folder(staging, target)
     if aside is not None:
         console.say(f"moved {target}, which no run wrote, to {aside}")

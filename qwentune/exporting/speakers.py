@@ -88,9 +88,16 @@ class Partner:
         try:
             ids, seen = self.renderer.prompt(messages, self.mode)
         except RowError as error:
-            raise UsageError(Problem("the dialogue", error.what, error.fix)) from None
+            raise UsageError(Problem("the dialogue", error.what, _without_rows(error.fix))) from None
         media = None
         if seen:
             assert self.renderer.limits is not None  # else the prompt was refused
             media = RunMedia.of(seen, self.renderer.limits, self.run.tokenizer.control_ids)
         return self.speaker.answer(Prompt(ids, most_tokens, media))
+
+
+def _without_rows(fix: str) -> str:
+    """The mend of a medium's fault, where it was given on the command line and not in a row."""
+    for said in (", or leave the row out", ", or leave such rows out with data.bad_rows=skip"):
+        fix = fix.replace(said, "")
+    return fix.replace("Leave the row out", "Give another file")

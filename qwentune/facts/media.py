@@ -15,6 +15,8 @@ Number: TypeAlias = tuple[float, float, float]
 CLIP_MEAN: Number = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Number = (0.26862954, 0.26130258, 0.27577711)
 HALF: Number = (0.5, 0.5, 0.5)
+CLIP_FRAMES = 3000  # that Qwen2-Audio's tower takes of a clip, no more and no fewer
+CLIPS_AT_ONCE = 4  # that go through that tower together, however many short ones stand in a row
 
 
 @dataclass(frozen=True, slots=True)

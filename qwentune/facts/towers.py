@@ -26,9 +26,12 @@ DECODERS = {
     "qwen3_asr": "qwen3",
 }
 # transformers loads the text decoders of these alone, as causal language models.
-_LOADED_ALONE = ("qwen3_5", "qwen3_5_moe")
+LOADED_ALONE = ("qwen3_5", "qwen3_5_moe")
 
 TOWERS = ("visual", "audio_tower")
+# Proved to train spread over cards as they do on one. Of Qwen3-VL-MoE transformers turns experts over as it reads them
+# where their shape is another one, and takes the shape of a rank's rows for another one always.
+SPREAD = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen2_audio")
 # What turns a tower's outputs into embeddings of the language model: beside the tower, or inside it.
 PROJECTOR = "multi_modal_projector"
 MERGERS = ("merger", "merger_list", "deepstack_merger_list", "proj", "proj1", "proj2", PROJECTOR)
@@ -40,7 +43,7 @@ def loads_towers(model_type: str, *, has_media: bool) -> bool:
 
     A run on texts alone takes the decoder alone where transformers can load that.
     """
-    return model_type in FAMILIES and (has_media or model_type not in _LOADED_ALONE)
+    return model_type in FAMILIES and (has_media or model_type not in LOADED_ALONE)
 
 
 def part_of(name: str) -> Part:
@@ -64,7 +67,7 @@ def not_adapted(parts: Collection[Part]) -> str:
 
 def tower_remark(spec: ModelSpec) -> str:
     """What of a checkpoint is left out, in words; empty where nothing is."""
-    if spec.tower_of in _LOADED_ALONE:
+    if spec.tower_of in LOADED_ALONE:
         return f"{spec.tower_of}: the vision tower is loaded where rows have media; texts train the decoder alone."
     if spec.tower_of is None or spec.tower_of in FAMILIES:
         return ""
@@ -79,13 +82,25 @@ def training_problems(spec: ModelSpec) -> list[Problem]:
     return [Problem("model", what, "`qwentune plan` tells what its text tower would take.")]
 
 
+def sharding_problem(spec: ModelSpec, sharding: str, *, tuned: bool) -> Problem | None:
+    """Why a model whose towers are loaded cannot be spread over cards in that way; None where it can."""
+    kind = spec.checkpoint_type
+    takes_fsdp2 = kind in SPREAD and not tuned
+    if sharding in ("none", "ddp") or (sharding == "fsdp2" and takes_fsdp2):
+        return None
+    what = f"{kind} is held whole on every card so far"
+    if sharding == "fsdp2" and kind in SPREAD:
+        what = f"towers and mergers of {kind} stay whole, so they cannot be trained"
+    fix = "fsdp2, single or ddp" if takes_fsdp2 else "single or ddp, and LoRA or QLoRA"
+    return Problem("hardware.launch", f"{sharding}: {what}", f"Leave it at auto, or take {fix}.")
+
+
 def part_problems(spec: ModelSpec, tuning: Tuning, *, has_media: bool, sharding: str) -> list[Problem]:
     """What of a recipe its towers do not allow: to be trained where none is loaded, or to be spread over cards."""
     has_towers = loads_towers(spec.checkpoint_type, has_media=has_media)
-    if has_towers and sharding not in ("none", "ddp"):
-        what = f"{sharding}: {spec.checkpoint_type} is held whole on every card so far"
-        fix = "Use hardware.launch=single or ddp, and QLoRA or LoRA to make it fit."
-        return [Problem("hardware.launch", what, fix)]
+    tuned = (tuning.towers, tuning.merger) != ("frozen", "frozen")
+    if has_towers and (problem := sharding_problem(spec, sharding, tuned=tuned)):
+        return [problem]
     why = f"{spec.id} reads text only"
     if spec.checkpoint_type in FAMILIES:
         why = "no row has a picture, a video or a sound"

@@ -31,11 +31,17 @@ _TRAINABLE = ("F32", "BF16", "F16")
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a file, by the file's header."""
+    """One tensor of a file, by the file's header; its bytes begin at `start` in the file."""
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    start: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in the file."""
+        return prod(self.shape) * _BITS[self.dtype] // 8
 
 
 class _FaultError(Exception):
@@ -136,7 +142,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
             ):
                 raise _FaultError("has a broken header: its metadata are no texts")
             continue
-        tensors[name], begin, end = _tensor(name, entry, file)
+        tensors[name], begin, end = _tensor(name, entry, file, 8 + num_bytes)
         places.append((begin, end, name))
     last = 0
     for begin, end, name in sorted(places):
@@ -148,7 +154,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _tensor(name: str, entry: object, file: Path) -> tuple[StoredTensor, int, int]:
+def _tensor(name: str, entry: object, file: Path, offset: int) -> tuple[StoredTensor, int, int]:
     described = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
     dtype, shape, place = (described.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not _are_whole(shape) or not _are_whole(place) or len(place) != 2:
@@ -159,7 +165,7 @@ def _tensor(name: str, entry: object, file: Path) -> tuple[StoredTensor, int, in
     if not begin <= end or (end - begin) * 8 != prod(shape) * _BITS[dtype]:
         what = f"{name[:80]} is {dtype} {shown(shape)} in bytes {shown(place)}"
         raise _FaultError(f"has a broken header: {what}")
-    return StoredTensor(dtype, tuple(shape), file), begin, end
+    return StoredTensor(dtype, tuple(shape), file, offset + begin), begin, end
 
 
 def _are_whole(values: object) -> TypeGuard[list[int]]:

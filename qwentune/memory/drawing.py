@@ -87,7 +87,7 @@ def _explanation(plan: RunPlan, num_layers: int) -> tuple[str, str]:
         f"Micro-batch {choices.micro_batch} × accumulation {choices.accumulation}, {recomputed} of {num_layers} "
         f"layers recomputed{sharding}: {reason}, {peak}.{run}",
         f"Loss {choices.loss}, attention {choices.attention}; {_held(plan)}; host {_gib(plan.host_bytes)} "
-        f"GiB{_merging(plan)}, disk {_gib(plan.disk_bytes)} GiB.",
+        f"GiB, disk {_gib(plan.disk_bytes)} GiB.",
     )
 
 
@@ -101,11 +101,6 @@ def _held(plan: RunPlan) -> str:
     if (choices.adapters if has_adapters else choices.weights) == "bf16":
         held += " with 16 more bits (exact fp32)"
     return f"{held}, moments {'in 8 bits' if choices.optimizer_state == '8bit' else choices.optimizer_state}"
-
-
-def _merging(plan: RunPlan) -> str:
-    merging = plan.host_phases.get("merge", 0)
-    return f" ({_gib(merging)} to merge the adapters)" if merging else ""
 
 
 def _basis(profile: Profile | None) -> str:

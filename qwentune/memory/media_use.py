@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qwentune.data.layout.row_media import RowMedia
+from qwentune.data.media.sounds import most_frames_per_pad
 from qwentune.facts.architecture import ModelSpec
+from qwentune.facts.media import FAMILIES
 from qwentune.facts.towers import loads_towers
 from qwentune.memory.settings import TowerUse
 from qwentune.recipe import DataOptions, MediaOptions, Tuning
-
-_FRAMES_PER_PAD = 4  # two strides of 2, and a mean of two; of Qwen3-Omni nearly 8
-_FRAMES_PER_PAD_BY_HUNDRED = 100 / 13
 
 
 def expects_media(spec: ModelSpec, data: DataOptions, media: RowMedia | None) -> bool:
@@ -32,20 +33,23 @@ def tower_use(
 ) -> TowerUse | None:
     """What of towers is tuned, and the most that a row gives them; None where they are not loaded.
 
-    Without rendered data a row is taken to be all pads: of pictures, whose patches take more than the sounds of as
-    many pads, else of sounds.
+    Without rendered data it is the `most_media` of a row.
     """
     if spec.tower is None or not loads_towers(spec.checkpoint_type, has_media=has_media):
         return None
+    use = TowerUse(body=tuning.towers, merger=tuning.merger)
     if media is None:
-        media = _bound(spec, max_tokens) if has_media else RowMedia()
-    return TowerUse(media.patches, media.frames, tuning.towers, tuning.merger)
+        return most_media(spec, use, max_tokens) if has_media else use
+    return replace(use, patches=media.patches, frames=media.frames)
 
 
-def _bound(spec: ModelSpec, max_tokens: int) -> RowMedia:
-    assert spec.tower is not None
-    if (vision := spec.tower.vision) is not None:
-        return RowMedia(patches=vision.merge**2 * max_tokens)
-    assert spec.tower.audio is not None
-    per_pad = _FRAMES_PER_PAD_BY_HUNDRED if spec.tower.audio.downsample else _FRAMES_PER_PAD
-    return RowMedia(frames=round(per_pad * max_tokens))
+def most_media(spec: ModelSpec, use: TowerUse, max_tokens: int) -> TowerUse:
+    """The use of towers by a row of so many tokens of which nothing is known.
+
+    It is taken to be all pads of pictures, and where the model hears too, all pads of its shortest clips as well: which
+    of both takes more depends on what is tuned.
+    """
+    family = FAMILIES[spec.checkpoint_type]
+    patches = 0 if family.vision is None else family.vision.merge**2 * max_tokens
+    frames = 0 if family.hearing is None else int(most_frames_per_pad(family.hearing) * max_tokens)
+    return replace(use, patches=patches, frames=frames, is_bound=True)

@@ -10,6 +10,7 @@ from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.facts.launch import Sharding, uses_deepspeed
 from qwentune.memory.closed_form.host_memory import disk_bytes
+from qwentune.memory.media_use import most_media
 from qwentune.memory.plan_request import Device, PlanRequest, request_problems
 from qwentune.memory.search import Candidate, leanest, needed_host_bytes, shortages
 
@@ -175,50 +176,39 @@ def _costly_changes(spec: ModelSpec, device: Device, request: PlanRequest) -> It
                 lambda asked: replace(asked, kind="qlora", sharding="auto" if is_sharded else asked.sharding),
             )
         ]
-    if smaller := list(_smaller_media(spec, request)):
-        yield smaller
-    shorter = [request.max_tokens >> halvings for halvings in range(1, 16)]
-    if shorter := [tokens for tokens in shorter if tokens >= _FEWEST_TOKENS]:
-        yield [_shorter(tokens) for tokens in shorter]
+    halved = [request.max_tokens >> halvings for halvings in range(1, 16)]
+    if fewer := [tokens for tokens in halved if tokens >= _FEWEST_TOKENS]:
+        yield [shorter(spec, request, tokens) for tokens in fewer]
     if isinstance(device, GpuSpec) and request.kind != "qlora":
         yield [_more_gpus(count) for count in NUM_GPUS if count > request.num_gpus]
     if isinstance(device, GpuSpec) and request.kind == "qlora":  # whose weights are not shared
         yield [_unquantised(count) for count in NUM_GPUS if count >= request.num_gpus]
 
 
-def _smaller_media(spec: ModelSpec, request: PlanRequest) -> Iterator[_Change]:
-    """Smaller pictures, or fewer frames of videos, where the rendered data says how large they are."""
-    largest, towers = request.largest, request.towers
-    if largest is None or towers is None or not largest.largest or spec.tower is None or spec.tower.vision is None:
-        return
-    patch = spec.tower.vision.patch**2
-    for halvings in range(1, 8):
-        patches = largest.largest >> halvings
-        if patches < _FEWEST_PATCHES:
-            return
-        what, override = f"scale pictures to {patches * patch} pixels", f"data.media.max_pixels={patches * patch}"
-        if largest.is_video:
-            frames = max(2, largest.num_frames >> halvings)
-            what, override = f"take {frames} frames of a video", f"data.media.max_frames={frames}"
-        smaller = replace(towers, patches=towers.patches >> halvings)
-        yield _Change(what, (override,), lambda asked, smaller=smaller: replace(asked, towers=smaller))
+def shorter(spec: ModelSpec, request: PlanRequest, max_tokens: int) -> _Change:
+    """Shorter rows, with pictures and videos that are as much smaller, so that they still stand in them.
 
+    Only the length of rows bounds what they show: rows are filled up again where pictures alone are smaller. Nothing is
+    known of the rows that the change makes.
+    """
+    text, overrides = f"shorten examples to {max_tokens} tokens", [f"data.max_tokens={max_tokens}"]
+    largest, vision = request.largest, spec.tower and spec.tower.vision
+    if request.towers is not None and largest is not None and vision is not None:
+        patches = largest.largest * max_tokens // request.max_tokens
+        pixels, what = patches * vision.patch**2, "pictures to"
+        if largest.is_video:  # both, for of some families all frames together are bounded, and fewer would be larger
+            frames = max(vision.temporal, largest.num_frames * max_tokens // request.max_tokens)
+            pixels, what = pixels // -(-frames // vision.temporal), f"videos to {frames} frames of"
+            overrides.append(f"data.media.max_frames={frames}")
+        if largest.is_video or patches >= _FEWEST_PATCHES:
+            text += f", {what} {pixels} pixels"
+            overrides.append(f"data.media.max_pixels={pixels}")
 
-def _shorter(max_tokens: int) -> _Change:
-    return _Change(
-        f"shorten examples to {max_tokens} tokens",
-        (f"data.max_tokens={max_tokens}",),
-        lambda asked: _with_tokens(asked, max_tokens),
-    )
+    def apply(asked: PlanRequest) -> PlanRequest:
+        towers = asked.towers and most_media(spec, asked.towers, max_tokens)
+        return replace(asked, max_tokens=max_tokens, towers=towers, largest=None)
 
-
-def _with_tokens(asked: PlanRequest, max_tokens: int) -> PlanRequest:
-    """The request at a length that also bounds how much a row shows."""
-    towers = asked.towers
-    if towers is not None:
-        share = max_tokens / asked.max_tokens
-        towers = replace(towers, patches=int(share * towers.patches), frames=int(share * towers.frames))
-    return replace(asked, max_tokens=max_tokens, towers=towers)
+    return _Change(text, tuple(overrides), apply)
 
 
 def _offloaded(launch: Sharding) -> _Change:

@@ -11,6 +11,7 @@ from qwentune.facts.architecture import FUSED_ADAPTED_EXPERTS, ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.facts.launch import Sharding, uses_deepspeed
 from qwentune.facts.modules import FEED_FORWARD, unknown_targets
+from qwentune.facts.towers import sharding_problem
 from qwentune.memory.settings import (
     Attention,
     Dtype,
@@ -26,7 +27,6 @@ from qwentune.memory.settings import (
 Auto: TypeAlias = Literal["auto"]
 Device: TypeAlias = GpuSpec | HostMemory
 
-WITH_TOWERS: tuple[Sharding, ...] = ("none", "ddp")  # models that see or hear are not shared among cards yet
 NOT_FOR_BITSANDBYTES: tuple[Sharding, ...] = ("zero3", "fsdp2", "zero2-offload", "zero3-offload")
 
 
@@ -106,9 +106,9 @@ def request_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:
     if request.kind == "qlora" and request.sharding in NOT_FOR_BITSANDBYTES:
         what = f"{request.sharding}, but bitsandbytes' 4-bit weights are neither sharded nor offloaded"
         problems.append(Problem("hardware.launch", what, "Leave it at auto, or take ddp, or tuning.kind=lora."))
-    if request.towers is not None and request.sharding not in ("auto", *WITH_TOWERS):
-        what = f"{request.sharding}: {spec.checkpoint_type} is held whole on every card so far"
-        problems.append(Problem("hardware.launch", what, "Leave it at auto, or take single or ddp, and LoRA or QLoRA."))
+    if request.towers is not None and request.sharding != "auto":
+        problem = sharding_problem(spec, request.sharding, tuned=request.towers.is_tuned)
+        problems += [] if problem is None else [problem]
     if request.optimizer_state == "8bit" and request.sharding != "auto" and uses_deepspeed(request.sharding):
         what = f"8bit, but {request.sharding} is DeepSpeed's, which cuts every state to the length of the weights"
         fix = "Leave it at auto, or take hardware.launch=fsdp2, or ddp."

@@ -42,6 +42,11 @@ def _reasons(spec: ModelSpec, settings: Settings, peak: Terms) -> Iterator[str]:
     if settings.num_ranks > 1 and settings.sharding == "ddp" and peak.weights >= LARGE_SHARE * peak.total:
         why = "bitsandbytes' 4-bit weights are not shared" if settings.kind == "qlora" else "fsdp2 would share them"
         yield f"Each of the {settings.num_ranks} processes holds all weights under ddp; {why}."
+    if settings.towers is not None and settings.towers.is_bound and peak.media >= LARGE_SHARE * peak.total:
+        yield (
+            f"Pictures and sounds take {_gib(peak.media)} at most: a row is taken to hold nothing else, and of sounds "
+            "the shortest, until `qwentune preview` has counted them."
+        )
     if settings.loss == "full" and peak.logits >= LARGE_SHARE * peak.total:
         why = "an adapter on lm_head makes them at once" if adapts_head(settings) else "memory.loss is full"
         yield f"The logits of all positions are held, {_gib(peak.logits)}: {why}."

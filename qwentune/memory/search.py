@@ -10,7 +10,8 @@ from qwentune.errors import UsageError
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.facts.launch import Sharding
-from qwentune.memory.closed_form.host_memory import disk_bytes, host_bytes, offloaded_bytes
+from qwentune.facts.towers import sharding_problem
+from qwentune.memory.closed_form.host_memory import ahead_bytes, disk_bytes, host_bytes, offloaded_bytes
 from qwentune.memory.closed_form.phases import phases
 from qwentune.memory.closed_form.roofline import step_seconds
 from qwentune.memory.closed_form.terms import Terms
@@ -54,7 +55,7 @@ def candidates(spec: ModelSpec, device: Device, request: PlanRequest) -> Iterato
     _check(spec, request)
     for micro_batch in _micro_batches(spec, request):
         for checkpointing in _checkpointing(request):
-            for sharding in _shardings(device, request):
+            for sharding in _shardings(spec, device, request):
                 found = _candidate(spec, device, request, micro_batch, checkpointing, sharding)
                 if _adds_up(request, found):
                     yield found
@@ -68,7 +69,7 @@ def leanest(spec: ModelSpec, device: Device, request: PlanRequest) -> Candidate:
             found
             for micro_batch in {sizes[0], sizes[-1]}
             for checkpointing in _checkpointing(request)
-            for sharding in _shardings(device, request)
+            for sharding in _shardings(spec, device, request)
             if _adds_up(request, found := _candidate(spec, device, request, micro_batch, checkpointing, sharding))
         ),
         key=partial(burden, spec, device, request),
@@ -90,7 +91,7 @@ def fastest(spec: ModelSpec, device: Device, request: PlanRequest) -> Candidate 
     fitting = [
         found
         for micro_batch in _micro_batches(spec, request)
-        for sharding in _shardings(device, request)
+        for sharding in _shardings(spec, device, request)
         if (found := _least_recomputing(spec, device, request, micro_batch, sharding)) is not None
         and _adds_up(request, found)
     ]
@@ -108,7 +109,10 @@ def host_phases(spec: ModelSpec, device: Device, candidate: Candidate) -> dict[s
         return host_bytes(spec, settings)
     offloaded = offloaded_bytes(spec, settings)
     each = {name: terms.total + offloaded for name, terms in candidate.phases.items()}
-    return {name: size * (1 if name == "merge" else settings.num_ranks) for name, size in each.items()}
+    ahead = ahead_bytes(spec, settings)
+    return {
+        name: size * (1 if name == "merge" else settings.num_ranks) + ahead.get(name, 0) for name, size in each.items()
+    }
 
 
 def needed_host_bytes(spec: ModelSpec, device: Device, candidate: Candidate) -> int:
@@ -228,11 +232,13 @@ def _checkpointing(request: PlanRequest) -> tuple[bool | int, ...]:
     return (False, True) if request.gradient_checkpointing == "auto" else (request.gradient_checkpointing,)
 
 
-def _shardings(device: Device, request: PlanRequest) -> tuple[Sharding, ...]:
+def _shardings(spec: ModelSpec, device: Device, request: PlanRequest) -> tuple[Sharding, ...]:
     if request.sharding != "auto":
         return (request.sharding,)
     if request.towers is not None:
-        return ("none",) if request.num_gpus == 1 else ("ddp",)
+        takes_fsdp2 = isinstance(device, GpuSpec) and request.kind != "qlora"
+        takes_fsdp2 = takes_fsdp2 and sharding_problem(spec, "fsdp2", tuned=request.towers.is_tuned) is None
+        return ("none",) if request.num_gpus == 1 else ("ddp", "fsdp2") if takes_fsdp2 else ("ddp",)
     # Adapters have few states, and DeepSpeed takes none in 8 bits.
     uses_zero = isinstance(device, GpuSpec) and request.kind == "full" and request.optimizer_state != "8bit"
     # A host that nobody knows is not counted on.

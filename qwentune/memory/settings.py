@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from qwentune.facts.gpus import GpuSpec
@@ -28,13 +28,15 @@ GIB = 2**30
 class TowerUse:
     """How a run uses what sees and hears: the most patches and mel frames of one row, and what of it is tuned.
 
-    Patches are those of pictures and of all steps of videos, frames those of all sounds.
+    Patches are those of pictures and of all steps of videos, frames those of all sounds. Where it `is_bound` no row
+    has been counted, and no row can have more.
     """
 
     patches: int = 0
     frames: int = 0
     body: TowerTuning = "frozen"
     merger: TowerTuning = "frozen"
+    is_bound: bool = field(default=False, compare=False)
 
     @property
     def is_tuned(self) -> bool:

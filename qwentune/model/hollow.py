@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qwentune.errors import Problem, ResumeError
@@ -29,8 +29,8 @@ def refuse_other_weights(base: Path, adapter: Path | None = None, *, has_media: 
         refuse_other_adapter(model.config, adapter)
 
 
-def refuse_other_adapter(config: PreTrainedConfig, folder: Path) -> None:
-    """Raises ResumeError where the adapter's tensors are not exactly those of its configuration around this model."""
+def refuse_other_adapter(config: PreTrainedConfig, folder: Path) -> PeftModel:
+    """The adapter around this model, without a weight; ResumeError where its tensors are not exactly those."""
     described = read_adapter_config(folder)
     stored = {name: tensor.shape for name, tensor in read_adapter(folder).items()}
     path, vocabulary = folder / ADAPTER_CONFIG, int(config.get_text_config().vocab_size)
@@ -38,24 +38,24 @@ def refuse_other_adapter(config: PreTrainedConfig, folder: Path) -> None:
         what = f"trains the row of token {token}, but the model has {vocabulary} rows"
         raise ResumeError(Problem(f"{path}: trainable_token_indices", what))
     try:
-        expected = _shapes(config, folder)
+        adapted = _adapted(config, folder)
+        state: dict[str, Any] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except Exception as error:  # whatever PEFT raises over it, this file was what it read
         what = f"PEFT makes no adapter of it: {type(error).__name__}: {str(error)[:300]}"
         raise ResumeError(Problem(str(path), what, "Name an adapter of this base model.")) from None
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if problems := _differences(stored, expected, folder / ADAPTER_WEIGHTS):
         raise ResumeError(problems, "This adapter is broken, or belongs to another base model.")
+    return adapted
 
 
-def _shapes(config: PreTrainedConfig, folder: Path) -> dict[str, tuple[int, ...]]:
-    """The tensors of an adapter of that configuration around the model, as PEFT saves them."""
+def _adapted(config: PreTrainedConfig, folder: Path) -> PeftModel:
     lora: Any = LoraConfig.from_pretrained(str(folder))
     lora.init_lora_weights = False  # which needs weights for some kinds, and changes no shape
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: PreTrainedModel = network_class(config)._from_config(config)
-        adapted = get_peft_model(model, lora, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
-        state: dict[str, Any] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return cast(PeftModel, get_peft_model(model, lora, autocast_adapter_dtype=False, low_cpu_mem_usage=True))
 
 
 def _differences(

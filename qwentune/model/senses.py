@@ -20,7 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MA
 
 from qwentune.data.layout import tower_inputs as made
 from qwentune.data.layout.tower_inputs import tower_inputs
-from qwentune.facts.media import FAMILIES, MediaFamily
+from qwentune.facts.media import CLIP_FRAMES, CLIPS_AT_ONCE, FAMILIES, MediaFamily
 from qwentune.facts.towers import PROJECTOR, Part, loads_towers, part_of
 
 # Of an Omni folder the thinker alone is trained; no table of transformers has its class.
@@ -71,7 +71,7 @@ def odd_tower(config: PreTrainedConfig) -> str:
     if kind == "qwen3_omni_moe":
         wanted["audio_config"]["n_window_infer"] = made.ATTENDED_FRAMES
     if kind == "qwen2_audio":
-        wanted["audio_config"]["max_source_positions"] = made.AUDIO_FRAMES // 2
+        wanted["audio_config"]["max_source_positions"] = CLIP_FRAMES // 2
     for section, values in wanted.items():
         for key, value in values.items():
             if (there := getattr(getattr(config, section), key)) != value:
@@ -170,9 +170,15 @@ class _Senses:
         if projector is None:
             return tower(feature_lens=media["feature_lengths"], **inputs).last_hidden_state
         features = media["input_features"]
-        features = functional.pad(features, (0, made.AUDIO_FRAMES - features.shape[-1]))
-        outputs = tower(features, attention_mask=inputs["heard"][:, None, None]).last_hidden_state
-        return projector(outputs).flatten(0, 1)[inputs["valid_indices"]]
+        if missing := CLIP_FRAMES - features.shape[-1]:
+            features = functional.pad(features, (0, missing))
+        counts = [made.halved_twice(int(length)) for length in media["feature_lengths"]]
+        places, heard, outputs = inputs["valid_indices"].split(counts), inputs["heard"], list[Tensor]()
+        for start in range(0, len(counts), CLIPS_AT_ONCE):
+            some = slice(start, start + CLIPS_AT_ONCE)
+            states = tower(features[some], attention_mask=heard[some, None, None]).last_hidden_state
+            outputs.append(states.flatten(0, 1)[torch.cat(places[some]) - start * states.shape[1]])
+        return projector(torch.cat(outputs))
 
     def _no_picture(self) -> Tensor:
         """What the smallest picture gives, times 0."""
@@ -196,7 +202,7 @@ class _Senses:
 
 
 def _on(device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor if made.stays_on_cpu(name) else tensor.to(device) for name, tensor in tensors.items()}
+    return {name: tensor if made.stays_on_cpu(name, tensors) else tensor.to(device) for name, tensor in tensors.items()}
 
 
 def freeze(network: nn.Module, trained: Collection[Part]) -> None:

@@ -1,4 +1,8 @@
-"""Weights that no rank ever holds whole: each reads its own rows of every tensor from the files."""
+"""Weights that no rank ever holds whole: each reads its own rows of every tensor from the files.
+
+Towers are frozen here and stay whole on every rank, outside FSDP2: a rank runs them only where its rows show media, and
+would else wait for others to gather their weights.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel, modeling_utils
 
+from qwentune.facts.towers import part_of
+
 
 class Shards:
     """This rank's rows of a model's weights, until FSDP2 has spread the model: then they are laid into it.
@@ -26,6 +32,8 @@ class Shards:
         self.rows: dict[nn.Parameter, DTensor] = {}
         hollow: dict[nn.Parameter, nn.Parameter] = {}  # a tied head's stays the embedding's
         for module, name, parameter in _parameters(model):
+            if not isinstance(parameter.data, DTensor):
+                continue  # a tower's
             if parameter not in hollow:
                 hollow[parameter] = _hollow(parameter)
                 rows: Any = parameter.data
@@ -47,7 +55,7 @@ class Shards:
         meta: dict[nn.Parameter, nn.Parameter] = {}
         for module, name, parameter in _parameters(model):
             if parameter not in self.rows:
-                continue  # an adapter's
+                continue  # an adapter's, or a tower's
             rows_of[module, name] = self.rows[parameter].to_local()
             if parameter not in meta:
                 meta[parameter] = nn.Parameter(
@@ -73,7 +81,10 @@ def sharding(cls: type[PreTrainedModel], device: torch.device) -> type[PreTraine
     class Sharded(cls):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            towers = {*tower_parameters(self)}
             for module, name, parameter in _parameters(self):
+                if parameter in towers:
+                    continue
                 module._parameters[name] = nn.Parameter(_without_data(parameter, mesh), parameter.requires_grad)
 
     # transformers looks by these for what it renames while it loads, and takes other classes for custom code.
@@ -108,16 +119,21 @@ def _shard(model: nn.Module) -> None:
     accelerate takes tied weights for untied ones where trained rows are laid into each, and finds this done already.
     """
     network: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    for module in [module for module in network.modules() if type(module).__name__ in network._no_split_modules]:
-        fully_shard(module)
+    for layer in network.get_decoder().layers:
+        fully_shard(layer)
     embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
-    tail = [network.model.norm, head]
+    tail = [network.get_decoder().norm, head]
     if {*embedding.parameters()} & {*head.parameters()}:
         tail.insert(1, embedding)
     else:
         fully_shard(embedding)
     fully_shard(tail, reshard_after_forward=False)
-    fully_shard(model)
+    fully_shard(model, ignored_params={*tower_parameters(model)})
+
+
+def tower_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of what sees and hears; none in a model of text."""
+    return [parameter for name, parameter in model.named_parameters() if part_of(name) != "language"]
 
 
 def _without_data(parameter: Tensor, mesh: DeviceMesh) -> DTensor:

@@ -56,6 +56,7 @@ def translate_data(t: Translation) -> None:
         t.set(
             ours, [source for source in found if source], given, t.written.get("data_folder"), t.written.get("max_rows")
         )
+    _media_folder(t, folder)
     packed = t.flag("packing") or t.flag("isolated") or (is_text and "packing" not in t.written)
     t.set("data.packing", packed, t.written.get("isolated") or t.get("packing"))
     if t.flag("last_turn"):
@@ -87,6 +88,20 @@ def _read_info(t: Translation) -> tuple[Mapping[str, Any] | None, Path]:
         t.refuse(Given(INFO, "", str(file)), "it is no JSON of names and their files", "Is it the right file?")
         return {}, beside
     return info, Path(os.path.relpath(file.parent)) if beside in (Path("."), Path("")) else file.parent
+
+
+def _media_folder(t: Translation, folder: Path) -> None:
+    """Where its media lie: here they are looked for beside the data, then where the command is started."""
+    given = t.written.get("media_folder")
+    if given is None:
+        return
+    name = str(given.value)
+    if os.path.abspath(name) in (os.path.abspath(folder), os.path.abspath(".")):
+        if rows := t.settings.get("data.train"):
+            t.set("data.train", rows.value, *rows.sources, given, remark=rows.remark)
+        return
+    why = f"media are looked for beside the data file, then where the command is started: put those of {name} there"
+    t.leave_out(given, f"{why}, or write their paths into the rows", changes=True)
 
 
 def _source(

@@ -23,10 +23,11 @@ COLUMNS = {  # its standard names of columns: the format that reads them, and ou
     "history": ("instruction", "history"),
     "system": ("", "system"),
     "tools": ("", "tools"),
+    **{kind: ("", kind) for kind in ("images", "videos", "audios")},
+    **{kind: ("", f"{kind}s") for kind in ("image", "video", "audio")},
 }
 SUFFIXES = ("json", "jsonl", "csv", "parquet", "gz", "zst")
 HEAD_BYTES = 65536
-MEDIA = ("images", "videos", "audios")
 DATASET = re.compile(r"(?:(HF|MS|hf|ms)::)?(.+?)(?::([\w./-]+))?(?:#(\d+))?")
 TURNS = {"default": "all", "last_round": "last"}
 KNOWN_SCALES = {"default", "last_round", "ignore_empty_think"}
@@ -78,9 +79,7 @@ def _columns(t: Translation) -> Mapping[str, str]:
         t.refuse(given, f"{shown(given.value)} is given; a mapping is needed", 'As in {"question": "query"}.')
         return {}
     named = {str(theirs): name for name, theirs in value.items()}
-    for kind in sorted(set(MEDIA) & named.keys()):
-        t.leave_out(given, f"the column {kind}: write it into the recipe, as columns of each source", changes=True)
-    for unknown in sorted(named.keys() - COLUMNS.keys() - set(MEDIA)):
+    for unknown in sorted(named.keys() - COLUMNS.keys()):
         t.leave_out(given, f"the column {unknown}: no format here has one of that name", changes=True)
     return named
 

@@ -173,6 +173,9 @@ class MediaOptions(Section):
     max_seconds: Annotated[float, Gt(0), Le(10**6)] | None = _key(
         None, "longest video or clip of sound, in seconds; a longer one is a wrong row; null: what the model takes"
     )
+    cache: Literal["none", "pixels"] = _key(
+        "none", "keep pictures and videos as they are resized in the data cache, so that they are decoded once"
+    )
 
 
 class DataOptions(Section):

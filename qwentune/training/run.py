@@ -238,16 +238,17 @@ class Run:
 
         def judged(overrides: Sequence[str]) -> RunPlan:
             # Of the text that this run began with: the file may have been edited since.
-            changed = parse_recipe(loaded.text, loaded.path, [*request.overrides, *overrides])
+            changed = continued(parse_recipe(loaded.text, loaded.path, [*request.overrides, *overrides]), self.spec)[0]
+            is_counted = changed.recipe.data == recipe.data
             return judge_recipe(
                 self.spec,
-                continued(changed, self.spec)[0].recipe,
+                changed.recipe,
                 device=self.device,
                 num_ranks=ranks.num_ranks,
                 sharding=ranks.sharding,
                 fresh=request.fresh,
-                longest_row=self.dataset.longest_row,
-                media=self.dataset.largest_media,
+                longest_row=self.dataset.longest_row if is_counted else None,
+                media=self.dataset.largest_media if is_counted else None,
             )
 
         return ran_out(

@@ -20,7 +20,15 @@ from qwentune.training.checkpoints import Checkpoint, Checkpoints, open_checkpoi
 from qwentune.training.run_folder import RunFolder
 
 # Keys of a recipe that do not reach the weights: how often to save and log, and where to run.
-INERT_KEYS = ("output.", "hardware.", "memory.headroom", "data.train", "data.eval", "data.chat_template")
+INERT_KEYS = (
+    "output.",
+    "hardware.",
+    "memory.headroom",
+    "data.train",
+    "data.eval",
+    "data.chat_template",
+    "data.media.cache",
+)
 
 # What a change would mean for the steps that are left, by the beginning of a key.
 EFFECTS = {

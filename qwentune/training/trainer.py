@@ -105,7 +105,7 @@ class ExactResume(ExactStep):
         # The stock method casts floats to DeepSpeed's dtype, which would round the weights.
         # Sizes are read on the CPU: on a GPU reading them would wait for the device.
         device = self.args.device
-        return {n: t if stays_on_cpu(n) else t.to(device, non_blocking=True) for n, t in inputs.items()}
+        return {n: t if stays_on_cpu(n, inputs) else t.to(device, non_blocking=True) for n, t in inputs.items()}
 
     # Logging.
 

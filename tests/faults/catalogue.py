@@ -101,6 +101,11 @@ FAULTS = {
     "M94": "clocks that jump",
     "M95": "a million rows",
     "M96": "temporary folders of killed supervisors",
+    "N95": "a picture, video or sound that is broken, empty, of another kind, too large or too odd",
+    "N96": "damage inside a medium that opens",
+    "N97": "a medium that is another one before a step",
+    "N98": "the cache of media is damaged",
+    "N99": "a medium or an extra is missing",
 }
 
 # Rows without a test of their own, or of which a part has none.

@@ -27,6 +27,7 @@ GROUPS = {
     "K": "Several at once",
     "L": "What is read",
     "M": "Surroundings",
+    "N": "Media",
 }
 HEAD = """\
 # Faults, and what you will see

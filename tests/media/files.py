@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
+from numpy.typing import NDArray
 from PIL import Image
 
 
@@ -34,17 +36,55 @@ def sound_bytes(seconds: float, rate: int = 16000, channels: int = 1, format: st
     return stream.getvalue()
 
 
-def write_video(path: Path, num_frames: int, fps: int, width: int = 64, height: int = 48) -> Path:
-    """An mp4 of grey frames that grow lighter."""
+def write_video(path: Path, num_frames: int, fps: int, width: int = 64, height: int = 48, **how: Any) -> Path:
+    """An mp4 of grey frames that grow lighter, or of noise where `noisy`; `how` is also that of `write_frames`."""
+    noisy = how.pop("noisy", False)
+    rng = np.random.default_rng(0)
+    shades = (np.full((height, width, 3), 255 * k // max(1, num_frames - 1), np.uint8) for k in range(num_frames))
+    frames = (rng.integers(0, 256, shade.shape, dtype=np.uint8) if noisy else shade for shade in shades)
+    return write_frames(path, frames, fps, width, height, **how)
+
+
+def write_frames(
+    path: Path,
+    frames: Iterable[NDArray[np.uint8]],
+    fps: int,
+    width: int,
+    height: int,
+    codec: str = "mpeg4",
+    **options: str,
+) -> Path:
+    """An mp4 of frames (height, width, 3); `options` are the muxer's."""
     import av
 
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=fps)
+    with av.open(str(path), "w", options=options) as container:
+        stream: Any = container.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for k in range(num_frames):
-            shade = np.full((height, width, 3), 255 * k // max(1, num_frames - 1), np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(shade, format="rgb24")):
+        for frame in frames:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
+    return path
+
+
+def write_cut_video(
+    path: Path, num_frames: int, fps: int, first: int, codec: str = "mpeg4", *, index_first: bool = False
+) -> Path:
+    """The mp4 of `write_video` without the frames before `first`, which stand in it and an edit list leaves out."""
+    import av
+
+    whole = write_video(path.with_name("whole.mp4"), num_frames, fps, codec=codec)
+    options = {"movflags": "faststart"} if index_first else {}
+    with av.open(str(whole)) as read, av.open(str(path), "w", options=options) as container:
+        source = read.streams.video[0]
+        stream: Any = container.add_stream_from_template(source)
+        assert source.time_base is not None
+        cut = round(first / fps / source.time_base)
+        for packet in read.demux(source):
+            if packet.size:
+                assert packet.pts is not None
+                assert packet.dts is not None
+                packet.pts, packet.dts, packet.stream = packet.pts - cut, packet.dts - cut, stream
+                container.mux(packet)
     return path

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from qwentune.data.dataset import chat_template, prepare
 from qwentune.data.layout.batch import TrainBatches
 from qwentune.data.layout.schedule import Schedule
+from qwentune.data.layout.tower_inputs import stays_on_cpu
 from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.recipe import load_recipe
 from tests.media import oracle
@@ -43,6 +44,17 @@ def test_many_rows_hold_every_example_with_its_media(
     tmp_path: Path, classes: dict[str, Class], files: Material, items: dict[str, Item], name: MediaType
 ) -> None:
     compare(tmp_path, classes[name], files, items, 40)
+
+
+@pytest.mark.parametrize("name", ["qwen2_audio", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"])
+def test_features_go_to_the_device_once_as_the_tower_reads_them(
+    tmp_path: Path, classes: dict[str, Class], files: Material, name: MediaType
+) -> None:
+    rows = oracle.generated(2, name, files, 6)
+    given = batches(recipe_of(tmp_path, classes[name], files, rows, packing=False, max_tokens=TOKENS_PER_ROW))
+    heard = next(batch for batch in given if "input_features" in batch)
+    moved = {key for key in heard if not stays_on_cpu(key, heard)}
+    assert len(moved & {"input_features", "audio_padded_feature"}) == 1
 
 
 def compare(folder: Path, one: Class, files: Material, items: dict[str, Item], count: int) -> None:

@@ -23,8 +23,9 @@ from qwentune.data.layout.batch import collate
 from qwentune.data.layout.tower_inputs import tower_inputs
 from qwentune.data.layout.trie import lay_out
 from qwentune.data.media.limits import media_limits
-from qwentune.exporting.omni import is_omni, is_thinker, put_thinker_in
+from qwentune.exporting.omni import is_omni, is_thinker
 from qwentune.exporting.processors import PROCESSOR_FILES, write_processors
+from qwentune.exporting.whole import copy_other_files, put_back
 from qwentune.facts.media import FAMILIES
 from qwentune.facts.models import model_spec
 from qwentune.facts.towers import part_of, part_problems
@@ -427,7 +428,8 @@ def test_a_tuned_thinker_goes_back_into_its_omni_model(worlds: Any, model_type: 
             parameter.add_(1.0)
     save_weights(network, tmp_path / "tuned")
     assert is_thinker(tmp_path / "tuned")
-    put_thinker_in(base, tmp_path / "tuned")
+    put_back(base, tmp_path / "tuned")
+    copy_other_files(base, tmp_path / "tuned")
     assert is_omni(tmp_path / "tuned")
     assert (tmp_path / "tuned" / "spk_dict.pt").read_bytes() == b"voices"
     stored = load_file(tmp_path / "tuned" / "model.safetensors")

@@ -6,7 +6,8 @@ import base64
 import io
 import json
 import os
-from dataclasses import dataclass
+import tracemalloc
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,21 @@ from transformers import PreTrainedTokenizerFast
 
 from qwentune import preview as preview_command
 from qwentune.data.dataset import Dataset, chat_template, prepare
-from qwentune.data.layout.batch import Ahead, TrainBatches, collate, collated
+from qwentune.data.layout.batch import Ahead, EvalBatches, TrainBatches, collate, collated
 from qwentune.data.layout.schedule import Schedule
 from qwentune.data.layout.trie import Packed
 from qwentune.data.media.thumbnails import thumbnails
 from qwentune.data.tokenizing.tokenizer import load_tokenizer
-from qwentune.errors import EXIT_OK, DataError
+from qwentune.errors import EXIT_OK, DataError, ResumeError
+from qwentune.facts.models import model_spec
+from qwentune.memory.closed_form.host_memory import ahead_bytes
+from qwentune.memory.settings import TowerUse
 from qwentune.recipe import DataOptions, load_recipe
 from tests.media import material, oracle
 from tests.media.checkpoints import MediaType, write_media_checkpoint
+from tests.media.files import picture, picture_bytes
 from tests.media.material import Item, Kind, Material
+from tests.test_trace import SETTINGS
 
 SMALL: list[MediaType] = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen2_audio"]
 
@@ -189,7 +195,7 @@ def test_a_picture_that_changes_is_told_with_its_row_and_rendered_again(
     before = place.prepared("qwen3_vl", rows)
     assert place.prepared("qwen3_vl", rows).content == before.content
     copy_with_one_other_pixel(place.files.folder, place.files.pictures[1].name, "media/edited.png")
-    with pytest.raises(DataError, match=r"rows\.jsonl:2 .*edited\.png"):
+    with pytest.raises(ResumeError, match=r"rows\.jsonl:2 .*edited\.png"):
         collated(before.train, range(len(before.train)), 1.0)
     capsys.readouterr()
     after = place.prepared("qwen3_vl", rows)
@@ -254,6 +260,26 @@ def test_batches_made_ahead_are_those_asked_for_in_any_order(place: Place) -> No
     ahead = Ahead(batches)
     for k in (0, 1, 2, 5, 3, len(batches) - 1):
         assert {name: t.tolist() for name, t in ahead[k].items()} == {n: t.tolist() for n, t in batches[k].items()}
+
+
+def test_batches_made_ahead_take_the_host_memory_that_the_plan_counts(place: Place, tmp_path: Path) -> None:
+    for k in range(8):
+        (tmp_path / f"{k}.bmp").write_bytes(picture_bytes(picture(560, 560, k), "BMP"))
+    rows = [dialogue(user(str(tmp_path / f"{k}.bmp"), "Which?"), "It.") for k in range(8)]
+    for row in rows:
+        row["messages"][0]["content"][0] = {"type": "image", "image": row["messages"][0]["content"][0]["text"]}
+    dataset = place.prepared("qwen2_5_vl", rows, packing=False)
+    use = TowerUse(patches=max(shown.patches for shown in dataset.train.shown))
+    planned = ahead_bytes(model_spec("Qwen/Qwen2.5-VL-3B-Instruct"), replace(SETTINGS, micro_batch=1, towers=use))
+    batches = Ahead(EvalBatches(dataset.train, 0, 1))
+    tracemalloc.start()
+    try:
+        for k in range(len(batches)):
+            batches[k]
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0.4 * planned["train_step"] < most < planned["train_step"]
 
 
 def test_rows_of_text_alone_carry_nothing_of_media(place: Place) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 
 from qwentune.data.formats import FORMATS, detect, format_of
 from qwentune.data.formats.suggestion import suggestion
@@ -14,7 +14,7 @@ from qwentune.data.reading.files import Content, Row, RowCount, read_rows
 from qwentune.data.sample import Json, Pair, Sample
 from qwentune.errors import DataError, Problem, nearest
 from qwentune.recipe import DataSource
-from qwentune.row_formats import ROW_FORMATS
+from qwentune.row_formats import MEDIA, ROW_FORMATS
 
 NUM_ROWS_LOOKED_AT = 20  # to recognise a format
 _TRAINED = f"What is trained: {', '.join(name for name, format in ROW_FORMATS.items() if format.is_trained)}."
@@ -64,12 +64,24 @@ def source_rows(
     Each row is counted into `count`. Raises DataError where the file does not hold `content`.
     """
     count = RowCount() if count is None else count
-    missing = dict(columns.columns) if columns else dict[str, str]()
+    missing: dict[str, str] = dict(columns.columns) if columns else {}
     row = None
-    for row in islice(read_rows(path, problems, content=content, count=count), max_rows):
-        if missing and isinstance(row.value, dict):
-            missing = {ours: theirs for ours, theirs in missing.items() if theirs not in row.value}
+    noted: list[Problem] = []  # while reading, also ahead
+    read = ((row, len(noted)) for row in islice(read_rows(path, noted, content=content, count=count), max_rows))
+    head = list(islice(read, NUM_ROWS_LOOKED_AT))
+    names = {*MEDIA, *(theirs for ours, theirs in missing.items() if ours in MEDIA)}
+    of_media = sorted({name for row, _ in head if isinstance(row.value, dict) for name in row.value if name in names})
+    num_told = 0
+    for row, num_noted in chain(head, read):
+        problems += noted[num_told:num_noted]
+        num_told = num_noted
+        if isinstance(row.value, dict):
+            if missing:
+                missing = {ours: theirs for ours, theirs in missing.items() if theirs not in row.value}
+            for name in of_media:  # a row without the column has an empty one, as in a table
+                row.value.setdefault(name, None)
         yield row
+    problems += noted[num_told:]
     count.is_complete |= max_rows is not None  # as far as was asked for
     if missing and count.read:
         problems += _no_such_columns(path, missing, row.value if row else None)

@@ -12,6 +12,7 @@ import torch
 
 from qwentune.data.cache import cache_folder
 from qwentune.data.layout.media_table import RunMedia, UnloadableError
+from qwentune.data.layout.row_media import NUM_AHEAD
 from qwentune.data.layout.rows import Rows
 from qwentune.data.layout.schedule import Schedule
 from qwentune.data.layout.trie import Packed
@@ -19,7 +20,6 @@ from qwentune.data.media.pads import pad_of
 from qwentune.errors import DataError, Problem
 
 Batch = dict[str, torch.Tensor]
-NUM_AHEAD = 4  # micro-batches with media that are made while a step runs
 
 
 def collate(rows: Sequence[Packed], weight_scale: float, media: RunMedia | None = None) -> Batch:
@@ -54,14 +54,17 @@ def collate(rows: Sequence[Packed], weight_scale: float, media: RunMedia | None 
 
 
 def collated(rows: Rows, chosen: Sequence[int], weight_scale: float) -> Batch:
-    """The batch of some rows; DataError where a medium is not what was rendered, with the rows that show it."""
+    """The batch of some rows, or the rows that show a medium that cannot be had: ResumeError where it is another than
+    was rendered, DataError where it cannot be read.
+    """
     try:
         return collate([rows[row] for row in chosen], weight_scale, rows.media)
     except UnloadableError as unloadable:
-        error, pad = unloadable.error, pad_of(unloadable.number)
+        assert rows.media is not None
+        pad = pad_of(unloadable.number)
         examples = dict.fromkeys(i for row in chosen for i in rows.examples_of(row))
         sources = dict.fromkeys(str(rows.examples.source(i)) for i in examples if pad in rows.examples.ids(i))
-        raise DataError(Problem(", ".join(sources), error.what, error.fix), "The data was rendered before.") from None
+        raise rows.media.fault(unloadable, ", ".join(sources)) from None
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,26 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qwentune.data.layout.sums import mark_stale
+from qwentune.data.media.hashed import DriftError, state_of
 from qwentune.data.media.limits import MediaLimits
-from qwentune.data.media.load import load
+from qwentune.data.media.load import files_of, load
 from qwentune.data.media.pads import number_of, pad_of
+from qwentune.data.media.pictures import patches
+from qwentune.data.media.pixels import kept_colours
 from qwentune.data.media.seen import Seen
+from qwentune.data.reading.faults import Waiting
 from qwentune.data.sample import MediaKind, RowError
+from qwentune.errors import DataError, Problem, ResumeError, UserError
 
 FILE = "media.json"  # of a sealed folder, where there are media
 
@@ -43,29 +51,60 @@ class MediaTable:
         """Leaves only the first so many."""
         self.numbers = dict(list(self.numbers.items())[:length])
 
-    def write(self, folder: Path) -> bytes:
-        """Writes the table into a folder; what identifies the media, wherever their files are."""
+    def write(self, folder: Path, waiting: Sequence[Waiting]) -> bytes:
+        """Writes the table into a folder, with what rows wait for that were left out; what identifies the media,
+        wherever their files are.
+        """
         rows = [seen.as_json() for seen in self.numbers]
-        states = [_state(seen.path) for seen in self.numbers]
-        (folder / FILE).write_text(json.dumps({"media": rows, "states": states}, ensure_ascii=False), encoding="utf-8")
-        return json.dumps([{**row, "path": ""} for row in rows], sort_keys=True).encode()
+        states = [[state_of(file) for file in _files(seen)] for seen in self.numbers]
+        awaited = {place: [problem.where, _state(place)] for problem in waiting for place in problem.waits_for}
+        document = {"media": rows, "states": states, "awaited": awaited}
+        (folder / FILE).write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+        return json.dumps([{**row, "path": ""} for row in rows], sort_keys=True).encode() if rows else b""
 
 
-def read_table(text: bytes) -> tuple[tuple[Seen, ...], int | None]:
-    """The media that were written, and the number of one whose file was written or removed since; None: none was."""
-    document = json.loads(text)
-    media = tuple(map(Seen.of_json, document["media"]))
-    states = zip(media, document["states"], strict=True)
-    return media, next((number for number, (seen, state) in enumerate(states) if _state(seen.path) != state), None)
+@dataclass(frozen=True)
+class KeptTable:
+    """The media that were written. `changed` is one of which a file was written or removed since, by its number, and
+    the file; `come` what a row that was left out waits for and is there now, or was written, and the row.
+    """
+
+    media: tuple[Seen, ...] = ()
+    changed: tuple[int, str] | None = None
+    come: tuple[str, str] | None = None
+
+    @classmethod
+    def read(cls, text: bytes) -> KeptTable:
+        """What `MediaTable.write` wrote, and what has become of it."""
+        document = json.loads(text)
+        media = tuple(map(Seen.of_json, document["media"]))
+        states = zip(media, document["states"], strict=True)
+        changed = ((number, file) for number, (seen, then) in enumerate(states) if (file := _changed(seen, then)))
+        awaited = document["awaited"].items()
+        come = ((place, row) for place, (row, then) in awaited if _state(place) != then)
+        return cls(media, next(changed, None), next(come, None))
 
 
-def _state(path: str) -> list[int] | None:
-    """By what it is told that a file was written: its size, and when; None where there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return [found.st_size, found.st_mtime_ns]
+def _changed(seen: Seen, then: Sequence[Any]) -> str | None:
+    """A file of a medium that is not in the state that it was in."""
+    files = _files(seen)
+    if len(files) != len(then):
+        return seen.path
+    return next((file for file, state in zip(files, then, strict=True) if state_of(file) != state), None)
+
+
+def _files(seen: Seen) -> list[str]:
+    """The files of a medium: its own, and the frames that it lists, where the list can be read."""
+    found = [seen.path]
+    if seen.is_listed:
+        with suppress(OSError, RowError):
+            found += map(str, files_of(seen))
+    return found
+
+
+def _state(place: str) -> list[int] | bool | None:
+    """The state of a file, or whether there is a module of that name."""
+    return state_of(place) if os.path.isabs(place) else find_spec(place.partition(".")[0]) is not None
 
 
 class UnloadableError(Exception):
@@ -78,17 +117,30 @@ class UnloadableError(Exception):
 
 @dataclass(frozen=True)
 class RunMedia:
-    """The media of a run by their numbers, and what the model takes of them; `pad_ids` are the pads that it knows."""
+    """The media of a run by their numbers, and what the model takes of them; `pad_ids` are the pads that it knows.
+
+    `folder` is that of the rendered data, where they stand in some; `keeps_pixels`, whether they are decoded once.
+    """
 
     seen: Sequence[Seen]
     limits: MediaLimits
     pad_ids: Mapping[MediaKind, int]
+    folder: Path | None = None
+    keeps_pixels: bool = False
 
     @classmethod
-    def of(cls, seen: Sequence[Seen], limits: MediaLimits, control_ids: Mapping[str, int]) -> RunMedia:
+    def of(
+        cls,
+        seen: Sequence[Seen],
+        limits: MediaLimits,
+        control_ids: Mapping[str, int],
+        folder: Path | None = None,
+        *,
+        keeps_pixels: bool = False,
+    ) -> RunMedia:
         """The media of a run whose tokenizer has these control tokens."""
         kinds: set[MediaKind] = {one.kind for one in seen}
-        return cls(seen, limits, {kind: control_ids[limits.family.pads[kind]] for kind in kinds})
+        return cls(seen, limits, {kind: control_ids[limits.family.pads[kind]] for kind in kinds}, folder, keeps_pixels)
 
     @property
     def has_axes(self) -> bool:
@@ -97,10 +149,24 @@ class RunMedia:
 
     def load(self, number: int) -> NDArray[Any]:
         """The patches or features of a medium; UnloadableError where its file is not what it was."""
+        seen, vision = self.seen[number], self.limits.vision
         try:
-            return load(self.seen[number], self.limits)
+            if self.keeps_pixels and seen.kind != "audio" and vision is not None:
+                return patches(kept_colours(seen, self.limits), vision)
+            return load(seen, self.limits)
         except RowError as error:
             raise UnloadableError(number, error) from None
+
+    def fault(self, unloadable: UnloadableError, where: str) -> UserError:
+        """What to say of a medium that cannot be loaded: ResumeError where it is another than was rendered, which the
+        next command then renders anew; DataError where it cannot be read.
+        """
+        error = unloadable.error
+        is_drift = isinstance(error, DriftError)
+        if is_drift and self.folder is not None:
+            mark_stale(self.folder, f"{where}: {error.what}")
+        kind = ResumeError if is_drift else DataError
+        return kind(Problem(where, error.what, error.fix), "The data was rendered before.")
 
     def order(self, ids: NDArray[np.int32]) -> tuple[int, ...]:
         """The numbers of the media in the order of their pads."""

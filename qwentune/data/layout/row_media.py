@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qwentune.data.layout.media_table import RunMedia
 
 FRAMES_PER_SECOND = 100  # of mel frames
+NUM_AHEAD = 4  # micro-batches with media that are made while a step runs
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwentune.data.layout import media_table
-from qwentune.data.layout.media_table import MediaTable, read_table
-from qwentune.data.layout.sums import DamagedError, StaleError, opened, prove, sums_of
+from qwentune.data.layout.media_table import KeptTable, MediaTable
+from qwentune.data.layout.sums import DamagedError, StaleError, opened, prove, refuse_stale, sums_of
 from qwentune.data.media.pads import pad_of
 from qwentune.data.media.seen import Seen
+from qwentune.data.reading.faults import Waiting
 from qwentune.data.rendering.example import PARTS, Example, Span
 from qwentune.data.sample import Source
 
@@ -92,12 +93,16 @@ class Examples:
         What was proved is what is mapped, and stays so where the folder is moved or removed meanwhile.
         """
         arrays = {name: _mapped(folder, name, sums) for name in DTYPES}
-        media, changed = _media(folder, sums)
-        examples = cls(**arrays, file_names=tuple(file_names), media=media)
-        if changed is not None:
-            place = int(np.flatnonzero(examples.input_ids == pad_of(changed))[0])
+        table = _media(folder, sums)
+        examples = cls(**arrays, file_names=tuple(file_names), media=table.media)
+        if table.changed is not None:
+            number, file = table.changed
+            place = int(np.flatnonzero(examples.input_ids == pad_of(number))[0])
             source = examples.source(int(np.searchsorted(examples.offsets, place, side="right")) - 1)
-            raise StaleError(f"{source}: {media[changed].path} was written or removed since the data was rendered")
+            raise StaleError(f"{source}: {file} was written or removed since the data was rendered")
+        if table.come is not None:
+            place, source = table.come
+            raise StaleError(f"{source} was left out, and {place} is another since")
         return examples
 
     def __len__(self) -> int:
@@ -268,8 +273,11 @@ class ExampleWriter:
         self.control_ids_used = set(mark.control_ids_used)
         self.media.shorten(mark.num_media)
 
-    def finish(self, train: NDArray[np.int64], evaluation: NDArray[np.int64]) -> str:
-        """Writes the order of examples; a hash of what is trained, wherever it was read."""
+    def finish(self, train: NDArray[np.int64], evaluation: NDArray[np.int64], waiting: Sequence[Waiting] = ()) -> str:
+        """Writes the order of examples; a hash of what is trained, wherever it was read.
+
+        `waiting` are the problems of rows that were left out and may be mended beside their file.
+        """
         self._values["train"].frombytes(train.astype(np.int64).tobytes())
         self._values["evaluation"].frombytes(evaluation.astype(np.int64).tobytes())
         self._flush()
@@ -277,8 +285,8 @@ class ExampleWriter:
         for name in TRAINED:
             with _path(self.folder, name).open("rb") as file:
                 content.update(hashlib.file_digest(file, "sha256").digest())
-        if len(self.media):
-            content.update(self.media.write(self.folder))
+        if len(self.media) or waiting:
+            content.update(self.media.write(self.folder, waiting))
         return content.hexdigest()[:32]
 
     def _flush(self) -> None:
@@ -304,6 +312,7 @@ def seal(folder: Path, description: Mapping[str, Any]) -> None:
 
 def open_sealed(folder: Path, fingerprint: str) -> tuple[dict[str, Any], Examples]:
     """The description and the examples of a sealed folder; DamagedError where any of it is not what was written."""
+    refuse_stale(folder)
     with opened(folder / MANIFEST) as file:
         try:
             parsed = json.loads(file.read(LARGEST_MANIFEST_BYTES))
@@ -321,14 +330,14 @@ def open_sealed(folder: Path, fingerprint: str) -> tuple[dict[str, Any], Example
     return description, Examples.open(folder, sums, description["file_names"])
 
 
-def _media(folder: Path, sums: Mapping[str, Any]) -> tuple[tuple[Seen, ...], int | None]:
-    """The media of a sealed folder, and the number of one whose file is not what it was."""
+def _media(folder: Path, sums: Mapping[str, Any]) -> KeptTable:
+    """The media of a sealed folder."""
     if media_table.FILE not in sums:
-        return (), None
+        return KeptTable()
     with opened(folder / media_table.FILE) as file:
         prove(file, media_table.FILE, sums)
         file.seek(0)
-        return read_table(file.read())
+        return KeptTable.read(file.read())
 
 
 def _path(folder: Path, name: str) -> Path:

@@ -6,9 +6,11 @@ import os
 import zlib
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from qwentune.errors import LONGEST_WORDS
 
 BLOCK_BYTES = 2**24  # summed by one thread
 MOST_THREADS = 4
@@ -20,6 +22,21 @@ class DamagedError(Exception):
 
 class StaleError(DamagedError):
     """A folder of the cache that is what was written, of media whose files are no longer what they were."""
+
+
+STALE = "stale"  # a file of such a folder: it says why
+
+
+def mark_stale(folder: Path, why: str) -> None:
+    """Keeps a folder of the cache, or one that another process puts in its place, from being opened again."""
+    with suppress(OSError):
+        (folder / STALE).write_text(why, encoding="utf-8")
+
+
+def refuse_stale(folder: Path) -> None:
+    """StaleError where a folder was marked so."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        raise StaleError((folder / STALE).read_text(encoding="utf-8", errors="replace")[:LONGEST_WORDS])
 
 
 def sums_of(file: BinaryIO) -> list[int]:

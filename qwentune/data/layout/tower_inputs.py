@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwentune.facts.media import MediaFamily
+from qwentune.facts.media import CLIP_FRAMES, MediaFamily
 
 # Of every published checkpoint; `qwentune.model.senses` refuses a folder that says otherwise.
 WINDOW_PIXELS = 112  # of Qwen2.5's windows
@@ -17,11 +18,12 @@ ATTENDED_FRAMES = 800  # of Qwen3-Omni, mel frames that attend to each other
 
 HAS_WINDOWS = ("qwen2_5_vl", "qwen2_5_omni")
 HAS_LEARNED_POSITIONS = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe")
-AUDIO_FRAMES = 3000  # that Qwen2-Audio's tower takes, no more and no fewer
 
 
-def stays_on_cpu(name: str) -> bool:
-    """Whether a tensor of a batch is read as numbers in the step."""
+def stays_on_cpu(name: str, batch: Container[str]) -> bool:
+    """Whether a tensor of a batch is read as numbers in the step, or cut up already into what is read."""
+    if name == "input_features":
+        return "audio_padded_feature" in batch
     return name == "trees" or name.endswith(("_grid_thw", "seqlens", "feature_lengths"))
 
 
@@ -63,15 +65,19 @@ def _of_grids(family: MediaFamily, grids: Tensor) -> dict[str, Tensor]:
     return inputs
 
 
+def halved_twice(frames: int) -> int:
+    """What two strides of 2 leave of so many mel frames."""
+    return ((frames - 1) // 2 - 1) // 2 + 1
+
+
 def _of_sounds(family: MediaFamily, features: Tensor, lengths: Tensor) -> dict[str, Tensor]:
     """Of sounds (n, mel bins, frames), of which the first `lengths` (n,) frames are sound."""
     kind = family.model_type.removesuffix("_thinker")
     counts = [int(length) for length in lengths]
     if kind == "qwen2_audio":
         heard = (lengths - 1) // 2 + 1
-        kept = [((count - 1) // 2 - 1) // 2 + 1 for count in counts]
-        places = [k * (AUDIO_FRAMES // 4) + torch.arange(count) for k, count in enumerate(kept)]
-        return {"valid_indices": torch.cat(places), "heard": torch.arange(AUDIO_FRAMES // 2) < heard[:, None]}
+        places = [k * (CLIP_FRAMES // 4) + torch.arange(halved_twice(count)) for k, count in enumerate(counts)]
+        return {"valid_indices": torch.cat(places), "heard": torch.arange(CLIP_FRAMES // 2) < heard[:, None]}
     frames = torch.cat([sound[:, :length] for sound, length in zip(features, counts, strict=True)], dim=1)
     half = HALF_CHUNK[kind]
     if kind == "qwen2_5_omni":

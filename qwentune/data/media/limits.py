@@ -18,7 +18,7 @@ PICTURES, VIDEOS, NESTED = "preprocessor_config.json", "video_preprocessor_confi
 # What a processor file may say otherwise, and nothing here carries out.
 ALWAYS: Mapping[str, bool | float] = {
     **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True),
-    **{"resample": 3, "rescale_factor": 1 / 255, "dither": 0.0, "n_fft": 400},
+    **{"resample": 3, "rescale_factor": 1 / 255, "dither": 0.0, "n_fft": 400, "cap_pixels_per_frame": False},
 }
 
 
@@ -26,13 +26,17 @@ ALWAYS: Mapping[str, bool | float] = {
 class MediaLimits:
     """How the model of one run takes media; `vision` and `hearing` outweigh those of the family.
 
-    `max_seconds` is the longest clip or video that the recipe lets in; None: any.
+    `max_seconds` is the longest clip or video that the recipe lets in; None: any. `min_pixels` is the recipe's own
+    bound, which a row may lower; None: a row may say any. `faults` are those of the folder's files, said where a row
+    has a medium.
     """
 
     family: MediaFamily
     vision: Vision | None
     hearing: Hearing | None
     max_seconds: float | None = None
+    min_pixels: int | None = None
+    faults: tuple[Problem, ...] = ()
 
 
 def media_limits(folder: Path | None, family: MediaFamily, options: MediaOptions) -> MediaLimits:
@@ -51,7 +55,15 @@ def media_limits(folder: Path | None, family: MediaFamily, options: MediaOptions
             hearing = replace(hearing, **sounds.found(sampling_rate="sampling_rate"))
     elif vision is not None:
         vision = _bounded(vision, options)
-    return MediaLimits(family, vision, hearing, options.max_seconds)
+    return MediaLimits(family, vision, hearing, options.max_seconds, options.min_pixels)
+
+
+def limits_if_needed(folder: Path, family: MediaFamily, options: MediaOptions) -> MediaLimits:
+    """The limits of a checkpoint; what is wrong with its files is among them, for text needs none of these."""
+    try:
+        return media_limits(folder, family, options)
+    except UsageError as error:
+        return MediaLimits(family, None, None, faults=tuple(error.problems))
 
 
 def _bounded(vision: Vision, options: MediaOptions) -> Vision:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from qwentune.bounded import kind_fault, name_fault
 from qwentune.data.cache import writable_cache
+from qwentune.data.media.hashed import digest_of, hashed
 from qwentune.data.media.limits import MediaLimits
 from qwentune.data.media.pictures import best_size, picture_size
-from qwentune.data.media.seen import Seen
+from qwentune.data.media.seen import LISTED, Seen
 from qwentune.data.media.sounds import LEAST_SECONDS, clip, mel_frames, num_pads, num_samples
 from qwentune.data.media.videos import film, film_of, frames_taken, times_of, video_size
 from qwentune.data.sample import MediaKind, Medium, RowError
 from qwentune.durable import replace_file
+from qwentune.errors import UsageError
 from qwentune.facts.media import FAMILIES, Vision
 
 NAMES = {"image": "an image", "video": "a video", "audio": "audio"}
@@ -35,10 +37,13 @@ TAKEN_FOR_MEDIA = (
 def look(medium: Medium, limits: MediaLimits | None) -> Seen:
     """The medium as the model takes it; `limits` are None of a model that takes text only.
 
-    Raises RowError for all that is wrong with its file, and where the model does not take its kind.
+    Raises RowError for all that is wrong with its file, and where the model does not take its kind; UsageError where a
+    file of the checkpoint is at fault.
     """
     if limits is None or medium.kind not in limits.family.pads:
         raise refusal(medium, limits)
+    if limits.faults:
+        raise UsageError(limits.faults)
     files: list[Path] = []
     try:
         for content in medium.content if isinstance(medium.content, tuple) else (medium.content,):
@@ -52,10 +57,12 @@ def look(medium: Medium, limits: MediaLimits | None) -> Seen:
                 return _video(files, medium, limits)
             case "audio":
                 return _sound(files[0], limits)
-    except RowError as fault:
+    except (RowError, OSError) as error:
+        fault = error if isinstance(error, RowError) else _unreadable(error)
+        waits_for = [*fault.waits_for, *_places(medium)]
         given = files[-1] if files else medium.content
         name = "" if isinstance(medium.content, bytes) else f", {str(given)!r}"
-        raise RowError(f"{medium.where}{name}: {fault.what}", fault.fix) from None
+        raise RowError(f"{medium.where}{name}: {fault.what}", fault.fix, waits_for=waits_for) from None
 
 
 def refusal(medium: Medium, limits: MediaLimits | None) -> RowError:
@@ -64,16 +71,6 @@ def refusal(medium: Medium, limits: MediaLimits | None) -> RowError:
     takes = "text only" if limits is None else f"{' and '.join(limits.family.pads)} only"
     fix = f"Leave the row out, or train one of {takers}."
     return RowError(f"{medium.where} is {NAMES[medium.kind]}, and this model takes {takes}", fix)
-
-
-def digest_of(files: Sequence[Path]) -> str:
-    """The first 32 hexadecimal digits of the SHA-256 of a file, or of those of several."""
-    digests: list[str] = []
-    for file in files:
-        with open(file, "rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    whole = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-    return whole[:32]
 
 
 def _file(content: Path | bytes) -> Path:
@@ -94,7 +91,7 @@ def _file(content: Path | bytes) -> Path:
         with open(file, "rb") as stream:
             head = stream.read(64).lstrip().lower()
     except OSError as error:
-        raise RowError(f"it cannot be read: {error.strerror}", "Check the file and its permissions.") from None
+        raise _unreadable(error) from None
     if not head:
         raise RowError("the file is empty", "Download or save it again, or leave the row out.")
     for beginning, what, fix in TAKEN_FOR_MEDIA:
@@ -103,24 +100,64 @@ def _file(content: Path | bytes) -> Path:
     return file
 
 
+def _places(medium: Medium) -> Iterator[str]:
+    """Where its files are, or are looked for: beside the rows, then from where the command was started."""
+    for content in medium.content if isinstance(medium.content, tuple) else (medium.content,):
+        if isinstance(content, Path):
+            parts = Path(os.path.abspath(content)).parts
+            yield os.path.join(*parts)
+            if not os.path.lexists(content):
+                yield from (os.path.abspath(os.path.join(*parts[start:])) for start in range(1, len(parts)))
+
+
+def _unreadable(error: OSError) -> RowError:
+    return RowError(f"it cannot be read: {error.strerror}", "Check the file and its permissions.")
+
+
 def _kept(content: bytes, name: str) -> Path:
-    """The file of the cache that holds the content, written once."""
+    """The file of the cache that holds the content, written where it does not."""
     file = writable_cache("media") / name
-    if not file.exists():
+    if not _holds(file, content):
         staging = file.with_name(f".{name}.{os.getpid()}")
         staging.write_bytes(content)
         replace_file(staging, file)
     return file
 
 
-def _bounded_by_row(vision: Vision, medium: Medium) -> Vision:
-    """The limits with those of the row where they are smaller."""
-    own = medium.limits
+def _holds(file: Path, content: bytes) -> bool:
+    try:
+        return file.stat().st_size == len(content) and file.read_bytes() == content
+    except OSError:
+        return False
+
+
+def has_own_limits(medium: Medium, limits: MediaLimits) -> bool:
+    """Whether the row bounds the medium otherwise than the run does, so that a request for it must say the same."""
+    if limits.vision is None or not medium.limits:
+        return False
+    is_sized = medium.kind == "video" and bool(_own_pixels(medium, limits))
+    is_clocked = isinstance(medium.content, tuple) and medium.limits.get("fps", limits.vision.fps) != limits.vision.fps
+    return is_sized or is_clocked or _bounded_by_row(medium, limits) != limits.vision
+
+
+def _own_pixels(medium: Medium, limits: MediaLimits) -> dict[str, int]:
+    """The row's `min_pixels` and `max_pixels`, the first no larger than the recipe's, where that says one."""
+    own = {name: int(medium.limits[name]) for name in ("min_pixels", "max_pixels") if name in medium.limits}
+    if "min_pixels" in own and limits.min_pixels is not None:
+        own["min_pixels"] = min(own["min_pixels"], limits.min_pixels)
+    return own
+
+
+def _bounded_by_row(medium: Medium, limits: MediaLimits) -> Vision:
+    """The limits with those of the row where they are smaller, or the recipe leaves them to it."""
+    vision = limits.vision
+    assert vision is not None
+    own = {**medium.limits, **_own_pixels(medium, limits)}
     most = min(vision.max_pixels, int(own.get("max_pixels", vision.max_pixels)))
     return replace(
         vision,
         max_pixels=max(1, most),
-        min_pixels=min(vision.min_pixels, most, int(own.get("min_pixels", vision.min_pixels))),
+        min_pixels=min(most, int(own.get("min_pixels", vision.min_pixels))),
         max_frames=min(vision.max_frames, max(vision.temporal, int(own.get("max_frames", vision.max_frames)))),
         min_frames=min(vision.min_frames, max(1, int(own.get("max_frames", vision.min_frames)))),
         fps=min(vision.fps, own.get("fps", vision.fps)),
@@ -129,29 +166,40 @@ def _bounded_by_row(vision: Vision, medium: Medium) -> Vision:
 
 def _picture(file: Path, medium: Medium, limits: MediaLimits) -> Seen:
     assert limits.vision is not None
-    vision = _bounded_by_row(limits.vision, medium)
-    width, height = picture_size(file)
+    vision = _bounded_by_row(medium, limits)
+    with hashed(file) as (opened, digest):
+        width, height = picture_size(opened)
     rows, columns = best_size(height, width, vision, vision.min_pixels, vision.max_pixels)
-    return _seen("image", file, digest_of([file]), (width, height), (1, rows, columns), vision)
+    return _seen("image", file, digest_of([digest]), (width, height), (1, rows, columns), vision)
 
 
 def _video(files: list[Path], medium: Medium, limits: MediaLimits) -> Seen:
     assert limits.vision is not None
-    is_listed, vision = isinstance(medium.content, tuple), _bounded_by_row(limits.vision, medium)
-    video = film_of(files, medium.limits.get("fps", limits.vision.fps)) if is_listed else film(files[0])
+    is_listed, vision = isinstance(medium.content, tuple), _bounded_by_row(medium, limits)
+    digests: list[str] = []
+    sizes: list[tuple[int, int]] = []
+    for file in files if is_listed else ():
+        with hashed(file) as (opened, digest):
+            sizes.append(picture_size(opened))
+        digests.append(digest)
+    if is_listed:
+        video = film_of(sizes, medium.limits.get("fps", limits.vision.fps))
+    else:
+        with hashed(files[0]) as (opened, digest):
+            video = film(opened)
+        digests.append(digest)
     _refuse_long(video.num_frames / video.fps, limits)
     frames = tuple(range(video.num_frames)) if is_listed else frames_taken(video, vision.fps, vision)
     if is_listed and video.num_frames > vision.max_frames:
         what = f"it lists {video.num_frames} frames, and at most {vision.max_frames} are taken"
         raise RowError(what, "List fewer, or raise data.media.max_frames.")
-    digest = digest_of(files)
     path = files[0]
     if is_listed:  # named by where the frames are, which may move
         listed = json.dumps([str(file) for file in files]).encode()
-        path = _kept(listed, f"{hashlib.sha256(listed).hexdigest()[:32]}.frames")
-    size = video_size(video, len(frames), vision, medium.limits.get("max_pixels"))
+        path = _kept(listed, hashlib.sha256(listed).hexdigest()[:32] + LISTED)
+    size = video_size(video, len(frames), vision, _own_pixels(medium, limits))
     grid = (-(-len(frames) // vision.temporal), *size)
-    seen = _seen("video", path, digest, (video.width, video.height), grid, vision)
+    seen = _seen("video", path, digest_of(digests), (video.width, video.height), grid, vision)
     seconds = vision.temporal * video.num_frames / video.fps / len(frames)
     times = times_of(frames, video.fps, vision.temporal)
     return replace(seen, frames=frames, times=times, seconds_per_step=seconds)
@@ -161,7 +209,8 @@ def _sound(file: Path, limits: MediaLimits) -> Seen:
     hearing = limits.hearing
     assert hearing is not None
     most = min(hearing.most_seconds or float("inf"), limits.max_seconds or float("inf"))
-    samples, rate = clip(file, most)
+    with hashed(file) as (opened, digest):
+        samples, rate = clip(opened, most)
     _refuse_long(samples / rate, limits)
     if hearing.most_seconds is not None and samples / rate > hearing.most_seconds:
         what = f"it lasts {samples / rate:.2f} s, and this model hears the first {hearing.most_seconds:g} s"
@@ -170,7 +219,7 @@ def _sound(file: Path, limits: MediaLimits) -> Seen:
         what = f"it lasts {samples / rate:.3f} s, and at least {LEAST_SECONDS} s are needed"
         raise RowError(what, "Leave the row out.")
     frames = mel_frames(num_samples(samples, rate, hearing), hearing)
-    return Seen("audio", str(file), digest_of([file]), (samples, rate), (frames, 0, 0), num_pads(frames, hearing))
+    return Seen("audio", str(file), digest_of([digest]), (samples, rate), (frames, 0, 0), num_pads(frames, hearing))
 
 
 def _refuse_long(seconds: float, limits: MediaLimits) -> None:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import NamedTuple, get_args
 
 from qwentune.data.media.limits import MediaLimits
-from qwentune.data.media.look import look
+from qwentune.data.media.look import has_own_limits, look
 from qwentune.data.media.seen import Seen
 from qwentune.data.sample import MediaKind, Message, RowError
 
@@ -21,11 +21,15 @@ KINDS: tuple[MediaKind, ...] = get_args(MediaKind)
 
 
 class Shown(NamedTuple):
-    """A medium in a row: its kind, its tokens, and how many pixels are left of each of its own."""
+    """A medium in a row: its kind, its tokens, how many pixels are left of each of its own.
+
+    `has_own_limits`: the row bounds it otherwise than the run does.
+    """
 
     kind: MediaKind
     num_tokens: int
     scale: float
+    has_own_limits: bool = False
 
 
 def number_of(token: int) -> int:
@@ -56,6 +60,7 @@ class ShownMedia:
     table: tuple[Seen, ...]
     by_message: tuple[tuple[int, ...], ...]
     control_ids: Mapping[str, int]
+    has_own_limits: tuple[bool, ...]  # of all that the messages show, in order
 
     @classmethod
     def of(
@@ -76,13 +81,15 @@ class ShownMedia:
         for kind in {seen.kind for seen in table}:
             if (pad := limits.family.pads[kind]) not in control_ids:
                 raise RowError(f"the tokenizer has no {pad}, which stands for media", "Take the checkpoint's own.")
-        return cls(limits, tuple(table), tuple(by_message), control_ids)
+        own = tuple(has_own_limits(medium, limits) for message in messages for medium in message.media)
+        return cls(limits, tuple(table), tuple(by_message), control_ids, own)
 
     @property
     def shown(self) -> list[Shown]:
         """What the messages show, in order."""
         shown = [self.table[number] for number in self._numbers(range(len(self.by_message)))]
-        return [Shown(seen.kind, seen.num_tokens, self._scale(seen)) for seen in shown]
+        each = zip(shown, self.has_own_limits, strict=True)
+        return [Shown(seen.kind, seen.num_tokens, self._scale(seen), own) for seen, own in each]
 
     def _scale(self, seen: Seen) -> float:
         """The pixels that are left of each of a picture or frame; 1 where its sides were only rounded."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from qwentune.data.sample import MediaKind
+
+LISTED = ".frames"  # how a file is named that lists the frames of a video, as JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,11 @@ class Seen:
     frames: tuple[int, ...] = ()
     times: tuple[float, ...] = ()
     seconds_per_step: float = 0.0
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether it is a video of which a row lists the frames."""
+        return self.kind == "video" and PurePath(self.path).suffix == LISTED
 
     def as_json(self) -> dict[str, Any]:
         """Its fields, as `of_json` takes them."""

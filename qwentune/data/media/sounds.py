@@ -6,9 +6,9 @@ Channels are averaged and rates converted as librosa does, which servers use (so
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,19 +22,19 @@ LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 BLOCK_SAMPLES = 2**20
 
 
-def clip(path: Path, most_seconds: float) -> tuple[int, int]:
+def clip(file: BinaryIO, most_seconds: float) -> tuple[int, int]:
     """Samples and rate of a file, of which each sample was decoded; RowError where it is no whole clip.
 
     Only the header is read of one that is longer than `most_seconds`.
     """
     total = 0
-    with _Sound(path) as sound:
+    with _Sound(file) as sound:
         rate = sound.samplerate
         if not LOWEST_RATE <= rate <= HIGHEST_RATE:
             raise RowError(f"it has {rate:,} samples a second", "Save it with 16,000: sox FILE -r 16000 new.wav")
         if sound.frames / rate > most_seconds:
             return sound.frames, rate
-        for block in sound.blocks(BLOCK_SAMPLES, dtype="float32"):
+        for block in _blocks(sound):
             total += len(block)
             if not np.isfinite(block).all():
                 raise RowError("it holds samples that are no finite numbers", "Save it again as 16-bit WAV.")
@@ -62,15 +62,32 @@ def num_pads(frames: int, hearing: Hearing) -> int:
     return ((begun - 1) // 2 + 1 - 1) // 2 + 1 + 13 * (frames // 100)
 
 
-def waveform(path: Path, hearing: Hearing) -> NDArray[np.float32]:
+@lru_cache
+def most_frames_per_pad(hearing: Hearing) -> float:
+    """The most mel frames that the tower takes for one pad, over clips of every length that is let in.
+
+    Short clips have the most: of each a whole one is taken where clips are padded, and counts of pads round down.
+    """
+    whole = mel_frames(round((hearing.most_seconds or 0) * hearing.sampling_rate), hearing)
+    shortest = mel_frames(round(LEAST_SECONDS * hearing.sampling_rate), hearing)
+    return max(max(frames, whole) / num_pads(frames, hearing) for frames in range(shortest, shortest + 100))
+
+
+def waveform(file: BinaryIO, hearing: Hearing) -> NDArray[np.float32]:
     """(samples,) of a file, one channel at the model's rate."""
-    with _Sound(path) as sound:
-        wave, rate = sound.read(dtype="float32", always_2d=True).mean(axis=1), sound.samplerate
+    with _Sound(file) as sound:
+        wave, rate = np.concatenate([block.mean(axis=1) for block in _blocks(sound)]), sound.samplerate
     if rate == hearing.sampling_rate:
         return wave
     length = num_samples(len(wave), rate, hearing)
     wave = needed("soxr", "audio", "sounds").resample(wave, rate, hearing.sampling_rate, quality="HQ")[:length]
     return np.pad(wave, (0, length - len(wave)))
+
+
+def _blocks(sound: Any) -> Iterator[NDArray[np.float32]]:
+    """(samples, channels) as they are decoded; soundfile's own `blocks` fills up what a broken file does not give."""
+    while len(block := sound.read(BLOCK_SAMPLES, dtype="float32", always_2d=True)):
+        yield block
 
 
 def features(wave: NDArray[np.float32], hearing: Hearing) -> NDArray[np.float32]:
@@ -91,14 +108,14 @@ def _extractor(hearing: Hearing) -> Any:
 class _Sound:
     """A file of sound, opened; whatever libsndfile raises of it is a RowError."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, file: BinaryIO) -> None:
+        self._read = file
 
     def __enter__(self) -> Any:
         soundfile = needed("soundfile", "audio", "sounds")
         needed("soxr", "audio", "sounds")
         try:
-            self._file = soundfile.SoundFile(str(self._path))
+            self._file = soundfile.SoundFile(self._read)
         except Exception as error:  # a decoder may raise anything of broken bytes
             raise _broken(error) from None
         return self._file

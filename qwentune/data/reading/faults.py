@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from qwentune.data.sample import Json
+from qwentune.data.sample import Json, RowError
 from qwentune.errors import Problem
 from qwentune.redaction import redact
 
@@ -16,6 +16,20 @@ MOST_PROBLEMS = 250_000  # of a file: one of another kind may have a wrong row i
 @dataclass(frozen=True, slots=True)
 class Unread(Problem):
     """What keeps a file, or the rest of one, from being read: nobody knows how many rows are lost by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting(Problem):
+    """What is wrong with a row that may be mended while its file stays as it is: by what it `waits_for`."""
+
+    waits_for: tuple[str, ...] = ()
+
+
+def problem_of(error: RowError, where: str) -> Problem:
+    """The problem that an error of a row is."""
+    if error.waits_for:
+        return Waiting(where, error.what, error.fix, error.waits_for)
+    return Problem(where, error.what, error.fix)
 
 
 def too_many(path: str, problems: list[Problem]) -> bool:

@@ -7,12 +7,14 @@ import csv
 import io
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, BinaryIO, cast
 
 from qwentune.data.reading.faults import Unread, too_many
 from qwentune.data.reading.json_rows import LARGEST_ROW_BYTES, MOST_EMPTY_LINES, NumberedValue, empty_lines
+from qwentune.data.reading.strict_json import JsonFaultError, parse_json
 from qwentune.data.sample import Json
 from qwentune.errors import Problem
 
@@ -205,14 +207,45 @@ def _batch_rows(batch: Any) -> Iterator[Json | Exception]:
             for i in range(batch.num_rows):
                 yield from _batch_rows(batch.slice(i, 1))
             return
+    places = _json_places(batch.schema.names, batch.schema.types)
     try:
-        yield from [json_row(row) for row in batch.to_pylist(maps_as_pydicts="strict")]
+        for row in [json_row(row) for row in batch.to_pylist(maps_as_pydicts="strict")]:
+            yield _unpacked(row, places) if places else row
     except _NO_JSON as error:
         if batch.num_rows == 1:
             yield error
         else:  # one row's fault is not that of the others
             for i in range(batch.num_rows):
                 yield from _batch_rows(batch.slice(i, 1))
+
+
+def _json_places(names: Sequence[str], types: Sequence[Any]) -> dict[str, Any]:
+    """Where fields of these types hold Arrow's JSON, which `datasets` writes where types differ: True, or deeper."""
+    arrow: Any = import_module("pyarrow")
+    found: dict[str, Any] = {}
+    for name, kind in zip(names, types, strict=True):
+        inner = kind
+        while arrow.types.is_list(inner) or arrow.types.is_large_list(inner):
+            inner = inner.value_type
+        if isinstance(inner, arrow.JsonType):
+            found[name] = True
+        elif arrow.types.is_struct(inner):
+            fields = [inner.field(i) for i in range(inner.num_fields)]
+            if places := _json_places([one.name for one in fields], [one.type for one in fields]):
+                found[name] = places
+    return found
+
+
+def _unpacked(value: Json, places: Any) -> Json:
+    """The value with what Arrow's JSON holds in the place of its text, where it is any."""
+    if isinstance(value, list):
+        return [_unpacked(item, places) for item in value]
+    if isinstance(value, dict):
+        return {key: _unpacked(item, places[key]) if key in places else item for key, item in value.items()}
+    if isinstance(value, str):
+        with suppress(JsonFaultError):
+            return parse_json(value)
+    return value
 
 
 def _is_unicode(cells: list[str]) -> bool:

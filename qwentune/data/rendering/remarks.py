@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from qwentune.data.sample import Conversation, Json
 
@@ -50,6 +50,10 @@ NOT_THINKING = (
     "learn not to think there. Give their reasoning, or tune a checkpoint that does not think."
 )
 UNREACHABLE = "turn{|s} {has|have} no user turn before {it|them}: not trained. Give the question, or leave them out."
+TAG_AS_TEXT = (
+    "text{|s} hold{s|} <image>, <video> or <audio>, but the file has no column of media: trained as the text. Give the "
+    "files in images, videos or audios beside the messages, unless the text is about the tag."
+)
 ALWAYS_THINKS = (
     "row{|s} say{s|} enable_thinking false, but this checkpoint always thinks: its template has no other prompt, and "
     "the row is trained under that one. Tune a checkpoint that can do without, or leave such rows out."
@@ -83,6 +87,15 @@ def remarks(conversation: Conversation) -> Iterator[str]:
         before = "call" if message.tool_calls else message.role
         num_after = 0 if is_answer else num_after + 1
     yield from [AFTER_THE_LAST] * num_after
+
+
+def tags_as_text(conversation: Conversation, kinds: Iterable[str]) -> Iterator[str]:
+    """`TAG_AS_TEXT` for each text with the tag of one of the `kinds` that the model takes, where no medium is shown."""
+    if not any(message.media for message in conversation.messages):
+        tags = [f"<{kind}>" for kind in kinds]
+        for message in conversation.messages:
+            if message.role != "assistant" and any(tag in message.content for tag in tags):
+                yield TAG_AS_TEXT
 
 
 def _name(tool: dict[str, Json]) -> str | None:

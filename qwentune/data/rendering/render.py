@@ -15,6 +15,7 @@ from typing import Literal
 
 from qwentune.data.media.limits import MediaLimits
 from qwentune.data.media.seen import Seen
+from qwentune.data.reading.faults import problem_of
 from qwentune.data.rendering.credentials import credentials
 from qwentune.data.rendering.dialogue import Dialogue, RenderOptions
 from qwentune.data.rendering.example import DialogueExamples, Example, Part, Span, TurnIds
@@ -32,6 +33,7 @@ from qwentune.data.rendering.remarks import (
     UNREACHABLE,
     WITHOUT_TEMPLATE,
     remarks,
+    tags_as_text,
 )
 from qwentune.data.rendering.shorten import Shortening
 from qwentune.data.rendering.turn import Turn, renderings
@@ -51,7 +53,6 @@ from qwentune.data.sample import (
 from qwentune.data.templates.chat_template import ChatTemplate, Mode
 from qwentune.data.templates.guard import message_texts
 from qwentune.data.tokenizing.tokenizer import END_OF_TEXT, Tokenizer
-from qwentune.errors import Problem
 
 __all__ = ["RenderOptions", "Renderer"]
 
@@ -178,12 +179,14 @@ class Renderer:
             planned.outcome.unreachable_turns = len(dialogue.candidates) - len(dialogue.trained)
             unreachable = [UNREACHABLE] * planned.outcome.unreachable_turns
             planned.outcome.remarks += [*remarks(sample), *dialogue.remarks, *unreachable]
+            if self.limits is not None:
+                planned.outcome.remarks += tags_as_text(sample, self.limits.family.pads)
             planned.dialogue = dialogue
             planned.outcome.media = () if dialogue.media is None else dialogue.media.shown
             planned.outcome.answers = sample.answers
             planned.turns = voice._turns(dialogue, planned)
         except RowError as error:
-            planned.outcome.problems.append(Problem(str(sample.source), error.what, error.fix))
+            planned.outcome.problems.append(problem_of(error, str(sample.source)))
         return planned
 
     def _with(self, args: Mapping[str, Json]) -> Renderer:
@@ -238,7 +241,7 @@ class Renderer:
                     self._add_turns(one, one.dialogue, encoded)
             except RowError as error:
                 one.outcome.examples.clear()
-                one.outcome.problems.append(Problem(str(one.sample.source), error.what, error.fix))
+                one.outcome.problems.append(problem_of(error, str(one.sample.source)))
             if not (one.outcome.examples or one.outcome.problems or one.outcome.dropped):
                 one.outcome.dropped.append(_untrained(one))
             if any(map(self.tokenizer.changes, _texts(one))):
@@ -309,7 +312,7 @@ class Renderer:
         for name, conversation in ends:
             end = self.render(conversation)
             outcome.unread = (*outcome.unread, *end.unread)
-            outcome.problems += [Problem(p.where, f"{name}: {p.what}", p.fix) for p in end.problems]
+            outcome.problems += [replace(problem, what=f"{name}: {problem.what}") for problem in end.problems]
             outcome.dropped += end.dropped
             outcome.examples += [replace(example, part=name) for example in end.examples]
             outcome.media = (*outcome.media, *end.media)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from qwentune.data.layout.row_media import NUM_AHEAD
 from qwentune.facts.architecture import ModelSpec
 from qwentune.memory.closed_form.adapter_sizes import adapter_parameters
+from qwentune.memory.closed_form.media_activations import media_bytes
 from qwentune.memory.closed_form.model_states import (
     largest_tensor_bytes,
     moving_bytes,
@@ -16,6 +20,9 @@ from qwentune.memory.settings import GIB, HostMemory, Settings, device_overheads
 
 # Interpreter, torch, CUDA libraries and pinned buffers of a rank on a GPU, unverified.
 HOST_BYTES_PER_RANK = 3 * GIB
+MERGED_AT_ONCE = (
+    128 * 2**20
+)  # a block of rows as it is read, in fp32, its update, the sum and what is written; measured
 
 
 def host_bytes(spec: ModelSpec, settings: Settings) -> dict[str, int]:
@@ -23,8 +30,9 @@ def host_bytes(spec: ModelSpec, settings: Settings) -> dict[str, int]:
 
     Its ranks train at once; adapters are merged later, by one process without a GPU.
     """
-    running = settings.num_ranks * (HOST_BYTES_PER_RANK + offloaded_bytes(spec, settings))
-    loading = saving = running
+    loading = settings.num_ranks * (HOST_BYTES_PER_RANK + offloaded_bytes(spec, settings))
+    ahead = ahead_bytes(spec, settings)
+    running = saving = loading + ahead["train_step"]
     if settings.is_sharded:  # rank 0 gathers what is trained, not the states, which every rank writes for itself
         saving += settings.trained_bytes * trained_parameters(spec, settings)
     if settings.is_sharded and settings.uses_deepspeed:  # what rank 0 fuses
@@ -32,8 +40,22 @@ def host_bytes(spec: ModelSpec, settings: Settings) -> dict[str, int]:
     elif settings.is_sharded:  # FSDP2 shares adapters out when all are there
         loading += settings.num_ranks * settings.trained_bytes * adapter_parameters(spec, settings)
     merged = with_overheads(merging(spec, settings), settings, device_overheads(HostMemory(0))).total
-    phases = dict.fromkeys(("load", "train_step", "evaluate", "save", "resume"), running)
-    return {**phases, "load": loading, "save": saving, "resume": loading, "merge": merged}
+    evaluating = running + ahead["evaluate"] - ahead["train_step"]
+    phases = {"load": loading, "train_step": running, "evaluate": evaluating, "save": saving, "resume": loading}
+    return {**phases, "merge": merged}
+
+
+def ahead_bytes(spec: ModelSpec, settings: Settings) -> dict[str, int]:
+    """Bytes of host memory by phase for the batches with media of all ranks of a machine.
+
+    That of the step is there as it was made and pinned; of those that are made ahead of it, each twice: pictures, and
+    the patches that they are cut into. While rows are evaluated, those of training wait. The bytes of a picture as it
+    is decoded, three a pixel, are left out.
+    """
+    copies = settings.num_ranks * (2 + 2 * NUM_AHEAD)
+    training, row = copies * media_bytes(spec, settings).inputs, replace(settings, micro_batch=1)
+    evaluating = training + copies * media_bytes(spec, row).inputs
+    return {"train_step": training, "evaluate": evaluating, "save": training}
 
 
 def offloaded_bytes(spec: ModelSpec, settings: Settings) -> int:
@@ -58,13 +80,7 @@ def disk_bytes(spec: ModelSpec, settings: Settings, keep: int) -> int:
 
 
 def merging(spec: ModelSpec, settings: Settings) -> Terms:
-    """The base in fp32, the adapters, one module's update and its sum; full tuning has nothing to merge."""
+    """One layer's adapters in fp32, and rows of one tensor at a time; full tuning has nothing to merge."""
     if settings.kind == "full":
         return Terms()
-    largest = max(spec.hidden_size * spec.dense_intermediate, spec.expert_parameters_per_layer)
-    return Terms(
-        weights=4 * spec.parameters,
-        towers=4 * spec.tower.parameters if settings.towers is not None and spec.tower is not None else 0,
-        adapters=settings.trained_bytes * adapter_parameters(spec, settings),
-        temporaries=2 * 4 * largest,
-    )
+    return Terms(adapters=4 * adapter_parameters(spec, settings) // spec.num_layers, temporaries=MERGED_AT_ONCE)

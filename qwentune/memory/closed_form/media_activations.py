@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qwentune.facts.architecture import ModelSpec
+from qwentune.facts.media import CLIP_FRAMES, CLIPS_AT_ONCE
 from qwentune.facts.tower_spec import AudioTower, VisionTower
 from qwentune.memory.settings import Settings
 
@@ -110,27 +111,31 @@ def _of_sounds(audio: AudioTower, settings: Settings) -> MediaBytes:
     """Sounds take little beside pictures; what runs and what a block's backward pass holds errs upwards."""
     frames, width, hidden = settings.forward_frames, settings.weight_bytes, audio.hidden_size
     assert settings.towers is not None
-    inner, channels = audio.intermediate_size, audio.downsample
+    inner, channels, is_whole = audio.intermediate_size, audio.downsample, audio.kind == "qwen2_audio"
     positions = 13 / 100 if channels else 1 / 2  # per frame
-    output = width * audio.out_size * (positions if channels else positions / 2)
+    at_once, pads = frames, frames * (positions if channels else positions / 2)
+    if is_whole:  # clips that are padded to one length: some at once, and no more pads of them than the row has
+        at_once, pads = min(frames, CLIPS_AT_ONCE * CLIP_FRAMES), min(pads, settings.forward_tokens)
+    output = pads * width * audio.out_size
     cast = width * audio.mel_bins if width != _FP32 else 0
     if channels:  # each convolution halves both axes; its output, and that of the activation after it
         first = channels * audio.mel_bins / 4
         convolving, convolved = width * 2 * first, width * 2 * (1 + 1 / 4 + 1 / 16) * first
     else:
         convolving, convolved = 4.5 * width * hidden, 3 * width * hidden
-    # As they came, and cut into chunks or padded.
-    inputs = 2 * _FP32 * audio.mel_bins + 2 * _INDEX * positions
-    running = cast + max(convolving, positions * width * (4.5 * hidden + 2 * inner))
+    # Whole ones as they came, others cut into chunks.
+    inputs = frames * (_FP32 * audio.mel_bins + 2 * _INDEX * positions)
+    through = max(convolving, positions * width * (4.5 * hidden + 2 * inner))
+    running = at_once * (cast + through)
     saved = positions * (9 * width * hidden + 2 * width * inner + _FP32 * (audio.num_heads + 4))
     kept = backward = 0.0
     if settings.tunes_towers:
         blocks = audio.depth * (positions * width * hidden if settings.recomputes_towers else saved)
-        kept = cast + convolved + positions * width * hidden + blocks
-        running = kept + (running - cast if settings.recomputes_towers else 0)
+        kept = frames * (cast + convolved + positions * width * hidden + blocks)
+        running = kept + (at_once * through if settings.recomputes_towers else 0)
         widest = max(positions * width * (2 * hidden + inner), 0.3 * convolving if channels else 0)
-        backward = output + (saved + widest if settings.recomputes_towers else widest)
+        backward = output + at_once * (saved + widest if settings.recomputes_towers else widest)
     if settings.towers.is_tuned:
-        kept += output + positions * width * hidden * (2 if channels else 1 / 2)
+        kept += output + pads * width * hidden * (2 if channels else 1)
     outputs = 0 if settings.towers.is_tuned else output
-    return MediaBytes(*(round(frames * each) for each in (inputs, running, outputs, kept, backward)))
+    return MediaBytes(*(round(each) for each in (inputs, running, outputs, kept, backward)))

@@ -75,7 +75,8 @@ def _static(spec: ModelSpec, settings: Settings) -> Terms:
         if settings.uses_deepspeed:
             kept = settings.weight_bytes * min(spec.parameters, DEEPSPEED_LIVE_VALUES)
             unsharded = max(unsharded, kept) if settings.num_ranks > 1 else 0
-        weights, adapters, towers = (share_of(size, settings.num_ranks) for size in (weights, adapters, towers))
+        # Towers stay whole on every rank.
+        weights, adapters = (share_of(size, settings.num_ranks) for size in (weights, adapters))
     if settings.sharding == "zero2-offload":  # on its way to the host a gradient passes one tensor's room
         unsharded = largest_tensor_bytes(spec, settings)
     if settings.is_sharded or settings.uses_deepspeed:

@@ -25,6 +25,7 @@ _SECONDS_BETWEEN_KERNELS = 3e-6
 _RECOMPUTE_SHARE = 0.36  # of a layer's traffic and kernels belongs to its forward pass
 # Of the tokens of a dialogue, taken; the supervised loss computes their logits alone, twice.
 _TRAINED_SHARE = 0.5
+_FRAMES_OF_A_TOKEN = 4  # of clips that are not very short
 # What sharding costs where links are fast; only the order of them matters.
 _SHARDING_COST = {
     "none": 1.0,
@@ -120,7 +121,10 @@ def _tower_flops(spec: ModelSpec, settings: Settings) -> float:
     if (vision := spec.tower.vision) is not None:
         flops += 2 * settings.forward_patches * (vision.body_parameters + vision.merger_parameters / vision.merge**2)
     if (audio := spec.tower.audio) is not None:  # two frames become one position
-        flops += settings.forward_frames * audio.body_parameters
+        frames = settings.forward_frames
+        if settings.towers.is_bound:  # time goes by usual clips, not by the shortest
+            frames = min(frames, _FRAMES_OF_A_TOKEN * settings.forward_tokens)
+        flops += frames * audio.body_parameters
     return passes * flops
 
 

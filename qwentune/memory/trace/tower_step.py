@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from qwentune.data.layout.tower_inputs import AUDIO_FRAMES, stays_on_cpu, tower_inputs
-from qwentune.facts.media import FAMILIES
+from qwentune.data.layout.tower_inputs import stays_on_cpu, tower_inputs
+from qwentune.facts.media import CLIP_FRAMES, CLIPS_AT_ONCE, FAMILIES
 from qwentune.facts.towers import PROJECTOR, TOWERS, Part
 from qwentune.memory.settings import Settings, TowerTuning
 from qwentune.model.senses import OF_MEDIA, freeze
@@ -48,19 +48,26 @@ class MediaBatch:
                 batch["image_cu_window_seqlens"] = batch["image_cu_seqlens"]
         if frames := settings.forward_frames:
             assert family.hearing is not None
-            count = 1 if family.hearing.most_seconds is None else -(-frames // AUDIO_FRAMES)
-            lengths = torch.tensor([frames // count] * count)
-            sounds = {"input_features": torch.empty(count, family.hearing.mel_bins, frames // count)}
+            count = heard = 1
+            length = padded = frames
+            if family.hearing.most_seconds is not None:  # whole clips, of no more pads than the row has
+                count, padded = -(-frames // CLIP_FRAMES), CLIP_FRAMES
+                # A frozen tower keeps nothing of those that went through it before.
+                heard = count if settings.tunes_towers else min(count, 2 * CLIPS_AT_ONCE)
+                length = min(padded, 4 * (settings.forward_tokens // heard))
+            lengths = torch.tensor([length] * heard)
+            sounds = {"input_features": torch.empty(count, family.hearing.mel_bins, padded)}
             batch |= sounds | {"feature_lengths": lengths} | tower_inputs(family, sounds | {"feature_lengths": lengths})
         if family.axes == 3:
             row = torch.empty((1, settings.forward_tokens), dtype=torch.int64)
             batch |= {"depths": row, "position_ids": row.expand(3, 1, -1).contiguous()}
-        return cls({name: x if stays_on_cpu(name) else x.to("meta") for name, x in batch.items()})
+        return cls({name: x if stays_on_cpu(name, batch) else x.to("meta") for name, x in batch.items()})
 
     @property
     def tensors(self) -> Sequence[Tensor]:
         """All that lies on the device."""
-        return [tensor for name, tensor in self.tensors_by_name.items() if not stays_on_cpu(name)]
+        named = self.tensors_by_name
+        return [tensor for name, tensor in named.items() if not stays_on_cpu(name, named)]
 
 
 def tower_modules(network: Any) -> list[nn.Module]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from qwentune.data.formats.apis.anthropic import unfolded
 from qwentune.data.formats.messages.calls import CALLERS, read_calls, read_only_calls
-from qwentune.data.formats.messages.parts import read_parts
+from qwentune.data.formats.messages.parts import packed_parts, read_parts, with_unpacked_contents
 from qwentune.data.reading.faults import described
 from qwentune.data.reading.loss import read_weight, refuse_loss
 from qwentune.data.reading.row_reader import RowReader
@@ -73,6 +73,7 @@ def read_messages(
     """
     messages: list[Message | None] = []
     places: list[int] = []
+    values = with_unpacked_contents(values)
     whole = ((i, one) for i, value in enumerate(values) for one in unfolded(value, f"{key}[{i}]", reader))
     for i, value in whole:
         message = read(value, f"{key}[{i}]", reader)
@@ -133,6 +134,8 @@ def _read_content(
 ) -> tuple[list[str], tuple[Medium, ...]]:
     """The text of a content, or the texts of its parts and the media between them."""
     content = message.get("content")
+    if isinstance(content, str) and role != "assistant":
+        content = packed_parts(content) or content
     if isinstance(content, str):
         return [content], ()
     if isinstance(content, list):

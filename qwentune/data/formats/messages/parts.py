@@ -1,7 +1,7 @@
 """The parts of a message's content: texts, and the pictures, videos and sounds that stand between them.
 
 Read are Qwen's own parts, OpenAI's and vLLM's, transformers' and Anthropic's, with or without `type`, and the texts of
-JSON that `datasets` writes into Parquet where parts differ. A part that names no source takes one of the row's columns.
+JSON that `datasets` writes where contents or parts differ. A part that names no source takes one of the row's columns.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import binascii
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
 from qwentune.data.reading.faults import described
 from qwentune.data.reading.row_reader import RowReader
+from qwentune.data.reading.strict_json import JsonFaultError, parse_json
 from qwentune.data.sample import Json, MediaKind, Medium
 from qwentune.shipped import shipped
 
@@ -78,12 +79,66 @@ def read_parts(content: list[Json], path: str, role: str, reader: RowReader) -> 
     return texts, tuple(media)
 
 
+def packed_parts(content: Json) -> list[Json] | None:
+    """The parts, a medium among them, of which a content is the text of JSON; None where it is another text."""
+    listed = _parts_of(content)
+    return listed if listed and any(_kind(part) in KINDS for part in listed) else None
+
+
+def with_unpacked_contents(messages: Sequence[Json]) -> Sequence[Json]:
+    """The messages of a row with what their contents hold, where all are texts of JSON, and one of parts with a medium.
+
+    So `datasets` stores contents of which some are texts and some are parts.
+    """
+    contents = [(one.get("content", one.get("value")) if isinstance(one, dict) else None) for one in messages]
+    if not any(packed_parts(content) for content in contents):
+        return messages
+    held = [(_held(content) if isinstance(content, str) else content) for content in contents]
+    if any(isinstance(content, str) and one is None for content, one in zip(contents, held, strict=True)):
+        return messages  # some are plain texts, and so is what looks like JSON
+    found: list[Json] = []
+    for message, content in zip(messages, held, strict=True):
+        if isinstance(message, dict):
+            message = {**message, "content" if "content" in message else "value": content}
+        found.append(message)
+    return found
+
+
+def _held(content: str) -> Json:
+    text = unpacked(content)
+    return text if isinstance(text, str) else _parts_of(content)
+
+
+def _parts_of(content: Json) -> list[Json] | None:
+    """The parts in a text of JSON; None where it is no list of nothing but these."""
+    if not isinstance(content, str) or not content.lstrip().startswith("["):
+        return None
+    listed = unpacked(content)
+    is_of_parts = isinstance(listed, list) and all(_kind(part) in ("text", *KINDS) for part in listed)
+    return listed if isinstance(listed, list) and is_of_parts else None
+
+
+def _kind(part: Json) -> Json:
+    return (part.get("type") or _kind_by_keys(part)) if isinstance(part, dict) else None
+
+
+def unpacked(text: str) -> Json:
+    """What a text of JSON holds, of texts, lists and objects; None where it is none."""
+    try:
+        value = parse_json(text) if text.lstrip()[:1] in ("[", "{", '"') else None
+    except JsonFaultError:
+        return None
+    return value if isinstance(value, str | list | dict) else None
+
+
 def read_source(value: Json, kind: MediaKind, path: str, reader: RowReader) -> Content | None:
     """What a row gives as a medium: a path, a text of base64, an object with one of them; of a video also its frames.
 
     None where it is none of these, which is refused.
     """
     match value:
+        case str() if (held := unpacked(value)) is not None:
+            return read_source(held, kind, path, reader)
         case str() if value.strip():
             return _read_text(value.strip(), kind, path, reader)
         case list() if kind == "video" and value:

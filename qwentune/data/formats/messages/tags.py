@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from qwentune.data.formats.messages.parts import UNNAMED, Content, read_source
+from qwentune.data.formats.messages.parts import UNNAMED, Content, read_source, unpacked
 from qwentune.data.reading.row_reader import RowReader
 from qwentune.data.sample import Json, MediaKind, Medium, Message
 from qwentune.row_formats import MEDIA
@@ -24,17 +24,25 @@ _MEDIA = frozenset(MEDIA)
 def with_media(row: Mapping[str, Json], messages: list[Message], reader: RowReader) -> list[Message]:
     """The messages with the media of the row's columns at their places.
 
-    Tags are `<image>`, `<video>` and `<audio>` in texts, where the row has a column of the kind; elsewhere they are
-    text, as they are where the messages have unnamed parts of the kind. Refused are numbers that differ.
+    `<image>`, `<video>` and `<audio>` in texts are tags where the row has a column of media, be it empty or of another
+    kind (in what the assistant says, only beside items of the kind); elsewhere they are text, as they are where the
+    messages have parts of the kind. Refused are numbers that differ.
     """
     if _MEDIA.isdisjoint(row) and not any(message.media for message in messages):  # as nearly always
         return messages
     unnamed = {medium.kind for message in messages for medium in message.media if medium.content == UNNAMED}
+    named = {medium.kind for message in messages for medium in message.media if medium.content != UNNAMED}
+    is_tagged = not _MEDIA.isdisjoint(row)
     items: dict[MediaKind, deque[tuple[str, Content]]] = {}
     tags: dict[str, MediaKind] = {}
     for kind, columns in COLUMNS.items():
         given = _items(row, kind, columns, reader)
         if not given and kind not in unnamed:
+            asked = [one for one in messages if one.role != "assistant" and f"<{kind}>" in one.content]
+            if is_tagged and asked and kind not in named:
+                fix = f"Give its items in {columns[0]}, one for each tag. Where text is meant, write <{kind}/>."
+                count = _count(asked, kind)
+                reader.refuse(f"the row has 0 {kind} items and {count} <{kind}>{'s' * (count != 1)}", fix)
             continue
         items[kind] = deque(given)
         if kind in unnamed:
@@ -42,7 +50,7 @@ def with_media(row: Mapping[str, Json], messages: list[Message], reader: RowRead
             what = "unnamed part"
         else:
             tags[f"<{kind}>"] = kind
-            count, what = sum(message.content.count(f"<{kind}>") for message in messages), f"<{kind}>"
+            count, what = _count(messages, kind), f"<{kind}>"
         if count != len(given):
             fix = f"Write one <{kind}> in a text for each item of {columns[0]}, where it stands, in their order."
             fix = f"Name each in its part, or give as many items in {columns[0]}." if kind in unnamed else fix
@@ -51,6 +59,10 @@ def with_media(row: Mapping[str, Json], messages: list[Message], reader: RowRead
         return messages
     pattern = re.compile("|".join(map(re.escape, tags))) if tags else None
     return [_placed(message, pattern, tags, items, reader) for message in messages]
+
+
+def _count(messages: Iterable[Message], kind: MediaKind) -> int:
+    return sum(message.content.count(f"<{kind}>") for message in messages)
 
 
 def _items(
@@ -63,7 +75,8 @@ def _items(
     found: list[tuple[str, Content]] = []
     for column in given[:1]:
         value = row[column]
-        listed = reader.read_list(row, column) if isinstance(value, str) and value.startswith("[") else value
+        held = unpacked(value) if isinstance(value, str) else None
+        listed = held if isinstance(held, list) else value
         for i, item in enumerate(listed if isinstance(listed, list) else [listed]):
             where = f"{column}[{i}]" if isinstance(listed, list) else column
             content = read_source(item, kind, where, reader)
