@@ -7,6 +7,7 @@ import typer
 from qwentune import __version__, console
 from qwentune.chat import chat
 from qwentune.doctor import doctor
+from qwentune.eval import eval
 from qwentune.export import export
 from qwentune.init import init
 from qwentune.plan import plan
@@ -21,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help=f"Fine-tune Qwen models (version {__version__}). First init, then preview, plan and train.",
 )
-for verb in (init, preview, plan, train, export, chat, runs, doctor):
+for verb in (init, preview, plan, train, export, chat, eval, runs, doctor):
     app.command()(verb)
 
 

@@ -155,6 +155,9 @@ _ENDED = "The command has ended."
 
 def machine_error(error: Exception) -> UserError | None:
     """What an error of the system means that no command of ours has foreseen; None for a bug."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this layer does not load
+        what = "has no room for it: " + str(error).partition(". GPU")[0]
+        return DoesNotFitError(Problem("the GPU", what, "Close what else runs on it, or take a larger one."), _ENDED)
     if not isinstance(error, OSError) or error.errno is None:
         return None
     if error.errno == errno.ENOENT and "temporary directory" in str(error):

@@ -28,13 +28,16 @@ LAYERS = (
     "conversion",
     "data",
     "model",
+    "answering",
+    "scores",
+    "evaluating",
     "memory",
     "training",
     "machine",
     "exporting",
     "html_report",
 )
-COMMANDS = {"init", "train", "supervise", "preview", "plan", "export", "chat", "doctor", "runs", "cli"}
+COMMANDS = {"init", "train", "supervise", "preview", "plan", "export", "chat", "eval", "doctor", "runs", "cli"}
 TORCH_FREE = (
     "errors",
     "bounded",

@@ -100,12 +100,13 @@ def test_a_lora_run_starts_low_falls_and_answers_as_taught_merged_and_unmerged(t
     )
     assert served.stdout.splitlines() == [ascii(answer) for answer in answers]
 
-    from qwentune.chat import Speaker
+    from qwentune.chat import MAX_NEW_TOKENS
     from qwentune.data.sample import Message
     from qwentune.exporting.finished import open_run
+    from qwentune.exporting.speakers import Partner
 
-    speaker = Speaker(open_run(run), thinking=None)
-    replies = [speaker.answer([Message("user", question)]) for question in questions]
+    partner = Partner(open_run(run), thinking=None)
+    replies = [partner.answer([Message("user", question)], MAX_NEW_TOKENS) for question in questions]
     assert [(reply.answer, reply.stopped) for reply in replies] == [(answer, True) for answer in answers]
     print(json.dumps({"first loss": losses[0], "last loss": losses[-1], "export": exported.stderr}))
 

@@ -242,14 +242,15 @@ def test_the_quickstart_says_its_rows_back(tmp_path: Path) -> None:
     losses = [row[1] for row in loss_history(run)]
     assert losses[0] > 10 > 0.1 > losses[-1]
 
-    from qwentune.chat import Speaker
+    from qwentune.chat import MAX_NEW_TOKENS
     from qwentune.data.sample import Message
     from qwentune.exporting.finished import open_run
+    from qwentune.exporting.speakers import Partner
 
-    speaker = Speaker(open_run(run), thinking=None)
+    partner = Partner(open_run(run), thinking=None)
     for row in CHAT_ROWS:
         question, answer = (message["content"] for message in row["messages"])
-        reply = speaker.answer([Message("user", question)])
+        reply = partner.answer([Message("user", question)], MAX_NEW_TOKENS)
         assert (reply.answer, reply.stopped) == (answer, True)
 
     question, answer = (message["content"] for message in CHAT_ROWS[0]["messages"])

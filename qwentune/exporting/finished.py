@@ -1,8 +1,9 @@
-"""A finished run, as export and chat see it."""
+"""A finished run, as export, chat and eval see it."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from qwentune.bounded import refuse_name
 from qwentune.data.media.limits import limits_if_needed
 from qwentune.data.rendering.render import Renderer, RenderOptions
 from qwentune.data.templates.chat_template import ChatTemplate
+from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
 from qwentune.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
+from qwentune.durable import MANIFEST, read_json
 from qwentune.errors import Problem, UsageError
+from qwentune.exporting.processors import is_whole
 from qwentune.facts.adapter_config import read_adapter_config
 from qwentune.facts.media import FAMILIES
 from qwentune.facts.weight_files import read_adapter, read_weights
@@ -27,6 +31,7 @@ class FinishedRun:
     folder: Path
     model: str
     revision: str | None
+    seed: int
     data: DataOptions
     report: dict[str, Any]
     trained: Path
@@ -37,6 +42,20 @@ class FinishedRun:
     def has_adapter(self) -> bool:
         """Whether the weights are adapters on the base."""
         return self.trained.name == "adapter"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder that says what the tuned model takes of media: its own, or the base's that adapters stand on."""
+        stands_on_base = self.has_adapter and is_whole(self.trained)
+        return checkpoint_folder(self.model, self.revision) if stands_on_base else self.trained
+
+    @property
+    def trained_data(self) -> str | None:
+        """The hash of what the run was trained on; None where no checkpoint is left to tell."""
+        with suppress(OSError, KeyError, TypeError):
+            latest = (self.folder / "latest").read_text(encoding="utf-8").strip()
+            return read_json(self.folder / latest / MANIFEST)["facts"]["run"]["data"]
+        return None
 
     def renderer(self, base: Path, model_type: str) -> Renderer:
         """What renders prompts of any length for the run's model, whose type says which media it takes."""
@@ -69,6 +88,7 @@ def open_run(folder: Path) -> FinishedRun:
         folder=folder,
         model=recipe.model,
         revision=recipe.revision,
+        seed=recipe.seed,
         data=recipe.data,
         report=report,
         trained=trained,

@@ -90,6 +90,7 @@ class LossHead:
         if self.attention not in KERNELS and "linear_attention" in (getattr(text, "layer_types", None) or ()):
             self.attention = None  # a row is one example, and linear attention refuses to be told where it begins
         self.targets: tuple[Tensor, Tensor] | None = None
+        self.gives_each = False
         self.places: Tensor | None = None
         whole: Any = network.get_base_model() if hasattr(network, "get_base_model") else network
         self.is_given_all = "logits_to_keep" not in signature(whole.forward).parameters  # as in models that hear
@@ -102,6 +103,9 @@ class LossHead:
         target_N, weight_N = self.targets
         if self.places is not None:
             hidden = hidden[:, self.places]
+        if self.gives_each:
+            chunks = zip(hidden[0].split(LOSS_CHUNK_TOKENS), target_N.split(LOSS_CHUNK_TOKENS), strict=True)
+            return torch.cat([functional.cross_entropy(self.logits(h).float(), t, reduction="none") for h, t in chunks])
         if self.chunked:
             weight, *rows = rows_of(self.head) or (cast(Tensor, self.head.weight), None, None)
             if not torch.is_grad_enabled():
@@ -126,3 +130,12 @@ class LossHead:
         finally:
             self.targets = self.places = None
         return outputs.logits
+
+    def each(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The cross-entropy of each supervised position, unweighted: (N,) fp32, without gradients."""
+        self.gives_each = True
+        try:
+            with torch.no_grad():
+                return self.loss(model, batch)
+        finally:
+            self.gives_each = False

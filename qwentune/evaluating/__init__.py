@@ -1,0 +1,1 @@
+"""What a model is worth on rows: questions from rendered examples, what it makes of each, and scores with intervals."""
