@@ -50,7 +50,8 @@ def _losses(asked: Sequence[Question], dataset: Dataset, network: Any, whose: st
     try:
         with busy(f"loss of the {whose} model", len(of_example)) as state:
             for row, (i, places) in enumerate(of_example.items()):
-                batch = {n: t if stays_on_cpu(n) else t.to(network.device) for n, t in made[row].items()}
+                given = made[row]
+                batch = {n: t if stays_on_cpu(n, given) else t.to(network.device) for n, t in given.items()}
                 losses = head.each(network, batch).double().cpu().numpy()
                 _, weights = dataset.examples.tokens(i)
                 for k in places:
