@@ -109,8 +109,11 @@ def test_a_merged_folder_is_the_adapter_on_its_base(
         assert split_pattern(json.loads(loaded.backend_tokenizer.to_str())) == pattern
 
     beside = warm.train(run, code=CLI, given=["export"])
-    assert f"vllm serve {model} --enable-lora" in beside.said
-    assert f"--lora-modules run={run / 'export'}" in beside.said
+    if model_type == "qwen3_moe":
+        assert "adapts experts by PEFT's names" in beside.said
+    else:
+        assert f"vllm serve {model} --enable-lora" in beside.said
+        assert f"--lora-modules run={run / 'export'}" in beside.said
     assert f"vllm serve {run / 'merged'} --served-model-name run" in exported.said
     assert "vllm serve" in (run / "merged" / "README.md").read_text()
 
