@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,8 @@ def test_the_rows_of_untaught_tokens_are_trained_saved_and_merged(tmp_path: Path
         reloaded = load_adapters(load_model(base, dtype="fp32"), tmp_path / "adapter", "fp32").eval()
         assert torch.equal(reloaded(input_ids=ids).logits, after)
 
+        (tmp_path / "merged").mkdir()
+        shutil.copyfile(base / "config.json", tmp_path / "merged" / "config.json")
         merge(base, tmp_path / "adapter", tmp_path / "merged")
         merged = load_tuned(tmp_path / "merged", None)
         # Beside 1e-5 a share of the value: three steps at this rate put logits near 8, and kernels round otherwise

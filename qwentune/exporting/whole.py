@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from qwentune.durable import mark, remove, replace_folder
+from qwentune.durable import mark, remove, replace_file, replace_folder
 from qwentune.errors import Problem, ResumeError
 from qwentune.exporting.changes import EMBEDDING, HEAD, PREFIX, place
 from qwentune.exporting.config_keys import kept_config
@@ -83,7 +83,7 @@ def name_as_part(folder: Path) -> None:
     write_tensors({name: ModelTensor(tensor) for name, tensor in renamed.items()}, renamed, named)
     for file in named.iterdir():
         if ".safetensors" in file.name:
-            file.replace(folder / file.name)
+            replace_file(file, folder / file.name)
     remove(named)
 
 

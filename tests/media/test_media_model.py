@@ -381,7 +381,9 @@ def test_towers_are_trained_only_where_they_are_loaded_and_whole() -> None:
         "tuning.merger",
     ]
     assert "reads text only" in part_problems(reads, both, has_media=False, sharding="none")[0].what
-    assert part_problems(sees, lora(), has_media=True, sharding="fsdp2")[0].where == "hardware.launch"
+    assert part_problems(sees, lora(), has_media=True, sharding="fsdp2") == []  # its towers are frozen
+    for tuning, sharding in ((both, "fsdp2"), (lora(), "zero2")):
+        assert part_problems(sees, tuning, has_media=True, sharding=sharding)[0].where == "hardware.launch"
     assert part_problems(reads, lora(), has_media=False, sharding="fsdp2") == []
 
 

@@ -25,6 +25,7 @@ from qwentune.data.cache import cache_folder
 from qwentune.data.media.limits import MediaLimits
 from qwentune.data.media.load import colours
 from qwentune.data.media.seen import Seen
+from qwentune.durable import replace_file
 from qwentune.errors import DoesNotFitError, Problem
 
 SUM_BYTES = 4
@@ -43,7 +44,7 @@ def kept_colours(seen: Seen, limits: MediaLimits) -> NDArray[np.uint8]:
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         staging.write_bytes(frames.tobytes() + _sum(frames))
-        staging.replace(path)
+        replace_file(staging, path)
     return frames
 
 
