@@ -342,9 +342,9 @@ def test_forty_taught_rows_are_said_back_where_the_base_says_none(tmp_path: Path
         tmp_path,
         model,
         data={"train": str(file)},
-        optimizer={"max_steps": 200, "learning_rate": 5e-3},
+        optimizer={"max_steps": 300, "learning_rate": 5e-3},
         precision={"weights": "fp32"},
-        output={"save_every_steps": 200, "log_every_steps": 50},
+        output={"save_every_steps": 300, "log_every_steps": 50},
     )
     trained = warm.train(recipe)
     assert trained.code == 0, trained.said
