@@ -382,8 +382,11 @@ def test_towers_are_trained_only_where_they_are_loaded_and_whole() -> None:
     ]
     assert "reads text only" in part_problems(reads, both, has_media=False, sharding="none")[0].what
     assert part_problems(sees, lora(), has_media=True, sharding="fsdp2") == []  # its towers are frozen
-    for tuning, sharding in ((both, "fsdp2"), (lora(), "zero2")):
-        assert part_problems(sees, tuning, has_media=True, sharding=sharding)[0].where == "hardware.launch"
+    refused = (both, "fsdp2", "so they cannot be trained"), (lora(), "zero2", "held whole on every card")
+    for tuning, sharding, why in refused:
+        problem = part_problems(sees, tuning, has_media=True, sharding=sharding)[0]
+        assert problem.where == "hardware.launch"
+        assert why in problem.what
     assert part_problems(reads, lora(), has_media=False, sharding="fsdp2") == []
 
 
