@@ -126,6 +126,7 @@ def test_torch_free_layers_name_no_torch(path: Path) -> None:
     [
         "import qwentune.cli",
         "import qwentune.data.dataset",
+        "import qwentune.exporting.publish",
         "from qwentune.recipe import load_recipe; load_recipe('recipes/quickstart.yaml')",
     ],
 )

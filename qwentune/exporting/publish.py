@@ -12,7 +12,6 @@ from qwentune.durable import mark, remove, replace_folder
 from qwentune.errors import Problem, ResumeError
 from qwentune.exporting.package import copy_weights, keep_config, model_card, stop_token_ids, write_package
 from qwentune.exporting.processors import is_whole, write_processors
-from qwentune.exporting.whole import name_as_part
 from qwentune.recipe import Recipe
 from qwentune.training.best import best_step
 from qwentune.training.checkpoints import Checkpoint, Checkpoints, verify
@@ -33,6 +32,8 @@ def publish(
 
     `report` is the data's. Raises ResumeError where no whole checkpoint is left.
     """
+    from qwentune.exporting.whole import name_as_part  # loads torch, which a run has loaded by now, under its own words
+
     last, skipped = checkpoints.newest()
     if last is None:
         raise ResumeError(skipped, "The run ended without a checkpoint.")
