@@ -118,7 +118,7 @@ def _extras() -> Iterator[Finding]:
     there = [name for name, missing in lacking.items() if not missing]
     rest = [f"{name} (lacks {', '.join(missing)})" for name, missing in lacking.items() if missing]
     what = "; ".join(filter(None, [f"installed: {', '.join(there)}" if there else "", *rest]))
-    mend = f"Where rows or launch files need it: pip install 'qwentune[{'|'.join(k for k, v in lacking.items() if v)}]'"
+    mend = f"Where rows or launch files need it: pip install 'qwentune[{','.join(k for k, v in lacking.items() if v)}]'"
     yield Finding("ok", "extras", what, mend if rest else "")
 
 
