@@ -84,6 +84,18 @@ def test_the_rows_of_untaught_tokens_are_trained_saved_and_merged(tmp_path: Path
     assert json.loads((tmp_path / "merged" / "config.json").read_bytes())["tie_word_embeddings"] is tied
 
 
+def test_adapters_finer_than_their_base_are_read_as_they_were_saved(tmp_path: Path) -> None:
+    base = add_weights(write_checkpoint(tmp_path / "base", "qwen3"))
+    adapted = add_adapters(load_model(base, dtype="bf16"), Tuning(kind="lora", variant="dora"), "fp32")
+    trained = {name: x for name, x in adapted.named_parameters() if x.requires_grad}
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter.data)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    read = dict(load_adapters(load_model(base, dtype="bf16"), tmp_path / "adapter", "fp32").named_parameters())
+    assert all(torch.equal(read[name], parameter) for name, parameter in trained.items())
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("eos", "learns"), [("<|endoftext|>", True), ("<|im_end|>", False)])
 def test_a_base_checkpoint_learns_its_stop_token_and_a_chat_checkpoint_knows_it(

@@ -116,8 +116,9 @@ def load_adapters(model: PreTrainedModel, folder: Path, dtype: str, tuning: Tuni
         if scale != 1:  # experts' adapters, of which two are fused, have an alpha of their own
             config.alpha_pattern = {name: alpha * scale for name, alpha in config.alpha_pattern.items()}
         config.lora_alpha, config.lora_dropout = tuning.alpha, tuning.dropout
+    # In fp32 before they are read: those of a base in bf16 would be rounded on the way.
     adapted = PeftModel.from_pretrained(
-        model, str(folder), config=config, is_trainable=True, autocast_adapter_dtype=False
+        model, str(folder), config=config, is_trainable=True, autocast_adapter_dtype=dtype == "fp32"
     )
     return _ready(adapted, dtype)
 
