@@ -74,7 +74,8 @@ precision: {weights: auto, adapters: auto, optimizer_state: auto}
 hardware: {gpu: auto, count: auto, launch: auto}
 memory: {gradient_checkpointing: auto, loss: auto, attention: auto, headroom: 0.03}
 output: {dir: runs/qwen3-8b-qlora, save_every_steps: 100, save_every_minutes: null, keep: 3,
-         eval_every_steps: 100, log_every_steps: 1, best: null, early_stopping: null, report_to: []}
+         eval_every_steps: 100, log_every_steps: 1, best: null, early_stopping: null, samples: 0,
+         report_to: []}
 seed: 17
 """
     ).recipe
@@ -368,6 +369,7 @@ def test_a_missing_file_names_the_nearest_shipped_recipe() -> None:
         ),
         (MINIMAL, ["output.best=loss"], "output.best: nothing is evaluated"),
         (MINIMAL, ["output.early_stopping=3"], "output.early_stopping: nothing is evaluated"),
+        (MINIMAL, ["output.samples=3"], "output.samples: nothing is evaluated"),
         (MINIMAL, ["data.template_args={enable_thinking: true}"], "data.thinking decides this"),
     ],
 )

@@ -8,6 +8,26 @@ from functools import cached_property
 from qwentune.answering.call_syntax import WrittenCall, calls_in
 
 OPENING, CLOSING = "<think>", "</think>"
+MOST_AT_ONCE = 16  # prompts; half as many each time that memory does not suffice
+MOST_TOGETHER = 8192  # tokens of several prompts and their answers, while training; each of more is answered alone
+# Tokens that an answer may have: so many times those that are taught, and no fewer than these.
+TIMES_TAUGHT, FEWEST_TOKENS = 2, 256
+MOST_BEYOND = 1024
+
+
+def most_answered(taught_tokens: int) -> int:
+    """Tokens that an answer may have where so many are taught."""
+    return max(FEWEST_TOKENS, TIMES_TAUGHT * taught_tokens)
+
+
+def most_answered_in_training(taught_tokens: int) -> int:
+    """As `most_answered`, but of long answers no more than so many beyond the taught ones."""
+    return min(most_answered(taught_tokens), taught_tokens + MOST_BEYOND)
+
+
+def most_cached(max_tokens: int) -> int:
+    """Tokens of a prompt with its answer in training, where examples have at most so many."""
+    return max_tokens + MOST_BEYOND
 
 
 @dataclass(frozen=True)

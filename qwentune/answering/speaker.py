@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwentune.answering.answer import OPENING, Answer
+from qwentune.answering.answer import MOST_AT_ONCE, OPENING, Answer
 from qwentune.data.layout.media_batch import as_prompt
 from qwentune.data.layout.media_table import RunMedia
 from qwentune.data.tokenizing.tokenizer import Tokenizer
 from qwentune.facts.generation_config import end_token_ids
 
-MOST_AT_ONCE = 16  # prompts; half as many each time that memory does not suffice
 NUM_LAST = 8  # tokens of a prompt that show whether it opens a block of reasoning
 # A checkpoint's sampling is left aside, and its penalty on repetition too: it would count the padding.
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
@@ -35,11 +34,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Speaker:
-    """A network that answers, as its `generation_config.json` says where answers end."""
+    """A network that answers, as its `generation_config.json` says where answers end.
+
+    Several prompts and their answers have `most_together` tokens, if that is given. `in_step` with the same prompts on
+    ranks that share the network's weights, each of which takes part in every token.
+    """
 
     network: Any
     tokenizer: Tokenizer
     generation: Mapping[str, Any]
+    most_together: int | None = None
+    in_step: bool = False
 
     def answer(self, prompt: Prompt) -> Answer:
         """The answer to one prompt."""
@@ -54,19 +59,28 @@ class Speaker:
         waiting = sorted(range(len(prompts)), key=lambda k: len(prompts[k].ids), reverse=True)
         size = MOST_AT_ONCE
         while waiting:
-            # A prompt with media is answered alone: only then pads and patches need no second count.
-            alone = next((at for at, k in enumerate(waiting[:size]) if prompts[k].media is not None), size)
-            batch = waiting[: max(1, alone)]
+            batch = waiting[: self._num_together([prompts[k] for k in waiting[:size]])]
             try:
                 found = self._generated([prompts[k] for k in batch])
             except torch.OutOfMemoryError:
-                if len(batch) == 1:
+                if len(batch) == 1 or self.in_step:  # where other ranks wait for this one
                     raise
                 size = len(batch) // 2
                 torch.cuda.empty_cache()
                 continue
             yield from zip(batch, found, strict=True)
             waiting = waiting[len(batch) :]
+
+    def _num_together(self, prompts: Sequence[Prompt]) -> int:
+        """How many of the first prompts, of which none is longer than the one before it, are answered at once."""
+        most = 0
+        for count, prompt in enumerate(prompts):
+            most = max(most, len(prompts[0].ids) + prompt.most_tokens)
+            is_too_much = self.most_together is not None and (count + 1) * most > self.most_together
+            # A prompt with media is answered alone: only then pads and patches need no second count.
+            if prompt.media is not None or is_too_much:
+                return max(1, count)
+        return len(prompts)
 
     def _generated(self, prompts: Sequence[Prompt]) -> list[Answer]:
         given = self._given(prompts)
@@ -76,8 +90,9 @@ class Speaker:
                 **GREEDY,
                 max_new_tokens=max(prompt.most_tokens for prompt in prompts),
                 use_cache=True,
-                eos_token_id=end_token_ids(dict(self.generation)),
+                eos_token_id=end_token_ids(dict(self.generation)) or None,
                 pad_token_id=self._pad,
+                synced_gpus=self.in_step,
             )[:, given["input_ids"].shape[1] :].tolist()
         return [self._answer(prompt, row[: prompt.most_tokens]) for prompt, row in zip(prompts, rows, strict=True)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from qwentune.answering.answer import CLOSING, Answer
+from qwentune.answering.answer import CLOSING, Answer, most_answered
 from qwentune.answering.speaker import Prompt, ending, opens
 from qwentune.data.dataset import Dataset
 from qwentune.data.rendering.example import Example, Span
@@ -13,9 +13,6 @@ from qwentune.data.rendering.fill_in_the_middle import MIDDLE
 from qwentune.data.sample import Source
 from qwentune.data.tokenizing.tokenizer import Tokenizer
 from qwentune.scores.case import Kind
-
-# Tokens that an answer may have: so many times those that are taught, and no fewer than these.
-TIMES_TAUGHT, FEWEST_TOKENS = 2, 256
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Question:
         """What the answer goes on from; it may have `most_tokens`, or what the taught one suggests."""
         ids = dataset.examples.ids(self.example)[: self.start].tolist()
         shows = any(token < 0 for token in ids)
-        most = max(FEWEST_TOKENS, TIMES_TAUGHT * self.taught.tokens) if most_tokens is None else most_tokens
+        most = most_answered(self.taught.tokens) if most_tokens is None else most_tokens
         return Prompt(ids, most, dataset.media if shows else None)
 
 

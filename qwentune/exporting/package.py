@@ -12,7 +12,7 @@ from qwentune.data.tokenizing.tokenizer import split_pattern
 from qwentune.data.tokenizing.vocabulary import SPLIT_PATTERN
 from qwentune.exporting.config_keys import kept_config, kept_part_config
 from qwentune.facts.documents import LARGEST_TOKENIZER_BYTES, read_object
-from qwentune.facts.generation_config import end_token_ids, read_generation_config
+from qwentune.facts.generation_config import as_trained, end_token_ids, read_generation_config
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
 # Transformers puts Qwen2's pattern over the one in tokenizer.json where these are named and no config.json says better.
@@ -51,9 +51,7 @@ def write_package(
     _name_a_class_that_keeps_the_pattern(target)
     if chat_template is not None:
         (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    generation = read_generation_config(base)
-    stops = dict.fromkeys([*stop_token_ids, *end_token_ids(generation)])
-    generation |= {"eos_token_id": list(stops), "pad_token_id": generation.get("pad_token_id", end_of_text_id)}
+    generation = as_trained(read_generation_config(base), stop_token_ids, end_of_text_id)
     (target / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     if (target / "config.json").exists():
         # Servers that read no generation config take the stop token from here.
@@ -61,7 +59,7 @@ def write_package(
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
                 part["use_cache"] = True  # off only while training
-        config["eos_token_id"] = next(iter(stops), config.get("eos_token_id"))
+        config["eos_token_id"] = next(iter(end_token_ids(generation)), config.get("eos_token_id"))
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -12,7 +12,7 @@ from qwentune.durable import mark, remove, replace_folder
 from qwentune.errors import Problem, ResumeError
 from qwentune.exporting.package import copy_weights, keep_config, model_card, stop_token_ids, write_package
 from qwentune.exporting.processors import is_whole, write_processors
-from qwentune.recipe import Recipe
+from qwentune.recipe import Recipe, ScoreName
 from qwentune.training.best import best_step
 from qwentune.training.checkpoints import Checkpoint, Checkpoints, verify
 from qwentune.training.run_folder import RunFolder
@@ -37,7 +37,7 @@ def publish(
     last, skipped = checkpoints.newest()
     if last is None:
         raise ResumeError(skipped, "The run ended without a checkpoint.")
-    source = _best(checkpoints, last) if recipe.output.best is not None else last
+    source = _best(checkpoints, last, recipe.output.followed) if recipe.output.best is not None else last
     target = folder.path / ("model" if recipe.tuning.kind == "full" else "adapter")
     staging = target.with_name(f".{target.name}.writing")
     remove(staging)
@@ -71,9 +71,9 @@ def publish(
     return last.step, source.step
 
 
-def _best(checkpoints: Checkpoints, last: Checkpoint) -> Checkpoint:
+def _best(checkpoints: Checkpoints, last: Checkpoint, followed: ScoreName) -> Checkpoint:
     """The best checkpoint of a run; the last one where that is damaged, which is said, or where none was the best."""
-    best = best_step(last)
+    best = best_step(last, followed)
     if best is None:
         return last
     found = verify(checkpoints.published(best))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,3 +43,10 @@ def end_token_ids(generation: dict[str, Any]) -> list[int]:
     """The tokens at which an answer ends."""
     ends: int | list[int] | None = generation.get("eos_token_id")
     return [] if ends is None else [ends] if isinstance(ends, int) else ends
+
+
+def as_trained(generation: dict[str, Any], stop_token_ids: Iterable[int], end_of_text_id: int) -> dict[str, Any]:
+    """A checkpoint's generation config once answers were trained to end so, its own stop tokens besides."""
+    stops = dict.fromkeys([*stop_token_ids, *end_token_ids(generation)])
+    pad = generation.get("pad_token_id", end_of_text_id)
+    return {**generation, "eos_token_id": list(stops), "pad_token_id": pad}

@@ -76,6 +76,7 @@ def judge(
         optimizer_state=precision.optimizer_state,
         headroom=memory.headroom,
         keep=output.keep,
+        answers=output.answers,
         optimizer_steps=optimizer_steps,
         host_free_bytes=free_host_bytes() if is_here else None,
         disk_free_bytes=free_disk_bytes(Path(output.dir), fresh=fresh) if is_here else None,

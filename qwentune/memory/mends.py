@@ -139,6 +139,14 @@ def _costly_changes(spec: ModelSpec, device: Device, request: PlanRequest) -> It
     """Changes that cost exactness, quality, text or hardware, in that order; variants of one are listed together."""
     if request.keep > 1 and request.disk_free_bytes is not None:
         yield [_Change("keep one checkpoint", ("output.keep=1",), lambda asked: replace(asked, keep=1))]
+    if request.answers:
+        yield [
+            _Change(
+                "answer no prompts while training",
+                ("output.samples=0", "output.best=null"),
+                lambda asked: replace(asked, answers=False),
+            )
+        ]
     if isinstance(device, GpuSpec) and request.kind == "full" and request.sharding not in ("auto", *_OFFLOADING):
         yield [_offloaded(launch) for launch in _OFFLOADING]
     is_sharded = request.sharding not in ("auto", "none", "ddp")

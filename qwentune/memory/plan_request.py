@@ -40,7 +40,7 @@ class PlanRequest:
     `towers` are what a row gives to what sees and hears, None where that is not loaded; `largest` is what the rendered
     data shows at most, None where it was not looked at.
     `host_free_bytes` and `disk_free_bytes` are what the system says, None where it is not judged. `headroom` is the
-    fraction of the device's memory that stays free.
+    fraction of the device's memory that stays free. `answers` says that evaluations answer held-out prompts.
     """
 
     kind: Tuning
@@ -69,6 +69,7 @@ class PlanRequest:
     disk_free_bytes: int | None = None
     towers: TowerUse | None = None
     largest: RowMedia | None = None
+    answers: bool = False
 
     def settings(self, device: Device, **choices: Any) -> Settings:
         """The settings of a training step with what was chosen: every field of `Settings` that is not fixed here."""
@@ -86,6 +87,7 @@ class PlanRequest:
             fuses_delta_rule="fla" in self.kernels,
             fuses_convolution="causal_conv1d" in self.kernels,
             towers=self.towers,
+            answers=self.answers,
             **choices,
         )
 

@@ -47,6 +47,9 @@ def _reasons(spec: ModelSpec, settings: Settings, peak: Terms) -> Iterator[str]:
             f"Pictures and sounds take {_gib(peak.media)} at most: a row is taken to hold nothing else, and of sounds "
             "the shortest, until `qwentune preview` has counted them."
         )
+    if peak.cache >= LARGE_SHARE * peak.total:
+        why = "output.samples, or an output.best that is no loss, asks for them"
+        yield f"Answers of held-out prompts hold {_gib(peak.cache)} of keys and values: {why}."
     if settings.loss == "full" and peak.logits >= LARGE_SHARE * peak.total:
         why = "an adapter on lm_head makes them at once" if adapts_head(settings) else "memory.loss is full"
         yield f"The logits of all positions are held, {_gib(peak.logits)}: {why}."

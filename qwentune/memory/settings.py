@@ -54,6 +54,7 @@ class Settings:
     head are trained too) count only for adapters. `branches` says that rows may hold examples that share beginnings,
     `on_cpu` that the step runs on a CPU. Hybrids run the delta rule and the convolution before it in torch, or
     fused by flash-linear-attention and causal-conv1d. `towers` is None where what sees and hears is not loaded.
+    `answers` says that evaluations answer held-out prompts.
     """
 
     kind: Tuning
@@ -78,6 +79,7 @@ class Settings:
     fuses_delta_rule: bool = False
     fuses_convolution: bool = False
     towers: TowerUse | None = None
+    answers: bool = False
 
     @property
     def forward_tokens(self) -> int:

@@ -116,15 +116,15 @@ def _lower(
 def _beside(planned: Mapping[str, int], held: Mapping[str, int]) -> list[str]:
     """A table of the terms in MiB; what is not told apart when measured is one row."""
     rows = [(name, planned[name], held.get(name)) for name in ("weights", "adapters", "gradients", "optimizer")]
-    rest = ("activations", "logits", "temporaries", "workspaces")
+    rest = ["activations", "logits", "temporaries", "workspaces", *(["cache"] if planned.get("cache") else [])]
     rows.append((", ".join(rest), sum(planned[name] for name in rest), held.get("rest")))
     allocated = sum(planned.values()) - planned["allocator"] - planned["context"]
     rows.append(("all that torch hands out, at most", allocated, held.get("peak")))
     rows.append(("allocator", planned["allocator"], held.get("allocator")))
-    lines = [f"{'MiB':<44}{'plan':>9}{'held':>9}"]
+    lines = [f"{'MiB':<51}{'plan':>9}{'held':>9}"]
     for name, plan_bytes, held_bytes in rows:
         if plan_bytes or held_bytes:
-            lines.append(f"{name:<44}{_mib(plan_bytes):>9}{'-' if held_bytes is None else _mib(held_bytes):>9}")
+            lines.append(f"{name:<51}{_mib(plan_bytes):>9}{'-' if held_bytes is None else _mib(held_bytes):>9}")
     return lines
 
 

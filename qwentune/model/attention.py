@@ -6,7 +6,8 @@ transformers under names of our own, and the rule reaches them as a keyword of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -34,6 +35,18 @@ def attention_arguments(implementation: str | None, batch: dict[str, Tensor]) ->
     if implementation in KERNELS:
         return {"visibility": Visibility.of(batch)}
     return _varlen_arguments(batch) if implementation == "flash_attention_2" else {}
+
+
+@contextmanager
+def prompts_for_trees(network: Any) -> Iterator[None]:
+    """Makes a network whose attention keeps to trees take padded prompts, as `generate` gives them, for a while."""
+    text = network.config.get_text_config()
+    kept: str = text._attn_implementation
+    text._attn_implementation = "sdpa" if kept in KERNELS else kept
+    try:
+        yield
+    finally:
+        text._attn_implementation = kept
 
 
 def _varlen_arguments(batch: dict[str, Tensor]) -> dict[str, Any]:

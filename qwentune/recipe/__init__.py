@@ -4,6 +4,7 @@ from qwentune.recipe.keys import Key, describe_keys, render_keys
 from qwentune.recipe.loader import LoadedRecipe, load_recipe, parse_recipe
 from qwentune.recipe.resolved import resolved_yaml
 from qwentune.recipe.schema import (
+    LIKELIHOODS,
     BatchOptions,
     DataOptions,
     DataSource,
@@ -16,10 +17,12 @@ from qwentune.recipe.schema import (
     OutputOptions,
     Precision,
     Recipe,
+    ScoreName,
     Tuning,
 )
 
 __all__ = [
+    "LIKELIHOODS",
     "BatchOptions",
     "DataOptions",
     "DataSource",
@@ -34,6 +37,7 @@ __all__ = [
     "OutputOptions",
     "Precision",
     "Recipe",
+    "ScoreName",
     "Tuning",
     "describe_keys",
     "load_recipe",

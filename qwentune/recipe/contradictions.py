@@ -80,8 +80,8 @@ def contradictions(root: Node) -> Iterator[Problem]:
     yield from _trackers(given)
     yield from _batches(given)
     has_eval = given.place("data.eval") or given.value("data.eval_fraction", 0) != 0
-    for key in ("output.best", "output.early_stopping"):
-        if (place := given.place(key)) and not has_eval:
+    for key in ("output.best", "output.early_stopping", "output.samples"):
+        if (place := given.place(key)) and given.value(key, 0) != 0 and not has_eval:
             what = f"{key}: nothing is evaluated"
             yield Problem(place.where, what, "Give data.eval_fraction or data.eval, or leave it out.")
     least, most = (given.number(f"data.media.{end}_pixels", 0) for end in ("min", "max"))

@@ -43,6 +43,20 @@ Pixels = Annotated[int, Ge(1), Le(2**31)]
 Dtype = Literal["auto", "bf16", "fp32"]
 Part = Literal["language", "tower", "merger"]  # of a model that sees or hears
 PartTuning = Literal["frozen", "trained", "adapters"]
+# What `qwentune eval` scores; the first two need no answers.
+ScoreName = Literal[
+    "loss",
+    "perplexity",
+    "stopped",
+    "exact_match",
+    "valid_json",
+    "tool_name",
+    "tool_arguments",
+    "fim_exact",
+    "fim_similarity",
+    "reasoning_as_asked",
+]
+LIKELIHOODS: tuple[ScoreName, ...] = ("loss", "perplexity")
 Tracker = Literal["clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 TemplateArgument = bool | int | float | str
 if TYPE_CHECKING:
@@ -322,11 +336,30 @@ class OutputOptions(Section):
         None, "passes over the data between evaluations, instead of eval_every_steps; rounded up to whole steps"
     )
     log_every_steps: Steps = _key(1, "optimizer steps between two rows of metrics.jsonl")
-    best: Literal["loss"] | None = _key(None, "also keep the checkpoint with the lowest eval loss")
-    early_stopping: Steps | None = _key(None, "evaluations without a lower loss before the run ends")
+    best: ScoreName | None = _key(
+        None,
+        "also keep the checkpoint with the lowest eval loss, or with the best of a score of `qwentune eval`, for which "
+        "each evaluation answers the first held-out rows of each source, 64 at most",
+    )
+    early_stopping: Steps | None = _key(
+        None, "evaluations in a row that are no better by output.best (null: by the loss) before the run ends"
+    )
+    samples: Annotated[int, Ge(0), Le(1000)] = _key(
+        0, "held-out prompts that each evaluation answers, greedily; kept in samples.jsonl"
+    )
     report_to: list[Tracker] = _key([], "experiment trackers")
     project: Name | None = _key(None, "the trackers' project (MLflow's experiment); null: theirs, as of WANDB_PROJECT")
     run_name: Name | None = _key(None, "the run's name in the trackers; null: the name of the run folder")
+
+    @property
+    def followed(self) -> ScoreName:
+        """What tells which evaluation was the best, and when to wait no longer for a better one."""
+        return self.best or "loss"
+
+    @property
+    def answers(self) -> bool:
+        """Whether evaluations answer held-out prompts."""
+        return self.samples > 0 or self.followed not in LIKELIHOODS
 
 
 class Recipe(Section):

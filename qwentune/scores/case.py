@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -49,6 +49,11 @@ class Score:
     weight: Callable[[Case], float] = _one
     shown: Callable[[float], float] = _itself
     in_shares: bool = True
+
+    def mean(self, cases: Sequence[Case]) -> float | None:
+        """The score of some cases; None where it applies to none."""
+        marks = [(mark, self.weight(case)) for case in cases if (mark := self.of(case)) is not None]
+        return self.shown(sum(m * w for m, w in marks) / sum(w for _, w in marks)) if marks else None
 
 
 def given(case: Case) -> Answer:

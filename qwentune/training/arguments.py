@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from qwentune.recipe import OptimizerOptions, OutputOptions
+from qwentune.recipe import LIKELIHOODS, OptimizerOptions, OutputOptions
 
 
 def training_arguments(
@@ -46,8 +46,8 @@ def training_arguments(
         save_steps=output.save_every_steps or periods["save_every_epochs"],
         eval_strategy="steps" if evaluates else "no",
         eval_steps=(output.eval_every_steps or periods["eval_every_epochs"]) if evaluates else None,
-        metric_for_best_model="loss" if keeps_best else None,
-        greater_is_better=False if keeps_best else None,
+        metric_for_best_model=output.followed if keeps_best else None,
+        greater_is_better=output.followed not in LIKELIHOODS if keeps_best else None,
         logging_steps=output.log_every_steps,
         logging_nan_inf_filter=False,
         report_to=list(output.report_to),

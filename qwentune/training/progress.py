@@ -5,18 +5,21 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qwentune import console
-from qwentune.training.run_folder import EVALUATIONS, METRICS, RunFolder
+from qwentune.training.run_folder import EVALUATIONS, METRICS, SAMPLES, RunFolder
 
 MetricsRow = dict[str, float | int | None]
 HEIGHTS = "▁▂▃▄▅▆▇█"
+MOST_CHARACTERS = 80  # of an answer that is shown
 LIVE_SECONDS = 1.0  # between two states of status.json
 
 
@@ -76,15 +79,25 @@ class Recorder:
         losses = [latest["loss"] or 0.0 for latest in self.latest]
         self._draw(completed=step, facts=f"{sparkline(losses, 10)} loss {loss:.4f} · {speed} tokens/s")
 
-    def evaluating(self, done: int, total: int) -> None:
+    def evaluating(self, what: str, done: int, total: int) -> None:
         """Shows how far an evaluation is."""
         if self.bar is not None:
-            self._draw(description="training" if done == total else f"evaluating {done}/{total}")
+            self._draw(description="training" if done == total else f"{what} {done}/{total}")
 
-    def evaluated(self, step: int, loss: float) -> None:
-        """Takes the result of one evaluation."""
-        self.folder.append(EVALUATIONS, {"step": step, "loss": loss})
-        console.say(f"step {step}/{self.num_steps}  eval loss {loss:.4f}")
+    def evaluated(self, step: int, loss: float, scores: Mapping[str, float]) -> None:
+        """Takes the results of one evaluation."""
+        self.folder.append(EVALUATIONS, {"step": step, "loss": loss, **scores})
+        told = "".join(f"  {name} {score:.4g}" for name, score in scores.items())
+        console.say(f"step {step}/{self.num_steps}  eval loss {loss:.4f}{told}")
+
+    def sampled(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Takes the answers of one evaluation, and shows how the first begins."""
+        for row in rows:
+            self.folder.append(SAMPLES, dict(row))
+        for row in rows[:1]:
+            text = " ".join(row["answer"].split()) or "(nothing)"
+            source = f"{Path(row['source']['file']).name}:{row['source']['line']}"
+            console.say(f"step {row['step']}/{self.num_steps}  {source} answered: {shorten(text)}")
 
     def _draw(self, **changes: int | str) -> None:
         assert self.bar is not None
@@ -99,3 +112,8 @@ def sparkline(values: Sequence[float], columns: int = 30) -> str:
     means = [sum(values[start:stop]) / (stop - start) for start, stop in pairwise(edges)]
     low, high = min(means, default=0.0), max(means, default=0.0)
     return "".join(HEIGHTS[round((mean - low) / (high - low or 1.0) * (len(HEIGHTS) - 1))] for mean in means)
+
+
+def shorten(text: str) -> str:
+    """The beginning of a text that is too long for a line."""
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS].rstrip()} …"

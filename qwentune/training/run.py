@@ -29,9 +29,6 @@ from qwentune.training.signals import StoppedEarlyError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
     from qwentune.data.dataset import Dataset
     from qwentune.data.layout.schedule import Schedule
     from qwentune.data.tokenizing.tokenizer import Tokenizer
@@ -39,7 +36,6 @@ if TYPE_CHECKING:
     from qwentune.memory.plan_request import Device
     from qwentune.memory.run_plan import RunPlan
     from qwentune.memory.settings import Settings
-    from qwentune.model.sharded import Shards
     from qwentune.recipe import LoadedRecipe
     from qwentune.training.checkpoints import Checkpoint, Checkpoints
     from qwentune.training.command_line import Request
@@ -234,7 +230,9 @@ class Run:
         where, phase = "loading", "load"
         if trainer is not None:
             where = f"step {trainer.state.global_step + 1}"
-            phase = "train_step" if model.training else "evaluate"
+            evaluating = [name for name in ("evaluate", "answer") if name in self.plan.phases]
+            worst = max(evaluating, key=lambda name: self.plan.phases[name].total)
+            phase = "train_step" if model.training else worst
 
         def judged(overrides: Sequence[str]) -> RunPlan:
             # Of the text that this run began with: the file may have been edited since.
@@ -281,6 +279,7 @@ class Run:
             allowed=[*self.request.allow_change, *(["plan"] if changes_the_plan(self.request.allow_change) else [])],
             num_steps=self.schedule.num_steps,
             patience=self.loaded.recipe.output.early_stopping,
+            followed=self.loaded.recipe.output.followed,
             versions=_library_versions(),
         )
         if start.checkpoint is not None and not start.trained:
@@ -313,10 +312,13 @@ class Run:
     ) -> tuple[SftTrainer, StopOnSignal]:
         """The trainer over the model, new or from the checkpoint."""
         from qwentune.data.layout.batch import EvalBatches, TrainBatches
+        from qwentune.facts.generation_config import as_trained, read_generation_config
         from qwentune.facts.launch import uses_deepspeed
         from qwentune.model.head import LossHead
         from qwentune.training.arguments import training_arguments
+        from qwentune.training.held_out import HeldOut
         from qwentune.training.learning_rate import learning_rate_of
+        from qwentune.training.network import network_to_train
         from qwentune.training.probe import Probe
         from qwentune.training.shards import configure
         from qwentune.training.stop import StopOnSignal
@@ -332,6 +334,8 @@ class Run:
         stops = {name: self.tokenizer.control_ids[name] for name in counts}
         every = sum(counts.values()) == self.dataset.report["trained_spans"]
         batches.prove_first(0 if checkpoint is None else checkpoint.step, stops, every)
+        generation = as_trained(read_generation_config(base), stops.values(), self.tokenizer.end_of_text_id)
+        held_out = HeldOut.of(self.dataset, self.tokenizer, generation, recipe.output)
         if recipe.output.report_to and ranks.leads:
             continue_record(self.folder, recipe.output)
         arguments = training_arguments(
@@ -349,7 +353,17 @@ class Run:
             seed=recipe.seed,
             on_gpu=ranks.device.type == "cuda",
         )
-        model, shards = self._model(base, checkpoint)
+        model, shards = network_to_train(
+            base,
+            checkpoint and checkpoint.folder,
+            spec=self.spec,
+            tuning=recipe.tuning,
+            choices=choices,
+            ranks=ranks,
+            seed=recipe.seed,
+            untaught_tokens=self._untaught_tokens(),
+            has_media=self._has_media,
+        )
         adds_in_fp32 = self._settings().adds_in_fp32
         minutes = recipe.output.save_every_minutes
         stop = StopOnSignal(None if minutes is None else minutes * 60)
@@ -365,6 +379,8 @@ class Run:
             checkpoints=checkpoints,
             checkpoint_facts={"run": facts, "plan": self.plan.to_json(), "versions": _library_versions()},
             recorder=recorder,
+            held_out=held_out,
+            followed=recipe.output.followed,
             patience=recipe.output.early_stopping,
             lora_plus_ratio=recipe.optimizer.lora_plus_ratio or 1.0,
             part_rates=recipe.tuning.part_rates,
@@ -375,47 +391,6 @@ class Run:
         configure(trainer.accelerator, model, adds_in_fp32=adds_in_fp32)
         trainer.add_callback(Probe(trainer, self._measured))
         return trainer, stop
-
-    def _model(self, base: Path, checkpoint: Checkpoint | None) -> tuple[PreTrainedModel | PeftModel, Shards | None]:
-        """The network to train; a full one is built from the checkpoint, adapters are loaded onto the base.
-
-        Under FSDP2 it is hollow, and this rank's rows of the weights stand beside it.
-        """
-        from transformers import set_seed
-
-        from qwentune.model.adapters import add_adapters, load_adapters
-        from qwentune.model.attention import IMPLEMENTATIONS
-        from qwentune.model.loading import load_model, recompute_layers
-        from qwentune.model.senses import freeze
-        from qwentune.model.sharded import Shards
-
-        tuning, choices = self.loaded.recipe.tuning, self.plan.choices
-        is_old = tuple(int(part) for part in version("transformers").split(".")[:2]) < (5, 23)
-        if is_old and choices.sharding.startswith("zero3") and self.spec.moe is not None:
-            console.say(
-                "warning: each rank fuses all experts in host memory; transformers from 5.23 on does it layer by layer"
-            )
-        full = tuning.kind == "full"
-        set_seed(self.loaded.recipe.seed)
-        model = load_model(
-            base if checkpoint is None or not full else checkpoint.folder,
-            dtype=choices.weights,
-            four_bit=tuning.kind == "qlora",
-            attention=IMPLEMENTATIONS[choices.attention],
-            device=self.ranks.device,
-            sharded=self.ranks.shards_weights,
-            has_media=self._has_media,
-        )
-        shards = Shards(model) if self.ranks.shards_weights else None
-        recompute_layers(model, choices.gradient_checkpointing, towers=tuning.towers != "frozen")
-        if full:
-            freeze(model, tuning.trained_parts)
-            return model, shards
-        if checkpoint is not None:
-            return load_adapters(model, checkpoint.folder, choices.adapters, tuning), shards
-        if tuning.start_from is not None:
-            return load_adapters(model, Path(tuning.start_from), choices.adapters, tuning), shards
-        return add_adapters(model, tuning, choices.adapters, self._untaught_tokens(), shards), shards
 
     def _untaught_tokens(self) -> list[int]:
         """The control tokens of the data whose rows a base model never learnt; none for one that was taught to chat."""
@@ -446,8 +421,13 @@ class Run:
             tokenizer=self.tokenizer,
             chat_template=self.template,
         )
-        how = "all steps are done" if last >= self.schedule.num_steps else "the eval loss stopped falling"
+        how = "all steps are done" if last >= self.schedule.num_steps else self._why_it_stopped
         self._status("finished", EXIT_OK, f"{how}; published step {published}", last)
+
+    @property
+    def _why_it_stopped(self) -> str:
+        followed = self.loaded.recipe.output.followed
+        return "the eval loss stopped falling" if followed == "loss" else f"{followed} no longer improved"
 
     def _status(self, state: State, code: int | None, reason: str, step: int | None = None) -> None:
         if not self.ranks.leads:

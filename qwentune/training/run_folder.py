@@ -23,6 +23,8 @@ from qwentune.redaction import redact, redacted
 
 METRICS = "metrics.jsonl"  # one row per logged step
 EVALUATIONS = "evaluations.jsonl"  # one row per evaluation
+SAMPLES = "samples.jsonl"  # one row per held-out prompt that an evaluation has answered
+RECORDS = (METRICS, EVALUATIONS, SAMPLES)
 LOG = "log.txt"  # what was said on the screen
 STATUS = "status.json"
 LOCK = ".lock"
@@ -172,10 +174,10 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drops the records of steps after `step`: they belong to work that was lost and will be done again."""
-        for name in (METRICS, EVALUATIONS, LOG):
+        for name in (*RECORDS, LOG):
             if (self.path / name).is_symlink():  # lines would be added to what it points to
                 remove(self.path / name)
-        for name in (METRICS, EVALUATIONS):
+        for name in RECORDS:
             if (self.path / name).exists():
                 rows, damaged = self._records(name)
                 if damaged:
@@ -196,7 +198,7 @@ class RunFolder:
 
     def sync_records(self) -> None:
         """Waits until the records are on disk: a checkpoint must not outlive those of its steps."""
-        for name in (METRICS, EVALUATIONS):
+        for name in RECORDS:
             if (self.path / name).exists():
                 with _about(self.path / name), (self.path / name).open("ab") as file:
                     os.fsync(file.fileno())

@@ -13,7 +13,7 @@ from qwentune import durable
 from qwentune.bounded import refuse_name
 from qwentune.errors import Problem, ResumeError, UsageError, counted, nearest
 from qwentune.memory.run_plan import Choices
-from qwentune.recipe import describe_keys
+from qwentune.recipe import ScoreName, describe_keys
 from qwentune.recipe.keys import is_key
 from qwentune.training.best import best_step, evaluated_steps, has_stopped_improving
 from qwentune.training.checkpoints import Checkpoint, Checkpoints, open_checkpoint
@@ -101,12 +101,13 @@ def choose_start(
     allowed: Sequence[str],
     num_steps: int,
     patience: int | None,
+    followed: ScoreName,
     versions: Mapping[str, str],
 ) -> Start:
     """The newest checkpoint that verifies, or the one named by `resume`, or a new run where there is none.
 
-    `patience` is the number of evaluations without a lower loss after which a run is done, `versions` are those of the
-    libraries.
+    `patience` is the number of evaluations that are no better by what is `followed` after which a run is done,
+    `versions` are those of the libraries.
 
     Raises ResumeError where checkpoints exist but none verifies, and where the run's facts differ from the
     checkpoint's in a key that is not in `allowed`.
@@ -135,7 +136,8 @@ def choose_start(
         what = f"is after the {counted(num_steps, 'step{|s}')} that the recipe asks for"
         fix = "Ask for more steps, name an earlier checkpoint with --resume PATH, or start anew with --fresh."
         raise ResumeError(Problem(str(checkpoint.folder), what, fix))
-    trained = step >= num_steps or has_stopped_improving(evaluated_steps(checkpoint), best_step(checkpoint), patience)
+    best = best_step(checkpoint, followed)
+    trained = step >= num_steps or has_stopped_improving(evaluated_steps(checkpoint), best, patience)
     complete = trained and run.finished_step() == step
     if complete:
         messages.append(f"already complete: {run.path} was trained for {counted(step, 'step{|s}')}")

@@ -17,26 +17,28 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from qwentune.data.layout.batch import Ahead, Batch, EvalBatches, TrainBatches
+from qwentune.data.layout.batch import Batch, EvalBatches, TrainBatches
 from qwentune.data.layout.tower_inputs import stays_on_cpu
 from qwentune.durable import remove
 from qwentune.errors import NotFiniteError, Problem, UserError
 from qwentune.facts.towers import Part
 from qwentune.model.head import LossHead
 from qwentune.model.sharded import Shards
-from qwentune.training.best import has_stopped_improving
+from qwentune.recipe import ScoreName
+from qwentune.training.best import was_best_by
 from qwentune.training.checkpoints import Checkpoints
 from qwentune.training.diagnose import first_not_finite
 from qwentune.training.disk import disk_error
+from qwentune.training.evaluation import ExactEvaluation
+from qwentune.training.held_out import HeldOut
 from qwentune.training.progress import Recorder
 from qwentune.training.reports import Report
-from qwentune.training.step import ExactStep
 from qwentune.training.trackers import observe
 
 OWN_STATES = "optimizer_{}.pt"  # what one of several ranks keeps for its shards
 
 
-class ExactResume(ExactStep):
+class ExactResume(ExactEvaluation):
     """Mixin for a transformers Trainer: exact batches, lean step, atomic checkpoints, exact resume.
 
     Batches come from a pure function of the step. Nothing waits for the device between two log points. A step whose
@@ -53,6 +55,8 @@ class ExactResume(ExactStep):
         checkpoints: Checkpoints,
         checkpoint_facts: Mapping[str, Any],
         recorder: Recorder | None,
+        held_out: HeldOut | None = None,
+        followed: ScoreName = "loss",
         patience: int | None = None,
         lora_plus_ratio: float = 1.0,
         part_rates: Mapping[Part, float] | None = None,
@@ -71,6 +75,8 @@ class ExactResume(ExactStep):
         self.checkpoints = checkpoints
         self.checkpoint_facts = dict(checkpoint_facts)
         self.recorder = recorder
+        self.held_out = held_out
+        self.followed = followed
         self.patience = patience
         self.lora_plus_ratio = lora_plus_ratio
         self.part_rates = part_rates or {}
@@ -85,15 +91,6 @@ class ExactResume(ExactStep):
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self.batches)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Batch]:
-        assert self.eval_batches is not None
-        return self._loader(self.eval_batches)
-
-    def _loader(self, batches: TrainBatches | EvalBatches) -> DataLoader[Batch]:
-        pinned = self.args.device.type == "cuda"
-        made = batches if batches.rows.media is None else Ahead(batches)
-        return DataLoader(made, batch_size=1, shuffle=False, collate_fn=_only, pin_memory=pinned)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Batch]:
         raise AssertionError("qwentune has no test set")
@@ -174,43 +171,6 @@ class ExactResume(ExactStep):
         findings: list[str | None] = [None] * self.args.world_size
         dist.all_gather_object(findings, found)
         return next((each for each in findings if each is not None), None)
-
-    # Evaluation: the mean over all trained tokens, without ever holding logits.
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        model: Any = self.model_wrapped
-        model.eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        loader = self.get_eval_dataloader()
-        with torch.no_grad():
-            for done, inputs in enumerate(loader, 1):
-                if self.recorder is not None:
-                    self.recorder.evaluating(done, len(loader))
-                batch = self._prepare_inputs(inputs)
-                totals[0] += self.loss_head.loss(model, batch)
-                totals[1] += batch["weight"].sum()
-        model.train()
-        self.report.pass_mark()
-        if self.args.world_size > 1:
-            dist.all_reduce(totals)
-        loss = float(totals[0] / totals[1])
-        metrics = {"eval_loss": loss}
-        self.state.log_history.append({"step": self.state.global_step, **metrics})
-        if self.recorder is not None:
-            self.recorder.evaluated(self.state.global_step, loss)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        is_best = super()._determine_best_metric(metrics, trial)
-        evaluated = [int(row["step"]) for row in self.state.log_history]
-        if is_best:
-            self.control.should_save = True  # so that the best step is there to be published
-        elif has_stopped_improving(evaluated, self.state.best_global_step, self.patience):
-            self.control.should_save = True
-            self.control.should_training_stop = True
-        return is_best
 
     # Checkpoints: transformers writes into a staging folder, rank 0 publishes it.
 
@@ -323,7 +283,11 @@ class ExactResume(ExactStep):
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
             # When to log, evaluate and save is what the recipe says now; transformers keeps what it said then.
-            self.state.compute_steps(self.args, self.state.max_steps)
+            state = self.state
+            state.compute_steps(self.args, state.max_steps)
+            # The best by something else is no bar.
+            if not was_best_by(self.followed, state.log_history, state.best_global_step, state.best_metric):
+                state.best_global_step = state.best_metric = None
             windows = {path.stem: json.loads(path.read_bytes()) for path in Path(checkpoint).glob("log_window_*.json")}
             own = windows[f"log_window_{self.args.process_index if len(windows) == self.args.world_size else 0}"]
             if len(windows) != self.args.world_size:  # what is logged is the mean of all ranks
@@ -347,7 +311,3 @@ def save_weights(model: nn.Module, folder: Path, state_dict: dict[str, Any] | No
     if hasattr(model, "peft_config"):
         options["save_embedding_layers"] = False  # `auto` asks the hub for the base's vocabulary size
     model.save_pretrained(str(folder), state_dict=state_dict, **options)  # type: ignore[operator]
-
-
-def _only(items: list[Batch]) -> Batch:
-    return items[0]

@@ -37,6 +37,7 @@ from tests.runs import ENVIRONMENT
 RECIPE = "model: builtin:tiny-qwen3\ntuning: {kind: lora}\ndata: {train: rows.jsonl}\n"
 GIVEN_BESIDE = {
     "output.early_stopping": ["data.eval_fraction=0.5"],
+    "output.samples": ["data.eval_fraction=0.5"],
     "batch.micro_batch": ["batch.sequences_per_step=65536"],
     "optimizer.min_learning_rate": ["optimizer.learning_rate=10"],
     "optimizer.decay_fraction": ["optimizer.schedule=wsd", "optimizer.warmup_steps=0"],

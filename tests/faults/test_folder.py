@@ -49,7 +49,15 @@ def trained_run(folder: Path, *steps: int) -> tuple[RunFolder, Checkpoints]:
 
 def start(run: RunFolder, checkpoints: Checkpoints, num_steps: int) -> Start:
     return choose_start(
-        run, checkpoints, FACTS, resume="auto", allowed=[], num_steps=num_steps, patience=None, versions={"torch": "2"}
+        run,
+        checkpoints,
+        FACTS,
+        resume="auto",
+        allowed=[],
+        num_steps=num_steps,
+        patience=None,
+        followed="loss",
+        versions={"torch": "2"},
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from qwentune.answering.answer import MOST_AT_ONCE, MOST_TOGETHER, most_cached
 from qwentune.facts.architecture import ModelSpec
 from qwentune.memory.closed_form.activations import (
     first_layer_activations,
@@ -44,7 +45,7 @@ LOSS_CHUNK_TOKENS = 1024
 
 
 def phases(spec: ModelSpec, settings: Settings, overheads: Overheads, merges_here: bool) -> Mapping[str, Terms]:
-    """The worst moment of each phase of a run: load, train_step, evaluate, save, resume, merge.
+    """The worst moment of each phase of a run: load, train_step, evaluate, save, resume, merge; answer where it does.
 
     Args:
         merges_here: Adapters are merged in this memory; on a GPU machine they are merged in the host's.
@@ -58,6 +59,8 @@ def phases(spec: ModelSpec, settings: Settings, overheads: Overheads, merges_her
         "resume": replace(static, temporaries=static.temporaries + largest_tensor_bytes(spec, settings)),
         "merge": merging(spec, settings) if merges_here else Terms(),
     }
+    if settings.answers:
+        moments["answer"] = _answer(spec, settings, static)
     return {name: with_overheads(terms, settings, overheads) for name, terms in moments.items()}
 
 
@@ -201,8 +204,7 @@ def _logit_bytes(spec: ModelSpec, settings: Settings) -> int:
 
 def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
     tokens, hidden = settings.forward_tokens, spec.hidden_size
-    # DDP's buckets stay.
-    gradients = gradient_bytes(spec, settings) // 2 if settings.sharding == "ddp" else 0
+    gradients = _buckets(spec, settings)
     body = replace(static, gradients=gradients, activations=forward_bytes(spec, settings) + mask_bytes(spec, settings))
     # Logits in fp32 and their log-softmax; before them an adapter's part, and the sum with the base's in its type.
     is_chunked = settings.loss == "supervised"
@@ -219,6 +221,40 @@ def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
     tower = replace(tower, media=media.inputs + media.running)
     decoder = [replace(moment, media=media.inputs + media.outputs) for moment in (body, head)]
     return max(tower, *decoder, key=lambda terms: terms.allocated)
+
+
+def _buckets(spec: ModelSpec, settings: Settings) -> int:
+    """Those of DDP, which stay."""
+    return gradient_bytes(spec, settings) // 2 if settings.sharding == "ddp" else 0
+
+
+def _answer(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
+    """Prompts that are answered in an evaluation: the longest alone, or several that have fewer tokens together."""
+    cached = most_cached(settings.max_tokens)
+    together = min(cached, MOST_TOGETHER)
+    forward = replace(settings, micro_batch=1, max_tokens=max(settings.max_tokens, together), attention="sdpa")
+    # Of several prompts every pair of tokens has a place in the mask, as a boolean and as what is added to the scores.
+    mask = together**2 // 2 * (1 + settings.weight_bytes)
+    hears = settings.towers is not None and spec.tower is not None and spec.tower.audio is not None
+    num_logits = settings.max_tokens if hears else MOST_AT_ONCE  # which gives those of the whole prompt
+    media = media_bytes(spec, without_gradients(settings))
+    return replace(
+        static,
+        gradients=_buckets(spec, settings),
+        activations=forward_bytes(spec, forward) + mask,
+        logits=num_logits * spec.vocab_rows * (settings.weight_bytes + 4),
+        media=media.inputs + media.outputs,
+        cache=_cache_bytes(spec, settings, cached),
+    )
+
+
+def _cache_bytes(spec: ModelSpec, settings: Settings, tokens: int) -> int:
+    """Keys and values of so many tokens, one layer's twice while a token is added; and the states of linear layers."""
+    keys = (spec.num_attention_layers + 1) * tokens * 2 * spec.kv_size * settings.weight_bytes
+    if (linear := spec.linear_attention) is None:
+        return keys
+    state = 4 * linear.value_size * linear.key_head_dim + settings.weight_bytes * linear.conv_size * linear.conv_kernel
+    return keys + (spec.num_layers - spec.num_attention_layers) * MOST_AT_ONCE * state
 
 
 def _load(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:

@@ -16,7 +16,7 @@ class Terms:
 
     `workspaces` are libraries' own buffers inside torch's count; `allocator` (reserved but not handed out) and
     `context` (CUDA and NCCL) stand outside of it. `towers` are the weights of what sees and hears, `media` the pixels
-    and sounds of a batch and what towers make and keep of them.
+    and sounds of a batch and what towers make and keep of them, `cache` keys and values of prompts that are answered.
     """
 
     weights: int = 0
@@ -31,6 +31,7 @@ class Terms:
     context: int = 0
     towers: int = 0
     media: int = 0
+    cache: int = 0
 
     @property
     def total(self) -> int:
@@ -51,6 +52,7 @@ class Terms:
             + self.workspaces
             + self.towers
             + self.media
+            + self.cache
         )
 
     def as_dict(self) -> dict[str, int]:
