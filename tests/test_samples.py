@@ -212,10 +212,10 @@ def test_samples_change_no_bit_of_a_run_killed_while_it_answers(tmp_path: Path, 
     sections: dict[str, Any] = {
         "tuning": LORA,
         "data": {"eval_fraction": 0.2},
-        "optimizer": {"max_steps": 12},
+        "optimizer": {"max_steps": 8},
         "precision": {"weights": "bf16"},
     }
-    output = {"eval_every_steps": 3, "save_every_steps": 4}
+    output = {"eval_every_steps": 3, "save_every_steps": 4, "best": "loss"}
     run, plain = tmp_path / "run", tmp_path / "plain"
     finished = warm.train(write_recipe(tmp_path, model, **sections, output=output))
     assert finished.code == 0, finished.said
@@ -223,8 +223,8 @@ def test_samples_change_no_bit_of_a_run_killed_while_it_answers(tmp_path: Path, 
     shutil.move(run, plain)
 
     recipe = write_recipe(tmp_path, model, **sections, output={**output, "samples": 4})
-    assert warm.train(recipe, code=KILL_WHILE_ANSWERING, given=["9"]).code == KILLED
-    assert {row["step"] for row in rows_of(run / "samples.jsonl")} == {3, 6}
+    assert warm.train(recipe, code=KILL_WHILE_ANSWERING, given=["6"]).code == KILLED
+    assert {row["step"] for row in rows_of(run / "samples.jsonl")} == {3}
     resumed = warm.train(recipe)
     assert resumed.code == 0, resumed.said
     assert "resuming" in resumed.said
@@ -234,7 +234,7 @@ def test_samples_change_no_bit_of_a_run_killed_while_it_answers(tmp_path: Path, 
     assert final_weights(run) == final_weights(plain)
     assert last_states(run) == last_states(plain) != {}
     samples = rows_of(run / "samples.jsonl")
-    assert [(row["step"], row["index"]) for row in samples] == [(s, k) for s in (3, 6, 9, 12) for k in range(4)]
+    assert [(row["step"], row["index"]) for row in samples] == [(s, k) for s in (3, 6, 8) for k in range(4)]
 
 
 @pytest.mark.slow
@@ -248,14 +248,14 @@ def test_the_best_by_a_score_is_the_first_and_the_run_ends_when_it_does_not_rise
         model,
         data={"train": str(rows), "eval": str(held)},
         optimizer={"max_steps": 300, "learning_rate": 5e-3},
-        output={"eval_every_steps": 10, "save_every_steps": 300, "best": "exact_match", "early_stopping": 2},
+        output={"eval_every_steps": 5, "save_every_steps": 300, "best": "exact_match", "early_stopping": 2},
     )
     trained = warm.train(recipe)
     assert trained.code == 0, trained.said
     evaluations = rows_of(tmp_path / "run" / "evaluations.jsonl")
     best = next(row["step"] for row in evaluations if row["exact_match"] == 1)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (evaluations[0]["exact_match"], status["step"]) == (0, best + 20)
+    assert status["step"] == best + 10 < 300
     assert status["reason"] == f"exact_match no longer improved; published step {best}"
     assert evaluations[-1]["loss"] < next(row["loss"] for row in evaluations if row["step"] == best)
 

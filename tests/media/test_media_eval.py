@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from qwentune.answering.speaker import Speaker
 from qwentune.data.dataset import chat_template, prepare
 from qwentune.data.layout.batch import EvalBatches
 from qwentune.data.layout.media_batch import as_prompt
 from qwentune.data.tokenizing.tokenizer import load_tokenizer
 from qwentune.errors import EXIT_OK
 from qwentune.eval import run_eval
+from qwentune.evaluating.questions import questions
 from qwentune.exporting.merge import load_tuned
+from qwentune.facts.generation_config import read_generation_config
+from qwentune.model.attention import prompts_for_trees
 from qwentune.model.head import LossHead
 from qwentune.model.loading import load_model
 from qwentune.recipe import DataOptions
@@ -50,8 +54,14 @@ def test_what_is_shown_is_shown_when_it_is_asked(name: MediaType, tmp_path: Path
     weight = sum(float(packed[k]["weight"].sum()) for k in range(len(packed)))
     assert source["tuned"]["loss"] == pytest.approx(losses / weight, rel=1e-4)
 
+    asked = list(questions(dataset, dataset.first_epoch.tolist(), tokenizer, has_reasoning=False))
+    with prompts_for_trees(network):  # as a run answers them between its steps
+        speaker = Speaker(network, tokenizer, read_generation_config(run / "model"))
+        in_training = dict(speaker.answers([question.prompt(dataset, MOST_TOKENS) for question in asked]))
+
     alone: Any = load_tuned(folder, None)
     said = {one["source"]["line"]: one["answer"] for one in map(json.loads, (run / "examples.jsonl").open())}
+    assert {asked[k].source.line: answer.answer for k, answer in in_training.items()} == said
     for i in dataset.first_epoch.tolist():
         ids = dataset.examples.ids(i)[: dataset.examples.starts[i]].tolist()
         assert dataset.media is not None
