@@ -15,6 +15,7 @@ from qwentune.durable import mark, remove, replace_file, replace_folder
 from qwentune.errors import Problem, ResumeError
 from qwentune.exporting.changes import EMBEDDING, HEAD, place
 from qwentune.exporting.config_keys import kept_config
+from qwentune.exporting.processors import is_whole
 from qwentune.exporting.tensors import ModelTensor, write_tensors
 from qwentune.facts.documents import read_object
 from qwentune.facts.towers import part_of
@@ -70,6 +71,8 @@ def name_as_part(folder: Path) -> None:
 
     Transformers writes them under those of the whole.
     """
+    if is_whole(folder):
+        return
     stored = read_weights(folder)
     renamed = {decoder_name(name): tensor for name, tensor in stored.items()}
     if renamed.keys() == stored.keys():
