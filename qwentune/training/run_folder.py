@@ -23,6 +23,7 @@ from qwentune.redaction import redact, redacted
 
 METRICS = "metrics.jsonl"  # one row per logged step
 EVALUATIONS = "evaluations.jsonl"  # one row per evaluation
+EVENTS = "events.jsonl"  # one row per start, save and end, those of lost work too
 LOG = "log.txt"  # what was said on the screen
 STATUS = "status.json"
 LOCK = ".lock"
@@ -31,6 +32,7 @@ TRAINED = ("adapter", "model")  # where the trained weights are published
 STATUS_KEYS = {"state", "exit", "reason", "step", "resume_command"}
 TRACKER_ID = "tracker_id.txt"  # of runs that began before folders were marked
 State = Literal["running", "finished", "preempted", "interrupted", "failed"]
+Event = Literal["start", "resume", "save", "preempted", "interrupted", "failed", "finished"]
 LONGEST_REASON = 1000  # characters, where status.json is written over in the room that it has
 
 
@@ -108,30 +110,32 @@ class RunFolder:
         with suppress(OSError):
             self.write_json(STATUS, {**self.read_json(STATUS), **live})
 
-    def mark_lost(self, reason: str, exit_code: int, command: list[str]) -> None:
-        """Puts an end into `status.json` that a trainer could not write, or of which it knew only half.
+    def mark_lost(self, reason: str, exit_code: int, command: list[str]) -> bool:
+        """Puts an end into `status.json` that a trainer could not write, or of which it knew only half; whether it did.
 
         Without a reason only a run that is said to go on is marked. `command` continues it where the file has none.
         """
         if not (self.path / STATUS).is_file():
-            return  # there was no run yet
+            return False  # there was no run yet
         for _ in range(50):
             try:
                 with self.lock():
                     status = self.read_json(STATUS)
                     if status.get("state") not in ("running", None, *(["failed"] if reason else [])):
-                        return
+                        return False
                     with suppress(ValueError):
                         command = shlex.split(str(status.get("resume_command") or "")) or command
                     reason = reason or f"ended with exit code {exit_code}, and could not write so itself"
                     step = self.reached_step()
                     self.set_status("failed", exit_code=exit_code, reason=reason, step=step, command=command)
+                    self.add_event("failed", step)
             except RunInUseError:
                 time.sleep(0.1)  # the system is still taking apart the process that was killed
             except (OSError, UsageError):
-                return
+                return False
             else:
-                return
+                return True
+        return False
 
     def finished_step(self) -> int | None:
         """The step whose weights the finished run has published; None while there is none."""
@@ -172,7 +176,7 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drops the records of steps after `step`: they belong to work that was lost and will be done again."""
-        for name in (METRICS, EVALUATIONS, LOG):
+        for name in (METRICS, EVALUATIONS, EVENTS, LOG):
             if (self.path / name).is_symlink():  # lines would be added to what it points to
                 remove(self.path / name)
         for name in (METRICS, EVALUATIONS):
@@ -194,6 +198,11 @@ class RunFolder:
                 file.truncate(before)
                 raise
 
+    def add_event(self, event: Event, step: int, **facts: Any) -> None:
+        """Notes what befell the run after a step; a disk that does not take it is no reason to end."""
+        with suppress(OSError):
+            self.append(EVENTS, {"event": event, "step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **facts})
+
     def sync_records(self) -> None:
         """Waits until the records are on disk: a checkpoint must not outlive those of its steps."""
         for name in (METRICS, EVALUATIONS):
@@ -201,18 +210,19 @@ class RunFolder:
                 with _about(self.path / name), (self.path / name).open("ab") as file:
                     os.fsync(file.fileno())
 
+    def records(self, name: str = METRICS) -> list[dict[str, Any]]:
+        """Every row of a file of records that can be read; each has a `step`."""
+        with suppress(OSError):
+            return self._records(name)[0]
+        return []
+
     def last_record(self, name: str = METRICS) -> dict[str, Any] | None:
         """The newest row of a file of records that can be read."""
-        with suppress(OSError):
-            rows, _ = self._records(name)
-            return rows[-1] if rows else None
-        return None
+        return next(reversed(self.records(name)), None)
 
     def losses(self) -> list[float]:
         """The loss of every record that can be read."""
-        with suppress(OSError):
-            return [row["loss"] for row in self._records(METRICS)[0] if isinstance(row.get("loss"), float)]
-        return []
+        return [row["loss"] for row in self.records() if isinstance(row.get("loss"), float)]
 
     def reached_step(self) -> int:
         """The step of the newest record, else of the status, else 0."""
