@@ -17,18 +17,21 @@ MOST_BUCKETS = 500  # of a series, each drawn by its lowest and its highest valu
 NUM_MEANS = 60  # of the line through a long series
 FEWEST_MEANT = 3 * NUM_MEANS  # values of a series through which such a line is drawn
 LOG_FROM = 5  # times the median: a higher peak would press the rest of a linear scale flat
+NUM_COLOURS, LOOKS = 3, ("solid", "dashed", "dotted")
+LONG_NAME = 6  # characters that need more room beside the plot
 NEAREST_LABELS = 90  # per mille between two texts above each other
 NEAREST_MARKS = 160  # and beside each other
 
 
 @dataclass(frozen=True)
 class Series:
-    """Values by step, in order. `look` is how its line is told from others: solid, dashed or dotted."""
+    """Values by step, in order. `look` is how its line is told from others of its colour: solid, dashed or dotted."""
 
     name: str
     steps: Sequence[int]
     values: Sequence[float]
     look: str = "solid"
+    has_dots: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,24 +78,26 @@ class Chart:
             kept = thinned(one.values, MOST_BUCKETS)
             steps, values = [one.steps[k] for k in kept], [one.values[k] for k in kept]
             many = self.has_means and len(one.values) >= FEWEST_MEANT
-            lines.append({"look": f"s{number} {one.look}{' each' if many else ''}", "path": path(steps, values)})
+            colour = f"s{number % NUM_COLOURS}"
+            lines.append({"look": f"{colour} {one.look}{' each' if many else ''}", "path": path(steps, values)})
             end = one.values[-1]
             read.append(_read(one.name, steps, values))
             if many:
                 window = math.ceil(len(one.values) / NUM_MEANS)
                 middle, means = averaged(one.steps, one.values, window)
-                lines.append({"look": f"s{number} {one.look}", "path": path(middle, means)})
+                lines.append({"look": f"{colour} {one.look}", "path": path(middle, means)})
                 read.append(_read("mean", middle, means))
                 end = means[-1]
-            elif one.look == "dashed" and len(one.values) < FEWEST_MEANT:
-                dots = "".join(path([s], [v]) for s, v in zip(steps, values, strict=True))
-                lines.append({"look": f"s{number} dot", "path": dots})
-            ends.append((scale.place(end), one.name, f"s{number} {one.look}"))
+            elif one.has_dots:
+                dots = "".join(path([step], [value]) for step, value in zip(steps, values, strict=True))
+                lines.append({"look": f"{colour} dot", "path": dots})
+            ends.append((scale.place(end), one.name, f"{colour} {one.look}"))
         return {
             "id": self.id,
             "title": self.title,
             "note": " · ".join(filter(None, notes)),
             "sentence": self.sentence(),
+            "has_long_names": any(len(one.name) > LONG_NAME for one in self.series),
             "rows": [{"at": scale.place(value), "text": number_text(value)} for value in scale.ticks],
             "columns": [{"at": 1000 * (s - first) / span, "text": f"{s:,}"} for s in _step_ticks(first, last)],
             "lines": lines,

@@ -14,7 +14,7 @@ from qwentune import console
 from qwentune.data.summary import counts, media
 from qwentune.errors import counted
 from qwentune.memory.settings import GIB
-from qwentune.pages.charts import Chart, Mark, Series, number_text
+from qwentune.pages.charts import LOOKS, NUM_COLOURS, Chart, Mark, Series, number_text
 from qwentune.pages.template import page
 from qwentune.training.overview import RunSummary, summary
 from qwentune.training.run_folder import EVALUATIONS, EVENTS, RunFolder
@@ -24,7 +24,7 @@ RECIPE = "recipe.resolved.yaml"
 SAMPLES = "samples.jsonl"
 NUM_PROMPTS, NUM_TIMES = 12, 8  # of samples, and how many answers to each
 NUM_EVENTS = 100
-LONGEST = 4000  # characters of a text of a sample
+LONGEST = 1500  # characters of a text of a sample
 CARD = re.compile(r"^(.+):\n\n```sh\n(.+)\n```$", re.MULTILINE)  # a command in a model card
 STOPPED = {"preempted": "stopped", "interrupted": "stopped"}
 LOWER_IS_BETTER = {"loss", "perplexity"}
@@ -124,16 +124,14 @@ def _charts(
     rows: Sequence[Row], evaluations: Sequence[Row], events: Sequence[Row], limit: float | None
 ) -> Iterator[Chart]:
     marks = _marks(events)
-    losses = _series("train", rows, "loss"), _series("eval", evaluations, "loss", "dashed")
+    losses = _series("train", rows, "loss"), _series("eval", evaluations, "loss", "dashed", has_dots=True)
     if found := [one for one in losses if one is not None]:
         yield Chart("loss", "Loss", found, marks, note="of the trained tokens")
-    shares = [
-        one
-        for name in dict.fromkeys(name for row in evaluations for name in row if name not in ("step", "loss"))
-        if (one := _series(name, evaluations, name, ("solid", "dashed", "dotted")[len(name) % 3])) is not None
-    ]
-    if shares:
-        yield Chart("scores", "Scores of the held-out rows", shares, marks)
+    names = dict.fromkeys(name for row in evaluations for name in row if name not in ("step", *LOWER_IS_BETTER))
+    looks = [look for look in LOOKS for _ in range(NUM_COLOURS)]
+    scores = [_series(name, evaluations, name, look, has_dots=True) for name, look in zip(names, looks, strict=False)]
+    if found := [one for one in scores if one is not None]:
+        yield Chart("scores", "Scores of held-out rows", found, marks, from_zero=True)
     if rate := _series("", rows, "learning_rate"):
         yield Chart("rate", "Learning rate", [rate], marks, from_zero=True, has_means=False)
     if norm := _series("", rows, "grad_norm"):
@@ -149,11 +147,12 @@ def _charts(
         yield Chart("speed", "Tokens per second", found, marks, from_zero=True, note=note)
 
 
-def _series(name: str, rows: Sequence[Row], key: str, look: str = "solid") -> Series | None:
+def _series(name: str, rows: Sequence[Row], key: str, look: str = "solid", *, has_dots: bool = False) -> Series | None:
     """The finite values of a key; None where there are none."""
     found = [(row["step"], float(row[key])) for row in rows if isinstance(row.get(key), int | float)]
     found = [(step, value) for step, value in found if math.isfinite(value)]
-    return Series(name, *map(list, zip(*found, strict=True)), look=look) if found else None
+    steps, values = [step for step, _ in found], [value for _, value in found]
+    return Series(name, steps, values, look, has_dots) if found else None
 
 
 def _limit(plan: Row) -> float | None:
@@ -296,7 +295,7 @@ def _prompts(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
 def _cut(text: Any) -> str:
     """The text, or the beginning of a long one."""
     text = str(text)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text):,} characters)"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … (of {len(text):,} characters, which {SAMPLES} has)"
 
 
 def _commands(run: RunFolder, *, is_finished: bool) -> Iterator[tuple[str, str, str]]:

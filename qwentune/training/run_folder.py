@@ -218,7 +218,9 @@ class RunFolder:
 
     def last_record(self, name: str = METRICS) -> dict[str, Any] | None:
         """The newest row of a file of records that can be read."""
-        return next(reversed(self.records(name)), None)
+        with suppress(OSError):
+            return next(filter(None, map(_record, reversed(self._lines(name)))), None)
+        return None
 
     def losses(self) -> list[float]:
         """The loss of every record that can be read."""
@@ -271,15 +273,25 @@ class RunFolder:
         """
         rows: list[dict[str, Any]] = []
         bad: list[int] = []
-        lines = (self.path / name).read_bytes().split(b"\n") if (self.path / name).exists() else []
+        lines = self._lines(name)
         for number, line in enumerate(lines):
-            with suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    rows.append(row)
-                    continue
-            bad.append(number)
+            if (row := _record(line)) is not None:
+                rows.append(row)
+            else:
+                bad.append(number)
         return rows, sum(number < len(lines) - 1 for number in bad)
+
+    def _lines(self, name: str) -> list[bytes]:
+        return (self.path / name).read_bytes().split(b"\n") if (self.path / name).exists() else []
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The row that a line is; None where it is none."""
+    with suppress(ValueError, RecursionError):
+        row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+    return None
 
 
 @contextmanager
