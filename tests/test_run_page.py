@@ -133,7 +133,7 @@ def test_thinning_keeps_the_lowest_and_the_highest_of_every_bucket_and_both_ends
 @given(st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=20), st.booleans())
 def test_every_value_and_tick_stands_within_the_plot(values: list[float], from_zero: bool) -> None:
     steps = list(range(1, len(values) + 1))
-    drawn = Chart("x", "X", [Series("x", steps, values)], from_zero=from_zero).drawn()
+    drawn = Chart("x", "X", [Series("x", steps, values)], 1, len(values), from_zero=from_zero).drawn()
     heights = [float(place.split()[1].partition("h")[0]) for place in drawn["lines"][0]["path"][1:].split("L")]
     rows = [row["at"] for row in drawn["rows"]]
     assert all(-0.1 <= at <= 1000.1 for at in [*heights, *rows, *(column["at"] for column in drawn["columns"])])
@@ -195,6 +195,9 @@ def test_the_page_says_what_the_folder_holds(tmp_path: Path) -> None:
     assert "eval from 2.35 at step 10 to 1.6 at step 40" in pictures[0]
 
 
+@pytest.mark.fault(
+    "J76", "the page of a run shows control and bidi characters written out, and runs no script of a row"
+)
 def test_rows_add_no_element_and_the_page_loads_nothing(tmp_path: Path) -> None:
     text = run_page(written_run(tmp_path))
     page = Page(text)

@@ -45,26 +45,22 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """A plot of some series. `from_zero` has the scale begin there, and stay linear."""
+    """A plot of some series from step to step. `from_zero` has the scale begin there, and stay linear."""
 
     id: str
     title: str
     series: Sequence[Series]
+    first: int
+    last: int
     marks: Sequence[Mark] = ()
     from_zero: bool = False
     note: str = ""
     has_means: bool = True
 
-    @property
-    def steps(self) -> tuple[int, int]:
-        """The first and the last step on the axis."""
-        found = [step for one in self.series for step in (one.steps[0], one.steps[-1])]
-        return min(found), max(found)
-
     def drawn(self) -> dict[str, Any]:
         """What a template needs of it: paths, texts with their places, values to be read, a sentence."""
         scale = _Scale.of([value for one in self.series for value in one.values], from_zero=self.from_zero)
-        first, last = self.steps
+        first, last = self.first, self.last
         span = max(1, last - first)
         notes = [self.note, "logarithmic" if scale.is_log else ""]
         lines, ends, read = list[dict[str, str]](), list[tuple[float, str, str]](), list[dict[str, Any]]()

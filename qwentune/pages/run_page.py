@@ -70,7 +70,9 @@ def run_page(run: RunFolder) -> str:
         steps=steps,
         left=_seconds(run.read_json("status.json").get("eta_seconds")) if stands.state == "running" else "",
         reason=stands.reason,
-        resume=run.read_json("status.json").get("resume_command") if stands.state in (*STOPPED, "failed") else "",
+        resume=run.read_json("status.json").get("resume_command")
+        if stands.state in (*STOPPED, "failed", "killed")
+        else "",
         model=f"{recipe.model} · {recipe.tuning.kind}"
         + ("" if recipe.tuning.kind == "full" else f", rank {recipe.tuning.rank}"),
         figures=list(_figures(rows, evaluations, stands, plan, limit)),
@@ -123,28 +125,31 @@ def _marks(events: Sequence[Row]) -> list[Mark]:
 def _charts(
     rows: Sequence[Row], evaluations: Sequence[Row], events: Sequence[Row], limit: float | None
 ) -> Iterator[Chart]:
-    marks = _marks(events)
+    steps = [row["step"] for row in (*rows[:1], *rows[-1:], *evaluations[-1:])]
+    if not steps:
+        return
+    axis, marks = (min(steps), max(steps)), _marks(events)
     losses = _series("train", rows, "loss"), _series("eval", evaluations, "loss", "dashed", has_dots=True)
     if found := [one for one in losses if one is not None]:
-        yield Chart("loss", "Loss", found, marks, note="of the trained tokens")
+        yield Chart("loss", "Loss", found, *axis, marks, note="of the trained tokens")
     names = dict.fromkeys(name for row in evaluations for name in row if name not in ("step", *LOWER_IS_BETTER))
-    looks = [look for look in LOOKS for _ in range(NUM_COLOURS)]
-    scores = [_series(name, evaluations, name, look, has_dots=True) for name, look in zip(names, looks, strict=False)]
+    looks = [LOOKS[(k + k // NUM_COLOURS) % len(LOOKS)] for k in range(len(names))]  # none twice in one colour
+    scores = [_series(name, evaluations, name, look, has_dots=True) for name, look in zip(names, looks, strict=True)]
     if found := [one for one in scores if one is not None]:
-        yield Chart("scores", "Scores of held-out rows", found, marks, from_zero=True)
+        yield Chart("scores", "Scores of held-out rows", found, *axis, marks, from_zero=True)
     if rate := _series("", rows, "learning_rate"):
-        yield Chart("rate", "Learning rate", [rate], marks, from_zero=True, has_means=False)
+        yield Chart("rate", "Learning rate", [rate], *axis, marks, from_zero=True, has_means=False)
     if norm := _series("", rows, "grad_norm"):
-        yield Chart("norm", "Gradient norm", [norm], marks)
+        yield Chart("norm", "Gradient norm", [norm], *axis, marks)
     if ratio := _series("", rows, "update_ratio"):
-        yield Chart("ratio", "Update ratio", [ratio], marks, note="step over weights")
+        yield Chart("ratio", "Update ratio", [ratio], *axis, marks, note="step over weights")
     if speed := _series("", rows, "tokens_per_second"):
         found, note = [speed], ""
         if limit is not None:
             note = f"limit of the card {limit:,.0f}"
             if limit < 4 * max(speed.values):  # else it would press the rest flat
                 found.append(Series("limit", [speed.steps[0], speed.steps[-1]], [limit, limit], "dotted"))
-        yield Chart("speed", "Tokens per second", found, marks, from_zero=True, note=note)
+        yield Chart("speed", "Tokens per second", found, *axis, marks, from_zero=True, note=note)
 
 
 def _series(name: str, rows: Sequence[Row], key: str, look: str = "solid", *, has_dots: bool = False) -> Series | None:
