@@ -12,17 +12,13 @@ import typer
 
 from qwentune import console
 from qwentune.durable import mark, remove, replace_folder
-from qwentune.errors import EXIT_OK, DoesNotFitError, Problem, UsageError, UserError
+from qwentune.errors import EXIT_OK, Problem, UsageError
 
 if TYPE_CHECKING:
     from qwentune.exporting.finished import FinishedRun
     from qwentune.exporting.processors import ServerOption
 
-VERIFIED_TEXTS = ("Hello", "1 + 1 =", "你好，世界", "def f(x):\n    return")
-# Shares of the largest logit.
-TOLERANCE_FP32 = 1e-4
 GGUF_KINDS = ("f32", "f16", "bf16", "q8_0")
-TOLERANCE_16_BIT = 0.05  # a merged weight is rounded once more than an adapter beside it
 
 
 def export(
@@ -34,16 +30,24 @@ def export(
     gguf: Annotated[
         str | None, typer.Option("--gguf", metavar="TYPE", help="Write a file for llama.cpp: f32, f16, bf16 or q8_0.")
     ] = None,
+    text_only: Annotated[
+        bool,
+        typer.Option("--text-only", help="Of a model that also sees, write what reads text, as its own model."),
+    ] = False,
     output: Annotated[
         Path | None,
-        typer.Option("-o", help="The folder to write; else RUN/export, RUN/merged with --merge, RUN/gguf-TYPE."),
+        typer.Option(
+            "--output", "-o", help="The folder to write; else RUN/export, RUN/merged with --merge, RUN/gguf-TYPE."
+        ),
     ] = None,
 ) -> None:
     """Package a finished run: weights, tokenizer, template, generation config, model card."""
-    console.end(console.run(lambda: run_export(run, merge, verify, output, gguf)))
+    console.end(console.run(lambda: run_export(run, merge, verify, output, gguf, text_only=text_only)))
 
 
-def run_export(folder: Path, merge: bool, verify: bool, output: Path | None, gguf: str | None = None) -> int:
+def run_export(
+    folder: Path, merge: bool, verify: bool, output: Path | None, gguf: str | None = None, *, text_only: bool = False
+) -> int:
     """Writes the package, whole or not at all; the exit code."""
     from qwentune.bounded import refuse_name
     from qwentune.exporting.finished import open_run
@@ -55,6 +59,11 @@ def run_export(folder: Path, merge: bool, verify: bool, output: Path | None, ggu
         _refuse_without_gguf(gguf)
     with console.busy("looking at the run"):
         run = open_run(folder)
+    if text_only and run.has_adapter and not (merge or gguf):
+        what = "adapters are for the whole model that their base is"
+        raise UsageError(
+            Problem("--text-only", what, "Add --merge: the base's own text part is then written with them.")
+        )
     target = output or folder / (f"gguf-{gguf}" if gguf else "merged" if merge else "export")
     if os.path.lexists(target):
         raise UsageError(Problem(str(target), "exists already", "Remove it, or name another folder with -o."))
@@ -66,10 +75,16 @@ def run_export(folder: Path, merge: bool, verify: bool, output: Path | None, ggu
             _write_gguf(run, gguf, verify, staging)
         else:
             with console.busy("writing the package"):
-                _write(run, merge, staging)
+                from qwentune.exporting.folder import write_folder
+
+                write_folder(run, staging, merges=merge, text_only=text_only)
+                _copy_model_card(run, staging)
             if verify:
                 with console.busy("verifying"):
-                    _verify(run, staging)
+                    from qwentune.exporting.verify import verify as verified
+
+                    for found in verified(run, staging):
+                        console.say(found)
         replace_folder(staging, target)
     finally:
         remove(staging)
@@ -166,103 +181,11 @@ def _media_options(run: FinishedRun, target: Path) -> list[ServerOption]:
     return server_options(base, run.data.media, kinds, has_files=(target / "config.json").exists())
 
 
-def _write(run: FinishedRun, merge: bool, target: Path) -> None:
-    from qwentune.exporting.omni import is_omni
-    from qwentune.exporting.package import keep_config, stop_token_ids, write_package
-    from qwentune.exporting.processors import is_whole, write_processors
-    from qwentune.exporting.whole import copy_other_files
-    from qwentune.recipe import MediaOptions
-
-    if merge and run.has_adapter:
-        from qwentune.exporting.merge import merge as merge_adapter
-        from qwentune.model.loading import silence_loading, weights_folder
-
-        silence_loading()
-        base = weights_folder(run.model, run.revision)
-        _refuse_full_disk(base, target)
-        merge_adapter(base, run.trained, target)
-        keep_config(target, base)
-        write_package(
-            target,
-            run.trained,
-            chat_template=run.tokenizer.chat_template,
-            stop_token_ids=stop_token_ids(run.report, run.tokenizer.control_ids),
-            end_of_text_id=run.tokenizer.end_of_text_id,
-        )
-        if is_omni(base):
-            copy_other_files(base, target)
-        elif is_whole(target):
-            with_limits = is_whole(run.trained)  # which say already what the recipe says
-            write_processors(target, run.trained if with_limits else base, MediaOptions())
-    else:
-        shutil.copytree(run.trained, target, dirs_exist_ok=True)
-        _name_as_the_base(run, target)
-    _copy_model_card(run, target)
-
-
 def _copy_model_card(run: FinishedRun, target: Path) -> None:
     if (run.folder / "README.md").is_file():
         shutil.copyfile(run.folder / "README.md", target / "README.md")
     else:
         console.say(f"warning: {run.folder / 'README.md'} is missing: there is no model card to export")
-
-
-def _refuse_full_disk(base: Path, target: Path) -> None:
-    """Raises DoesNotFitError where what is written of a base's weights has no room."""
-    from qwentune.facts.present import free_disk_bytes
-    from qwentune.facts.weight_files import read_weights
-
-    needed, free = sum(tensor.num_bytes for tensor in read_weights(base).values()), free_disk_bytes(target, fresh=True)
-    if needed > free:
-        what = f"the weights take {needed / 1e6:,.1f} MB of disk; {free / 1e6:,.1f} MB are free"
-        raise DoesNotFitError(Problem(str(target), what, "Name a folder on another disk with -o."))
-
-
-def _name_as_the_base(run: FinishedRun, target: Path) -> None:
-    """Makes what was tuned of a checkpoint, loaded without the rest, one of the class that its files name."""
-    from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
-    from qwentune.exporting.omni import is_omni
-    from qwentune.exporting.processors import write_processors
-    from qwentune.exporting.whole import copy_other_files, is_part, name_as_whole, put_back
-    from qwentune.model.loading import weights_folder
-    from qwentune.recipe import MediaOptions
-
-    if run.has_adapter:
-        name_as_whole(target, checkpoint_folder(run.model, run.revision))
-    elif is_part(target, checkpoint_folder(run.model, run.revision)):
-        base = weights_folder(run.model, run.revision)
-        put_back(base, target)
-        if is_omni(base):
-            copy_other_files(base, target)
-        else:
-            write_processors(target, base, MediaOptions())
-
-
-def _verify(run: FinishedRun, exported: Path) -> None:
-    """Loads the exported weights beside the run's own, compares their logits, and says the largest difference.
-
-    Raises UserError where it is more than rounding explains, or no number at all.
-    """
-    import torch
-
-    from qwentune.exporting.media_prompts import media_prompts
-    from qwentune.exporting.merge import largest_logit_difference, load_tuned
-    from qwentune.model.loading import silence_loading, weights_folder
-
-    silence_loading()
-    base = weights_folder(run.model, run.revision) if run.has_adapter else run.trained
-    reference = load_tuned(base, run.trained if run.has_adapter else None)
-    is_adapter = (exported / "adapter_config.json").exists()
-    candidate = load_tuned(base if is_adapter else exported, exported if is_adapter else None)
-    texts = [{"input_ids": torch.tensor([ids])} for ids in run.tokenizer.encode(VERIFIED_TEXTS)]
-    media = media_prompts(run, base, reference.config.model_type)
-    difference, scale = largest_logit_difference(reference, candidate, [*texts, *media.values()])
-    shown = ", ".join([f"{len(texts)} texts", *media])
-    console.say(f"verified: largest difference of logits {difference:.1e} of {scale:.1f} on {shown}")
-    allowed = TOLERANCE_FP32 if next(candidate.parameters()).dtype.itemsize == 4 else TOLERANCE_16_BIT
-    if not difference <= allowed * scale:
-        what = f"its logits differ from the run's by {difference:.1e}, more than {allowed * scale:.1e}"
-        raise UserError(Problem(str(exported), what, "Nothing was exported; please report it."))
 
 
 if __name__ == "__main__":

@@ -103,3 +103,30 @@ def test_a_hybrid_is_tuned_resumed_merged_and_loaded_again(tmp_path: Path, warm:
     difference, learnt = map(float, compared.stdout.split())
     assert difference <= 1e-5
     assert learnt > 1e-3, "the adapter changed nothing, so equality would prove nothing"
+
+    text = warm.train(run, "--merge", "--text-only", "--verify", "-o", str(tmp_path / "text"), code=EXPORT)
+    assert text.code == 0, text.said
+    assert "verified: largest difference" in text.said
+    alone = json.loads((tmp_path / "text" / "config.json").read_text())
+    assert (alone["architectures"], alone["model_type"]) == (["Qwen3_5ForCausalLM"], "qwen3_5_text")
+    names = {name.replace("model.language_model.", "model.") for name in base.values() if "visual" not in name}
+    assert {*read_weights(tmp_path / "text")} == names - ({"lm_head.weight"} if alone["tie_word_embeddings"] else set())
+    refused = warm.train(run, "--text-only", "-o", str(tmp_path / "adapter"), code=EXPORT)
+    assert (refused.code, "Add --merge" in refused.said) == (2, True), refused.said
+
+    losses: list[list[tuple[float, ...]]] = []
+    for number, start in enumerate((run / "adapter", run / "export")):  # named for the part, and for the whole
+        folder = tmp_path / f"continued-{number}"
+        folder.mkdir()
+        continued = write_recipe(
+            folder,
+            model,
+            tuning={"kind": "lora", "start_from": str(start)},
+            data={"packing": False, "max_tokens": 256},
+            batch={"sequences_per_step": 2},
+            optimizer={"max_steps": 2},
+        )
+        done = warm.train(continued)
+        assert done.code == 0, done.said
+        losses.append(loss_history(folder / "run"))
+    assert losses[0] == losses[1]

@@ -205,6 +205,7 @@ WRITERS = {
     "exporting/package.py": "the model's own files, which are data and must not be changed",
     "exporting/tensors.py": "weights",
     "exporting/whole.py": "weights, and the model's own files",
+    "model/part_names.py": "an adapter, and its own configuration",
     "exporting/gguf_run.py": "the name of a file of weights",
     "exporting/processors.py": "limits of pictures in the base's own files",
     "data/layout/media_table.py": "the user's data in the user's cache",

@@ -20,9 +20,9 @@ from torch import Tensor
 from qwentune.errors import Problem, ResumeError
 from qwentune.exporting.tensors import Change, ModelTensor, read_rows
 from qwentune.facts.weight_files import ADAPTER_WEIGHTS, StoredTensor, read_adapter
+from qwentune.model.part_names import PREFIX
 
 ADAPTER = "default"
-PREFIX = "base_model.model."
 # Parts of names in which the classes of a family, and their files, differ.
 LOADED_AS = ("model", "language_model", "thinker")
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"

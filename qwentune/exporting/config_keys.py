@@ -22,15 +22,16 @@ def kept_config(base: Mapping[str, Any], saved: Mapping[str, Any] | None = None)
 
 def kept_part_config(base: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """What transformers wrote of a part of the base's model, loaded alone, with all keys that the base has of it."""
-    return in_both_places({**_section(base, saved.get("model_type")), **saved})
+    return in_both_places({**part_of_config(base, saved.get("model_type")), **saved})
 
 
-def _section(config: Mapping[str, Any], model_type: str | None) -> dict[str, Any]:
+def part_of_config(config: Mapping[str, Any], model_type: str | None) -> dict[str, Any]:
+    """The section of a config.json that describes a part of this type; empty where none does."""
     for section in (config.get(name) for name in SECTIONS):
         if isinstance(section, dict):
             if section.get("model_type") == model_type:
                 return section
-            if found := _section(section, model_type):
+            if found := part_of_config(section, model_type):
                 return found
     return {}
 

@@ -37,6 +37,7 @@ class FinishedRun:
     trained: Path
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    four_bit: bool  # whether its base stood in 4 bits while it was trained
 
     @property
     def has_adapter(self) -> bool:
@@ -94,4 +95,5 @@ def open_run(folder: Path) -> FinishedRun:
         trained=trained,
         tokenizer=tokenizer,
         template=None if text is None else ChatTemplate(text, tokenizer.special_tokens, recipe.data.template_args),
+        four_bit=recipe.tuning.kind == "qlora",
     )

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from qwentune.durable import mark, remove, replace_file, replace_folder
 from qwentune.errors import Problem, ResumeError
-from qwentune.exporting.changes import EMBEDDING, HEAD, PREFIX, place
+from qwentune.exporting.changes import EMBEDDING, HEAD, place
 from qwentune.exporting.config_keys import kept_config
 from qwentune.exporting.tensors import ModelTensor, write_tensors
-from qwentune.facts.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from qwentune.facts.documents import read_object
-from qwentune.facts.towers import LOADED_ALONE, not_adapted
-from qwentune.facts.weight_files import ADAPTER_WEIGHTS, read_adapter, read_weights
-
-DECODER, OF_THE_WHOLE = "model.", "model.language_model."
+from qwentune.facts.towers import part_of
+from qwentune.facts.weight_files import read_weights
+from qwentune.model.loading import read_config
+from qwentune.model.part_names import DECODER, decoder_name
+from qwentune.model.senses import network_class
 
 
 def is_part(folder: Path, base: Path) -> bool:
@@ -73,10 +71,9 @@ def name_as_part(folder: Path) -> None:
     Transformers writes them under those of the whole.
     """
     stored = read_weights(folder)
-    names = {name: name.replace(OF_THE_WHOLE, DECODER, 1) for name in stored if name.startswith(OF_THE_WHOLE)}
-    if not names:
+    renamed = {decoder_name(name): tensor for name, tensor in stored.items()}
+    if renamed.keys() == stored.keys():
         return
-    renamed = {names.get(name, name): tensor for name, tensor in stored.items()}
     named = folder.with_name(f".{folder.name}.named")
     remove(named)
     mark(named)
@@ -87,30 +84,11 @@ def name_as_part(folder: Path) -> None:
     remove(named)
 
 
-def name_as_whole(folder: Path, base: Path) -> None:
-    """Gives an adapter on a decoder that was loaded alone the names that its modules have in the base's own class."""
-    if read_object(base / "config.json").get("model_type") not in LOADED_ALONE:
-        return
-    file = folder / ADAPTER_WEIGHTS
-    if any(OF_THE_WHOLE in name for name in read_adapter(folder)):
-        return
-    with safe_open(file, framework="pt") as opened:
-        tensors = {_whole_name(name): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    save_file(tensors, file, {"format": "pt"})
-    config = read_adapter_config(folder)
-    for key in ("target_modules", "target_parameters", "modules_to_save"):
-        if isinstance(config.get(key), list):
-            config[key] = [_whole_module(name) for name in config[key]]
-    for key in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
-        if isinstance(config.get(key), dict):
-            config[key] = {_whole_module(name): value for name, value in config[key].items()}
-    config["exclude_modules"] = config.get("exclude_modules") or not_adapted(())
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _whole_name(name: str) -> str:
-    return PREFIX + _whole_module(name.removeprefix(PREFIX))
-
-
-def _whole_module(name: str) -> str:
-    return OF_THE_WHOLE + name.removeprefix(DECODER) if name.startswith(DECODER) else name
+def write_text_part(tensors: Mapping[str, ModelTensor], base: Path, target: Path) -> None:
+    """Writes of a whole model's tensors those that read and write text, and its config.json, as a model of its own."""
+    parts = {decoder_name(name): tensor for name, tensor in tensors.items() if name.startswith((DECODER, "lm_head."))}
+    parts = {name: tensor for name, tensor in parts.items() if part_of(name) == "language"}
+    write_tensors(parts, {name: tensor.stored for name, tensor in parts.items()}, target)
+    config = read_config(base, has_media=False)
+    config.architectures = [network_class(config).__name__]
+    config.to_json_file(target / "config.json")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from math import isqrt
+from typing import Any, Literal, TypeAlias
 
 Number: TypeAlias = tuple[float, float, float]
 
@@ -28,7 +29,8 @@ class Vision:
     `one_span`, in all frames together where it is `timestamped`; these four are the published folders' and give way to
     what a folder says. `video` says how a prompt shows one: `one_span` (marks around all pads) or `timestamped`
     (`<0.1 seconds>`, marks and pads for each step). `clock` says what the first axis of a position counts in a video:
-    `steps`, or `seconds` times `tokens_per_second`; pictures have one step.
+    `steps`, or `seconds` times `tokens_per_second`; pictures have one step. `positions_side` is that of the square of
+    learned positions, of towers that have them.
     """
 
     patch: int
@@ -46,6 +48,7 @@ class Vision:
     fps: float = 2.0
     min_frames: int = 4
     max_frames: int = 768
+    positions_side: int = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +110,13 @@ FAMILIES: Mapping[str, MediaFamily] = {
         MediaFamily("qwen3_omni_moe_thinker", _OMNI_3, _SEES_3, _BY_HUNDRED),
     )
 }
+
+
+def with_positions(family: MediaFamily, config: Mapping[str, Any]) -> MediaFamily:
+    """The family with as many learned positions as a config.json says; the published number where it says none."""
+    values: Mapping[str, Any] = config.get("thinker_config") or config
+    for key in ("vision_config", "num_position_embeddings"):
+        values = values.get(key) if isinstance(values, Mapping) else None  # type: ignore[assignment]
+    if family.vision is None or not isinstance(values, int):
+        return family
+    return replace(family, vision=replace(family.vision, positions_side=isqrt(values)))

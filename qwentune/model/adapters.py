@@ -17,6 +17,7 @@ from qwentune.facts.media import FAMILIES
 from qwentune.facts.towers import TOWERS, Part, not_adapted, part_of
 from qwentune.model.hollow import refuse_other_adapter
 from qwentune.model.loading import DTYPES
+from qwentune.model.part_names import named_for
 from qwentune.model.senses import is_trainable
 from qwentune.model.sharded import Shards
 from qwentune.model.trained_rows import lay_over
@@ -110,15 +111,16 @@ def load_adapters(model: PreTrainedModel, folder: Path, dtype: str, tuning: Tuni
     """
     if not is_deepspeed_zero3_enabled():  # under which no model is hollow; the run has looked before it began
         refuse_other_adapter(model.config, folder)
-    config: Any = LoraConfig.from_pretrained(str(folder))
-    if tuning is not None:
-        scale = tuning.alpha / config.lora_alpha if config.lora_alpha else 1
-        if scale != 1:  # experts' adapters, of which two are fused, have an alpha of their own
-            config.alpha_pattern = {name: alpha * scale for name, alpha in config.alpha_pattern.items()}
-        config.lora_alpha, config.lora_dropout = tuning.alpha, tuning.dropout
-    adapted = PeftModel.from_pretrained(
-        model, str(folder), config=config, is_trainable=True, autocast_adapter_dtype=False
-    )
+    with named_for(model.config, folder) as named:
+        config: Any = LoraConfig.from_pretrained(str(named))
+        if tuning is not None:
+            scale = tuning.alpha / config.lora_alpha if config.lora_alpha else 1
+            if scale != 1:  # experts' adapters, of which two are fused, have an alpha of their own
+                config.alpha_pattern = {name: alpha * scale for name, alpha in config.alpha_pattern.items()}
+            config.lora_alpha, config.lora_dropout = tuning.alpha, tuning.dropout
+        adapted = PeftModel.from_pretrained(
+            model, str(named), config=config, is_trainable=True, autocast_adapter_dtype=False
+        )
     return _ready(adapted, dtype)
 
 

@@ -15,6 +15,7 @@ from qwentune.errors import Problem, ResumeError
 from qwentune.facts.adapter_config import ADAPTER_CONFIG, largest_trained_token, read_adapter_config
 from qwentune.facts.weight_files import ADAPTER_WEIGHTS, read_adapter
 from qwentune.model.loading import listed, load_model
+from qwentune.model.part_names import named_for
 from qwentune.model.senses import network_class
 
 
@@ -31,14 +32,20 @@ def refuse_other_weights(base: Path, adapter: Path | None = None, *, has_media: 
 
 def refuse_other_adapter(config: PreTrainedConfig, folder: Path) -> PeftModel:
     """The adapter around this model, without a weight; ResumeError where its tensors are not exactly those."""
-    described = read_adapter_config(folder)
-    stored = {name: tensor.shape for name, tensor in read_adapter(folder).items()}
+    with named_for(config, folder) as named:
+        return _refuse_other(config, folder, named)
+
+
+def _refuse_other(config: PreTrainedConfig, folder: Path, named: Path) -> PeftModel:
+    """The adapter as `named` has it; `folder` is the one to speak of."""
+    described = read_adapter_config(named)
+    stored = {name: tensor.shape for name, tensor in read_adapter(named).items()}
     path, vocabulary = folder / ADAPTER_CONFIG, int(config.get_text_config().vocab_size)
     if (token := largest_trained_token(described)) >= vocabulary:
         what = f"trains the row of token {token}, but the model has {vocabulary} rows"
         raise ResumeError(Problem(f"{path}: trainable_token_indices", what))
     try:
-        adapted = _adapted(config, folder)
+        adapted = _adapted(config, named)
         state: dict[str, Any] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except Exception as error:  # whatever PEFT raises over it, this file was what it read
         what = f"PEFT makes no adapter of it: {type(error).__name__}: {str(error)[:300]}"

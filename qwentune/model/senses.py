@@ -20,7 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MA
 
 from qwentune.data.layout import tower_inputs as made
 from qwentune.data.layout.tower_inputs import tower_inputs
-from qwentune.facts.media import CLIP_FRAMES, CLIPS_AT_ONCE, FAMILIES, MediaFamily
+from qwentune.facts.media import CLIP_FRAMES, CLIPS_AT_ONCE, FAMILIES, with_positions
 from qwentune.facts.towers import PROJECTOR, Part, loads_towers, part_of
 
 # Of an Omni folder the thinker alone is trained; no table of transformers has its class.
@@ -64,8 +64,6 @@ def odd_tower(config: PreTrainedConfig) -> str:
     wanted: dict[str, dict[str, int]] = {"vision_config": {}, "audio_config": {}}
     if kind in made.HAS_WINDOWS:
         wanted["vision_config"]["window_size"] = made.WINDOW_PIXELS
-    if kind in made.HAS_LEARNED_POSITIONS:
-        wanted["vision_config"]["num_position_embeddings"] = made.POSITIONS_SIDE**2
     if kind in made.HALF_CHUNK:
         wanted["audio_config"]["n_window"] = made.HALF_CHUNK[kind]
     if kind == "qwen3_omni_moe":
@@ -117,7 +115,7 @@ class _Senses:
     def __init__(self, network: Any) -> None:
         self.network = network
         self.config = network.config
-        self.family: MediaFamily = FAMILIES[self.config.model_type]
+        self.family = with_positions(FAMILIES[self.config.model_type], self.config.to_dict())
         self.places: Tensor | None = None  # of the pads of pictures and videos in the row
 
     def arguments(self, kwargs: dict[str, Any], media: Mapping[str, Tensor]) -> dict[str, Any]:

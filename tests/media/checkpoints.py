@@ -319,7 +319,10 @@ def media_config(model_type: MediaType, ids: dict[str, int], hidden: int = 64) -
         }
         if model_type == "qwen3_5_moe":
             text |= experts | {"shared_expert_intermediate_size": 32}
-        return top | {"text_config": text, "vision_config": _eye(hidden) | {"model_type": model_type}}
+        return top | {
+            "text_config": text,
+            "vision_config": _eye(hidden) | {"model_type": model_type, "num_position_embeddings": 576},
+        }
     rope = {"rope_theta": 5e6, "rope_scaling": _mrope([3, 3, 2], interleaved=True)}
     if model_type == "qwen3_vl":
         text |= rope | {"model_type": "qwen3_vl_text", "tie_word_embeddings": True}

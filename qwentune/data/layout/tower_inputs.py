@@ -12,7 +12,6 @@ from qwentune.facts.media import CLIP_FRAMES, MediaFamily
 
 # Of every published checkpoint; `qwentune.model.senses` refuses a folder that says otherwise.
 WINDOW_PIXELS = 112  # of Qwen2.5's windows
-POSITIONS_SIDE = 48  # of the square of learned positions of Qwen3's towers
 HALF_CHUNK = {"qwen2_5_omni": 100, "qwen3_omni_moe": 50}  # mel frames
 ATTENDED_FRAMES = 800  # of Qwen3-Omni, mel frames that attend to each other
 
@@ -59,7 +58,7 @@ def _of_grids(family: MediaFamily, grids: Tensor) -> dict[str, Tensor]:
         inputs["window_index"], inputs["cu_window_seqlens"] = windows
     if kind in HAS_LEARNED_POSITIONS:
         taps = made.get_vision_interpolation_indices_and_weights(
-            grids, POSITIONS_SIDE, align_corners=True, spatial_merge_size=merge
+            grids, family.vision.positions_side, align_corners=True, spatial_merge_size=merge
         )
         inputs["interp_indices"], inputs["interp_weights"] = taps
     return inputs

@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from qwentune.bounded import UnreadableError, read_text
 from qwentune.errors import Problem, UsageError
-from qwentune.facts.media import Hearing, MediaFamily, Number, Vision
+from qwentune.facts.documents import read_object
+from qwentune.facts.media import Hearing, MediaFamily, Number, Vision, with_positions
 from qwentune.recipe import MediaOptions
 
 LARGEST_FILE_BYTES = 2**20
@@ -46,6 +47,7 @@ def media_limits(folder: Path | None, family: MediaFamily, options: MediaOptions
     """
     vision, hearing = family.vision, family.hearing
     if folder is not None:
+        family = with_positions(family, read_object(folder / "config.json", optional=True))
         files = _ProcessorFiles(folder)
         if vision is not None:
             vision = _bounded(_of_folder(vision, files), options)
