@@ -232,6 +232,8 @@ def shown(text: str) -> str:
 
 def visible(text: str) -> str:
     """The text with control and bidi characters written out, so that data cannot steer a terminal; emoji stay whole."""
+    if text.isprintable():
+        return text
     return "".join(
         character if character in "\n\t\u200d" or character.isprintable() else f"\\u{ord(character):04x}"
         for character in text

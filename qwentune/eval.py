@@ -52,6 +52,7 @@ def run_eval(
         from qwentune.evaluating.questions import questions
         from qwentune.exporting.finished import open_run
         from qwentune.exporting.speakers import networks, speaker
+        from qwentune.pages.run_page import RunPage
         from qwentune.training.run_folder import RunFolder
 
         run = open_run(folder)
@@ -72,6 +73,7 @@ def run_eval(
     kept = RunFolder(folder)
     kept.write_json(EVALUATION, scores)
     kept.write_rows(EXAMPLES, records(asked, found["tuned"], found.get("base")))
+    RunPage(kept).write()
     console.say(f"each example, the worst first: {folder / EXAMPLES}")
     return EXIT_OK
 
@@ -140,6 +142,8 @@ def _source(data: DataOptions, file: str) -> DataSource:
 
 def _table(name: str, source: Mapping[str, Any]) -> list[str]:
     """The scores of one source in lines."""
+    from qwentune.evaluating.comparison import in_brackets, in_words
+
     whose = ["base", "tuned"] if source["base"] is not None else ["tuned"]
     rows: list[list[str]] = [["", *whose, *(["difference"] if whose[1:] else [])]]
     intervals: dict[str, dict[str, list[float]]] = source["intervals"]
@@ -147,29 +151,16 @@ def _table(name: str, source: Mapping[str, Any]) -> list[str]:
         count = source["counts"][score]
         values = [float(source[one][score]) for one in whose]
         cells = [
-            f"{_value(value, score, count)} {_interval(of[one])}" for one, value in zip(whose, values, strict=True)
+            f"{in_words(value, score, count)} {in_brackets(of[one])}" for one, value in zip(whose, values, strict=True)
         ]
         if values[1:]:
-            cells.append(f"{values[1] - values[0]:+.4g} {_interval(of['difference'])}")
+            cells.append(f"{values[1] - values[0]:+.4g} {in_brackets(of['difference'])}")
         rows.append([score, *cells])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     few = "; few rows prove little" if source["rows"] < FEW_ROWS else ""
     heading = f"{name} · {counted(source['rows'], 'row{|s}')} · 95 % intervals in brackets{few}"
     return [heading, *(f"  {line}" for line in lines)]
-
-
-def _value(value: float, score: str, count: int) -> str:
-    """A mean; of what is right or wrong, how many are right."""
-    from qwentune.scores import SCORES
-
-    in_shares = {one.name for one in SCORES if one.in_shares}
-    whole = round(value * count)
-    return f"{whole}/{count}" if score in in_shares and abs(value * count - whole) < 1e-6 else f"{value:.4g}"
-
-
-def _interval(bounds: Sequence[float]) -> str:
-    return f"[{bounds[0]:.4g}, {bounds[1]:.4g}]"
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ def run_export(
     """Writes the package, whole or not at all; the exit code."""
     from qwentune.bounded import refuse_name
     from qwentune.exporting.finished import open_run
+    from qwentune.pages.run_page import RunPage
+    from qwentune.training.run_folder import RunFolder
 
     refuse_name("-o", output or ".")
     if gguf is not None:
@@ -91,6 +93,7 @@ def run_export(
         _tell_of_gguf(run, target)
     else:
         _tell_how_to_serve(run, target)
+    RunPage(RunFolder(run.folder)).write()
     return EXIT_OK
 
 

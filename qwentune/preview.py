@@ -113,7 +113,7 @@ def _show(
     from qwentune.data.summary import summary
     from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
     from qwentune.data.tokenizing.tokenizer import load_tokenizer
-    from qwentune.html_report import ShownExample, html_report
+    from qwentune.pages.preview_page import ShownExample, html_report
 
     recipe = loaded.recipe
     tokenizer = load_tokenizer(checkpoint_folder(recipe.model, recipe.revision))

@@ -163,8 +163,11 @@ def supervise(arguments: list[str], launch: Path, num_processes: int, folder: Ru
     code, reason = _verdict(launcher_code, codes, crashes, num_processes, watched)
     if reason:
         console.say(reason)
-    if reason or code not in (EXIT_OK, EXIT_PREEMPTED, EXIT_INTERRUPTED, RunInUseError.exit_code):
-        folder.mark_lost(reason, code, ["qwentune", "train", *arguments])
+    is_lost = reason or code not in (EXIT_OK, EXIT_PREEMPTED, EXIT_INTERRUPTED, RunInUseError.exit_code)
+    if is_lost and folder.mark_lost(reason, code, ["qwentune", "train", *arguments]):
+        from qwentune.pages.run_page import RunPage
+
+        RunPage(folder).write()
     return code
 
 

@@ -120,6 +120,7 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
     from qwentune.memory.judge import changes_the_plan, device_of, judge_recipe
     from qwentune.memory.run_plan import RunPlan
     from qwentune.memory.shortage import refusal
+    from qwentune.pages.run_page import RunPage
     from qwentune.recipe import load_recipe
     from qwentune.training.device import refuse_other_device
     from qwentune.training.once import once
@@ -196,7 +197,8 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
         refuse_other_device(device, ranks)
         ranks.join(plan.choices.weights)  # only now: no rank may wait for another that still renders
         plan = ranks.agree(lambda: plan)  # each judged by the memory that it saw
-    return Run(request, loaded, ranks, folder, spec, device, plan, tokenizer, text, dataset, schedule, publish).run()
+    rendered, page = (tokenizer, text, dataset, schedule), RunPage(folder)
+    return Run(request, loaded, ranks, folder, spec, device, plan, *rendered, publish, page.write).run()
 
 
 if __name__ == "__main__":

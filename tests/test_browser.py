@@ -1,4 +1,4 @@
-"""The HTML report in a real browser: search, keys, tables, light and dark, and the rules of accessibility.
+"""The pages in a real browser: search, charts, keys, tables, light and dark, and the rules of accessibility.
 
 Skipped where Chromium and its driver are not installed: `apt-get install chromium chromium-driver`.
 """
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService, Keys
@@ -20,8 +21,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
 
+from qwentune.pages.run_page import PAGE, RunPage
 from tests.test_html_report import HOSTILE, rows
 from tests.test_preview import preview, write_recipe, write_rows
+from tests.test_run_page import written_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -62,6 +65,28 @@ def browser(started: Chrome, page: Path) -> Chrome:
     prefer(started, "light")
     started.get(page.as_uri())
     return started
+
+
+@pytest.fixture(scope="module")
+def run_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run of 10,000 steps with all that a page can have."""
+    folder = tmp_path_factory.mktemp("runs") / "faq"
+    RunPage(written_run(folder, 10_000)).write()
+    return folder / PAGE
+
+
+@pytest.fixture
+def opened(started: Chrome, run_page: Path) -> Chrome:
+    """The page of a run, just opened, in light colours."""
+    prefer(started, "light")
+    started.get(run_page.as_uri())
+    return started
+
+
+@pytest.fixture(params=["browser", "opened"])
+def either(request: pytest.FixtureRequest) -> Chrome:
+    """The one page, and the other."""
+    return request.getfixturevalue(request.param)
 
 
 def prefer(browser: Chrome, scheme: str) -> None:
@@ -177,37 +202,105 @@ def test_tables_say_what_they_hold(browser: Chrome) -> None:
 
 
 @pytest.mark.parametrize("width", [1200, 390, 320])
-def test_nothing_stands_beyond_the_edge(browser: Chrome, width: int) -> None:
+def test_nothing_stands_beyond_the_edge(either: Chrome, width: int) -> None:
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    either.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        assert either.execute_script("return document.documentElement.scrollWidth") <= width
     finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        either.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_dark_is_dark_and_light_is_light(browser: Chrome) -> None:
+def test_dark_is_dark_and_light_is_light(either: Chrome) -> None:
     def lightness(name: str) -> int:
-        colour = browser.find_element(By.TAG_NAME, "body").value_of_css_property(name)
+        colour = either.find_element(By.TAG_NAME, "body").value_of_css_property(name)
         return sum(int(part) for part in colour.partition("(")[2].rstrip(")").split(",")[:3])
 
     assert lightness("background-color") > 600 > 200 > lightness("color")
-    prefer(browser, "dark")
+    prefer(either, "dark")
     assert lightness("background-color") < 200 < 600 < lightness("color")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_breaks_no_rule_of_accessibility(browser: Chrome, scheme: str) -> None:
-    prefer(browser, scheme)
+def test_the_page_breaks_no_rule_of_accessibility(either: Chrome, scheme: str) -> None:
+    prefer(either, scheme)
     package = find_spec("axe_core_python")
     assert package is not None
     assert package.submodule_search_locations
     rules = Path(package.submodule_search_locations[0], "axe.min.js").read_text(encoding="utf-8")
-    browser.execute_script(rules)
-    result: dict[str, Any] = browser.execute_async_script("axe.run().then(arguments[0])")
+    either.execute_script(rules + "; document.querySelectorAll('details').forEach(each => { each.open = true; })")
+    result: dict[str, Any] = either.execute_async_script("axe.run().then(arguments[0])")
     broken = {rule["id"]: [node["html"] for node in rule["nodes"]] for rule in result["violations"]}
     assert not broken, json.dumps(broken, indent=2)
     kept = {rule["id"] for rule in result["passes"]}
     assert {"color-contrast", "label", "html-has-lang", "heading-order", "document-title"} <= kept
     # What no rule could decide: axe cannot see through what lies behind a text.
-    assert "color-contrast" not in {rule["id"] for rule in result["incomplete"]}
+    undecided = {rule["id"]: [node["html"] for node in rule["nodes"]] for rule in result["incomplete"]}
+    assert "color-contrast" not in undecided, undecided["color-contrast"]
+
+
+def test_the_page_of_a_run_loads_nothing_and_runs_no_script_of_a_row(opened: Chrome) -> None:
+    assert opened.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert len(opened.find_elements(By.CSS_SELECTOR, ".chart")) == 6
+    opened.execute_script("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"document.title = 1\">')")
+    assert opened.title == "faq: finished, step 10,000"
+    refused = [entry["message"] for entry in opened.get_log("browser")]
+    assert refused
+    assert all("Content Security Policy" in message for message in refused), "none but those of this test"
+
+
+def test_charts_are_read_by_keys_and_by_the_mouse_all_at_one_step(opened: Chrome) -> None:
+    def read() -> list[str]:
+        return [output.text for output in opened.find_elements(By.TAG_NAME, "output")]
+
+    press(opened, Keys.TAB, Keys.TAB, Keys.TAB)  # past two buttons
+    focused = opened.switch_to.active_element
+    assert focused.get_attribute("aria-label") == "Step in Loss"
+    assert focused.find_element(By.XPATH, "..").value_of_css_property("outline-style") == "solid"
+    assert read()[0].startswith("step 10,000: train ")
+    press(opened, Keys.HOME)
+    assert read()[2] == "step 1: 2.00e-4"
+    peak = opened.execute_script(
+        "const { steps } = JSON.parse(document.querySelector('script').textContent).series[0];"
+        "const input = document.querySelector('input'); input.value = steps.indexOf(7001) - 1; return steps.length;"
+    )
+    assert peak > 500
+    press(opened, Keys.ARROW_RIGHT)
+    assert read()[0].startswith("step 7,001: train 55.5, mean ")
+    assert "eval 1.85 (step 7,500)" in read()[0]
+    assert focused.get_attribute("aria-valuetext") == read()[0]
+    press(opened, Keys.TAB)
+    assert read() == [""] * 6, "what is not looked at says nothing"
+    plot = opened.find_element(By.CSS_SELECTOR, "#chart-speed .plot")
+    ActionChains(opened).move_to_element(plot).perform()
+    assert all(re.match("step (4,9|5,0)", text) for text in read()), read()
+    assert "limit " in read()[-1]
+
+
+def test_charts_are_saved_as_picture_and_as_values(opened: Chrome) -> None:
+    opened.execute_script("URL.createObjectURL = blob => { window.saved = blob; return '#'; }")
+    saved: dict[str, str] = {}
+    for kind in ("csv", "svg"):
+        opened.find_element(By.CSS_SELECTOR, f"#chart-loss button[data-kind={kind}]").click()
+        saved[kind] = opened.execute_async_script("saved.text().then(arguments[0])")
+    lines = saved["csv"].splitlines()
+    assert lines[0] == "step,train,mean,eval"
+    assert any(line.startswith("7001,55.5,") for line in lines)
+    picture = ElementTree.fromstring(saved["svg"])
+    texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"Loss", "train", "eval", "best", "10,000"} <= set(texts)
+    paths = [element.attrib for element in picture.iter("{http://www.w3.org/2000/svg}path")]
+    assert {"none"} == {path["fill"] for path in paths}
+    assert any("7px" in path["stroke-dasharray"] for path in paths), "lines are told apart without colour"
+
+
+def test_the_page_of_a_run_prints_what_is_folded(opened: Chrome) -> None:
+    printed = opened.execute_cdp_cmd("Page.printToPDF", {})["data"]
+    assert len(printed) > 50_000
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        recipe = opened.find_elements(By.CSS_SELECTOR, "details pre")[-1]
+        assert recipe.size["height"] > 20
+        assert not opened.find_element(By.CSS_SELECTOR, "button").is_displayed()
+    finally:
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

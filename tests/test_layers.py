@@ -35,7 +35,7 @@ LAYERS = (
     "training",
     "machine",
     "exporting",
-    "html_report",
+    "pages",
 )
 COMMANDS = {"init", "train", "supervise", "preview", "plan", "export", "chat", "eval", "doctor", "runs", "cli"}
 TORCH_FREE = (

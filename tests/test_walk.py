@@ -182,6 +182,19 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path: Path) -> 
     assert "bug" not in errors
 
 
+# What trackers are told is written to the file that SEEN names.
+TOLD = """
+import json, os
+from transformers.trainer_callback import CallbackHandler
+on_log = CallbackHandler.on_log
+def written(self, args, state, control, logs):
+    with open(os.environ["SEEN"], "a") as file:
+        file.write(json.dumps({"step": state.global_step, **logs}) + chr(10))
+    return on_log(self, args, state, control, logs)
+CallbackHandler.on_log = written
+"""
+
+
 @pytest.mark.slow
 def test_the_last_step_is_logged_and_evaluated_whatever_the_period(tmp_path: Path, warm: Warm) -> None:
     model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
@@ -190,10 +203,20 @@ def test_the_last_step_is_logged_and_evaluated_whatever_the_period(tmp_path: Pat
         model,
         data={"eval_fraction": 0.2},
         optimizer={"max_steps": 5},
-        output={"log_every_steps": 3, "eval_every_steps": 100},
+        output={"log_every_steps": 3, "eval_every_steps": 100, "save_every_steps": 4},
     )
-    assert warm.train(recipe).code == 0
+    assert warm.train(recipe, code=TOLD + TRAIN, SEEN=str(tmp_path / "told")).code == 0
     run = tmp_path / "run"
+    told = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in metrics:
+        seen = next(one for one in told if one["step"] == row["step"] and "loss" in one)
+        assert {name: seen.get(name) for name in row} == row, "trackers are told what is recorded"
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [(row["event"], row["step"]) for row in events] == [("start", 0), ("save", 4), ("save", 5), ("finished", 5)]
+    page = (run / "run.html").read_text()
+    assert "<title>run: finished, step 5</title>" in page
+    assert "Step 5 of 5" in page
     assert [row[0] for row in loss_history(run)] == [3, 5]
     assert [json.loads(line)["step"] for line in (run / "evaluations.jsonl").read_text().splitlines()] == [5]
 

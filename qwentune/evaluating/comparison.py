@@ -97,3 +97,15 @@ def _record(case: Case) -> dict[str, Any]:
 
 def _parts(answer: Answer) -> dict[str, Any]:
     return {"answer": answer.answer, **({"reasoning": answer.reasoning} if answer.reasoning else {})}
+
+
+def in_words(value: float, score: str, count: int) -> str:
+    """A mean of `count` places; of what is right or wrong, how many are right."""
+    in_shares = {one.name for one in SCORES if one.in_shares}
+    whole = round(value * count)
+    return f"{whole}/{count}" if score in in_shares and abs(value * count - whole) < 1e-6 else f"{value:.4g}"
+
+
+def in_brackets(bounds: Sequence[float]) -> str:
+    """An interval."""
+    return f"[{bounds[0]:.4g}, {bounds[1]:.4g}]"

@@ -59,7 +59,8 @@ class RunPlan:
     `host_phases` are its phases, where a merge beside GPUs may take more. `gpu_hours` are the roofline's, times the
     factor of a `profile`. `expansion_factor` says how many tokens the model is given for each of one rendering of the
     data, None where that has not been counted. `row_tokens` are those of the longest row that memory is judged by, and
-    `reasons` say of large costs why they are.
+    `reasons` say of large costs why they are. `step_seconds` are the roofline's of a step whose rows are all as
+    long, None on a CPU.
     """
 
     schema: int
@@ -82,6 +83,7 @@ class RunPlan:
     expansion_factor: float | None = None
     row_tokens: int | None = None
     reasons: tuple[str, ...] = ()
+    step_seconds: float | None = None
 
     @property
     def is_tight(self) -> bool:
@@ -133,10 +135,10 @@ def make_plan(spec: ModelSpec, gpu: Device, request: PlanRequest) -> RunPlan:
     missing = shortages(spec, gpu, request, chosen)
     limiting = chosen.limiting_phase
     is_gpu = isinstance(gpu, GpuSpec)
+    seconds = step_seconds(spec, chosen.settings, gpu) if is_gpu else None
     gpu_hours = None
-    if is_gpu and request.optimizer_steps is not None:
-        seconds = request.optimizer_steps * step_seconds(spec, chosen.settings, gpu)
-        gpu_hours = seconds * request.num_gpus / 3600
+    if seconds is not None and request.optimizer_steps is not None:
+        gpu_hours = request.optimizer_steps * seconds * request.num_gpus / 3600
     return RunPlan(
         schema=1,
         fits=not missing,
@@ -156,6 +158,7 @@ def make_plan(spec: ModelSpec, gpu: Device, request: PlanRequest) -> RunPlan:
         host_phases=host_phases(spec, gpu, chosen),
         row_tokens=request.max_tokens,
         reasons=cost_reasons(spec, chosen.settings, chosen.phases[limiting]),
+        step_seconds=seconds,
     )
 
 

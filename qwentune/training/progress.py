@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -26,8 +26,11 @@ LIVE_SECONDS = 1.0  # between two states of status.json
 class Recorder:
     """Writes the run's records and shows steps, loss, speed and the time that is left on stderr; for rank 0."""
 
-    def __init__(self, folder: RunFolder, num_steps: int, first_step: int) -> None:
+    def __init__(
+        self, folder: RunFolder, num_steps: int, first_step: int, write_page: Callable[[], None] | None = None
+    ) -> None:
         self.folder = folder
+        self.write_page = write_page
         self.num_steps = num_steps
         self.first_step = first_step
         self.latest: deque[MetricsRow] = deque(maxlen=1000)  # of this process, which earlier ones may not be like
@@ -98,6 +101,12 @@ class Recorder:
             text = " ".join(row["answer"].split()) or "(nothing)"
             source = f"{Path(row['source']['file']).name}:{row['source']['line']}"
             console.say(f"step {row['step']}/{self.num_steps}  {source} answered: {shorten(text)}")
+
+    def saved(self, step: int, best_step: int | None) -> None:
+        """Takes a checkpoint that is in place, and which step is the best so far."""
+        self.folder.add_event("save", step, best=best_step)
+        if self.write_page is not None:
+            self.write_page()
 
     def _draw(self, **changes: int | str) -> None:
         assert self.bar is not None

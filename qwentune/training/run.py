@@ -68,6 +68,7 @@ class Run:
     dataset: Dataset
     schedule: Schedule
     publish: Callable[..., tuple[int, int]]  # of the layer below, which writes packages
+    write_page: Callable[[], None]  # of the last layer
 
     def run(self) -> int:
         """Joins the ranks, finds where to begin, trains, publishes."""
@@ -168,7 +169,9 @@ class Run:
         from qwentune.training.heading import heading, trained_share
         from qwentune.training.progress import Recorder
 
-        recorder = Recorder(self.folder, self.schedule.num_steps, start.step) if self.ranks.leads else None
+        recorder = None
+        if self.ranks.leads:
+            recorder = Recorder(self.folder, self.schedule.num_steps, start.step, self.write_page)
         trainer = None
         try:
             if self.ranks.leads:
@@ -434,6 +437,9 @@ class Run:
             return
         reached = self.folder.reached_step() if step is None else step
         self.folder.set_status(state, exit_code=code, reason=reason, step=reached, command=self.request.command)
+        event = state if state != "running" else "resume" if reached else "start"
+        self.folder.add_event(event, reached, steps=self.schedule.num_steps)
+        self.write_page()
 
 
 def _state(exit_code: int) -> State:

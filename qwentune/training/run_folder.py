@@ -24,6 +24,7 @@ from qwentune.redaction import redact, redacted
 METRICS = "metrics.jsonl"  # one row per logged step
 EVALUATIONS = "evaluations.jsonl"  # one row per evaluation
 SAMPLES = "samples.jsonl"  # one row per held-out prompt that an evaluation has answered
+EVENTS = "events.jsonl"  # one row per start, save and end, those of lost work too
 RECORDS = (METRICS, EVALUATIONS, SAMPLES)
 LOG = "log.txt"  # what was said on the screen
 STATUS = "status.json"
@@ -33,6 +34,7 @@ TRAINED = ("adapter", "model")  # where the trained weights are published
 STATUS_KEYS = {"state", "exit", "reason", "step", "resume_command"}
 TRACKER_ID = "tracker_id.txt"  # of runs that began before folders were marked
 State = Literal["running", "finished", "preempted", "interrupted", "failed"]
+Event = Literal["start", "resume", "save", "preempted", "interrupted", "failed", "finished"]
 LONGEST_REASON = 1000  # characters, where status.json is written over in the room that it has
 
 
@@ -110,30 +112,32 @@ class RunFolder:
         with suppress(OSError):
             self.write_json(STATUS, {**self.read_json(STATUS), **live})
 
-    def mark_lost(self, reason: str, exit_code: int, command: list[str]) -> None:
-        """Puts an end into `status.json` that a trainer could not write, or of which it knew only half.
+    def mark_lost(self, reason: str, exit_code: int, command: list[str]) -> bool:
+        """Puts an end into `status.json` that a trainer could not write, or of which it knew only half; whether it did.
 
         Without a reason only a run that is said to go on is marked. `command` continues it where the file has none.
         """
         if not (self.path / STATUS).is_file():
-            return  # there was no run yet
+            return False  # there was no run yet
         for _ in range(50):
             try:
                 with self.lock():
                     status = self.read_json(STATUS)
                     if status.get("state") not in ("running", None, *(["failed"] if reason else [])):
-                        return
+                        return False
                     with suppress(ValueError):
                         command = shlex.split(str(status.get("resume_command") or "")) or command
                     reason = reason or f"ended with exit code {exit_code}, and could not write so itself"
                     step = self.reached_step()
                     self.set_status("failed", exit_code=exit_code, reason=reason, step=step, command=command)
+                    self.add_event("failed", step)
             except RunInUseError:
                 time.sleep(0.1)  # the system is still taking apart the process that was killed
             except (OSError, UsageError):
-                return
+                return False
             else:
-                return
+                return True
+        return False
 
     def finished_step(self) -> int | None:
         """The step whose weights the finished run has published; None while there is none."""
@@ -174,7 +178,7 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drops the records of steps after `step`: they belong to work that was lost and will be done again."""
-        for name in (*RECORDS, LOG):
+        for name in (*RECORDS, EVENTS, LOG):
             if (self.path / name).is_symlink():  # lines would be added to what it points to
                 remove(self.path / name)
         for name in RECORDS:
@@ -196,6 +200,11 @@ class RunFolder:
                 file.truncate(before)
                 raise
 
+    def add_event(self, event: Event, step: int, **facts: Any) -> None:
+        """Notes what befell the run after a step; a disk that does not take it is no reason to end."""
+        with suppress(OSError):
+            self.append(EVENTS, {"event": event, "step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **facts})
+
     def sync_records(self) -> None:
         """Waits until the records are on disk: a checkpoint must not outlive those of its steps."""
         for name in RECORDS:
@@ -203,18 +212,21 @@ class RunFolder:
                 with _about(self.path / name), (self.path / name).open("ab") as file:
                     os.fsync(file.fileno())
 
+    def records(self, name: str = METRICS) -> list[dict[str, Any]]:
+        """Every row of a file of records that can be read; each has a `step`."""
+        with suppress(OSError):
+            return self._records(name)[0]
+        return []
+
     def last_record(self, name: str = METRICS) -> dict[str, Any] | None:
         """The newest row of a file of records that can be read."""
         with suppress(OSError):
-            rows, _ = self._records(name)
-            return rows[-1] if rows else None
+            return next(filter(None, map(_record, reversed(self._lines(name)))), None)
         return None
 
     def losses(self) -> list[float]:
         """The loss of every record that can be read."""
-        with suppress(OSError):
-            return [row["loss"] for row in self._records(METRICS)[0] if isinstance(row.get("loss"), float)]
-        return []
+        return [row["loss"] for row in self.records() if isinstance(row.get("loss"), float)]
 
     def reached_step(self) -> int:
         """The step of the newest record, else of the status, else 0."""
@@ -263,15 +275,25 @@ class RunFolder:
         """
         rows: list[dict[str, Any]] = []
         bad: list[int] = []
-        lines = (self.path / name).read_bytes().split(b"\n") if (self.path / name).exists() else []
+        lines = self._lines(name)
         for number, line in enumerate(lines):
-            with suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    rows.append(row)
-                    continue
-            bad.append(number)
+            if (row := _record(line)) is not None:
+                rows.append(row)
+            else:
+                bad.append(number)
         return rows, sum(number < len(lines) - 1 for number in bad)
+
+    def _lines(self, name: str) -> list[bytes]:
+        return (self.path / name).read_bytes().split(b"\n") if (self.path / name).exists() else []
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The row that a line is; None where it is none."""
+    with suppress(ValueError, RecursionError):
+        row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+    return None
 
 
 @contextmanager

@@ -115,8 +115,8 @@ class ExactResume(ExactEvaluation):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
         if "loss" not in logs:
+            self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
             return
         step = self.state.global_step
         self._refuse_to_go_on_after_a_bad_step()
@@ -127,22 +127,22 @@ class ExactResume(ExactEvaluation):
         trained = sum(self.batches.rows.num_trained[row] for row in rows)
         self._window_first_step = step
         on_gpu = torch.cuda.is_available()
-        update_ratio = self._update_ratio()
+        row = {
+            "step": step,
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs["grad_norm"],
+            "update_ratio": self._update_ratio(),
+            "tokens": tokens,
+            "trained_tokens": trained,
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "peak_allocated_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+            "seconds": round(seconds, 4),
+        }
+        shown = {**logs, **{name: value for name, value in row.items() if name != "step" and value is not None}}
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, shown)
         if self.recorder is not None:
-            self.recorder.logged(
-                {
-                    "step": step,
-                    "loss": logs["loss"],
-                    "learning_rate": logs["learning_rate"],
-                    "grad_norm": logs["grad_norm"],
-                    "update_ratio": update_ratio,
-                    "tokens": tokens,
-                    "trained_tokens": trained,
-                    "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-                    "peak_allocated_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-                    "seconds": round(seconds, 4),
-                }
-            )
+            self.recorder.logged(row)
 
     def _refuse_to_go_on_after_a_bad_step(self) -> None:
         if self._first_bad_step is not None and (bad := self._first_bad_step.item()) != float("inf"):
@@ -210,6 +210,8 @@ class ExactResume(ExactEvaluation):
         spared = frozenset({self.state.best_global_step} if self.state.best_global_step else ())
         written = self.checkpoints.staging(step) / f"checkpoint-{step}"
         self.checkpoints.publish(written, step, self.checkpoint_facts, spared)
+        if self.recorder is not None:
+            self.recorder.saved(step, self.state.best_global_step or None)
 
     def _refuse_to_save_what_is_not_finite(self, model: nn.Module) -> None:
         bad = [

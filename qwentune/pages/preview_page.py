@@ -8,20 +8,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
-from qwentune.console import shown
 from qwentune.data.summary import media
 from qwentune.exporting.package import serving_flags
+from qwentune.pages.template import page
 
 if TYPE_CHECKING:
     from qwentune.data.dataset import Dataset
     from qwentune.data.tokenizing.tokenizer import Tokenizer
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
 NUM_FIRST = 4  # tokens of a trained span that count as its beginning
 NUM_LOOKED_AT = 20_000  # examples whose beginnings are counted
 NUM_ROWS = 20  # of the tables of beginnings
@@ -53,40 +49,37 @@ def html_report(
     optimizer_steps: int,
 ) -> str:
     """The page."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     dropped = [
         (f"{drop['source']['file']}:{drop['source']['line']}" + _turn(drop["turn"]), drop["reason"])
         for drop in dataset.dropped[:NUM_DROPPED]
     ]
     warnings = _linked(report["warnings"], {example.source: k for k, example in reversed([*enumerate(examples)])})
     seen: dict[str, str] = {}
-    return page.render(
-        recipe=shown(recipe),
-        report=_shown(report),
-        facts=_shown(_facts(report, optimizer_steps)),
+    return page(
+        "preview.html.jinja",
+        recipe=recipe,
+        report=report,
+        facts=_facts(report, optimizer_steps),
         most=max((bucket["examples"] for bucket in report["lengths"]["histogram"]), default=1),
-        first_words=_shown(_beginnings(dataset, tokenizer)),
+        first_words=_beginnings(dataset, tokenizer),
         num_first=NUM_FIRST,
         num_looked_at=min(len(dataset.first_epoch), NUM_LOOKED_AT),
-        dropped=_shown(dropped),
+        dropped=dropped,
         num_dropped=len(dataset.dropped),
-        warnings=_shown(warnings),
+        warnings=warnings,
         formats=sorted({example.format for example in examples}),
         turns=sorted({turn for example in examples for turn in example.turns}),
-        examples=_shown(
-            [
-                {
-                    "title": example.title,
-                    "format": example.format,
-                    "turns": example.turns,
-                    "warnings": [k for k, each in enumerate(warnings, 1) if example.source in each["places"]],
-                    "thumbnails": example.thumbnails,
-                    "parts": [part for span in example.spans for part in _parts(*span, example.source, seen)],
-                }
-                for example in examples
-            ]
-        ),
+        examples=[
+            {
+                "title": example.title,
+                "format": example.format,
+                "turns": example.turns,
+                "warnings": [k for k, each in enumerate(warnings, 1) if example.source in each["places"]],
+                "thumbnails": example.thumbnails,
+                "parts": [part for span in example.spans for part in _parts(*span, example.source, seen)],
+            }
+            for example in examples
+        ],
     )
 
 
@@ -175,14 +168,3 @@ def _beginnings(dataset: Dataset, tokenizer: Tokenizer) -> list[tuple[str, int]]
 
 def _turn(turn: int | None) -> str:
     return "" if turn is None else f" messages[{turn}]"
-
-
-def _shown(value: Any) -> Any:
-    """The same value with all its texts as they may be shown."""
-    if isinstance(value, str):
-        return shown(value)
-    if isinstance(value, Mapping):
-        return {key: _shown(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_shown(item) for item in value]
-    return value

@@ -1,0 +1,1 @@
+"""Pages for a browser: what is trained, and how a run goes."""
