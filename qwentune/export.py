@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,11 +11,10 @@ import typer
 
 from qwentune import console
 from qwentune.durable import mark, remove, replace_folder
-from qwentune.errors import EXIT_OK, DoesNotFitError, Problem, UsageError, UserError
+from qwentune.errors import EXIT_OK, Problem, UsageError, UserError
 
 if TYPE_CHECKING:
     from qwentune.exporting.finished import FinishedRun
-    from qwentune.exporting.processors import ServerOption
 
 VERIFIED_TEXTS = ("Hello", "1 + 1 =", "你好，世界", "def f(x):\n    return")
 # Shares of the largest logit.
@@ -46,6 +44,7 @@ def export(
 def run_export(folder: Path, merge: bool, verify: bool, output: Path | None, gguf: str | None = None) -> int:
     """Writes the package, whole or not at all; the exit code."""
     from qwentune.bounded import refuse_name
+    from qwentune.exporting.exported import write_export
     from qwentune.exporting.finished import open_run
 
     refuse_name("-o", output or ".")
@@ -64,7 +63,7 @@ def run_export(folder: Path, merge: bool, verify: bool, output: Path | None, ggu
             _write_gguf(run, gguf, verify, staging)
         else:
             with console.busy("writing the package"):
-                _write(run, merge, staging)
+                write_export(run, staging, merge=merge)
             if verify:
                 with console.busy("verifying"):
                     _verify(run, staging)
@@ -89,6 +88,7 @@ def _refuse_without_gguf(kind: str) -> None:
 
 
 def _write_gguf(run: FinishedRun, kind: str, verify: bool, target: Path) -> None:
+    from qwentune.exporting.exported import copy_model_card
     from qwentune.exporting.gguf_file import verify_gguf
     from qwentune.exporting.gguf_run import write_run_gguf
     from qwentune.model.loading import silence_loading
@@ -102,7 +102,7 @@ def _write_gguf(run: FinishedRun, kind: str, verify: bool, target: Path) -> None
         with console.busy("verifying"):
             error = verify_gguf(written.path, written.tensors)
         console.say(f"verified: {len(written.tensors)} tensors read again, largest error {error:.1e} of their largest")
-    _copy_model_card(run, target)
+    copy_model_card(run, target)
 
 
 def _tell_of_gguf(run: FinishedRun, target: Path) -> None:
@@ -125,9 +125,10 @@ def _tell_of_gguf(run: FinishedRun, target: Path) -> None:
 def _tell_how_to_serve(run: FinishedRun, target: Path) -> None:
     """Says the command of each server that takes the folder, here and in its model card."""
     from qwentune.data.at_hand import first_question
+    from qwentune.exporting.exported import media_options
     from qwentune.exporting.serving import artefact, commands, request
 
-    options = _media_options(run, target)
+    options = media_options(run, target)
     served = artefact(run, target, {option.name: option.value for option in options})
     found = commands(served)
     if not found:
@@ -146,93 +147,6 @@ def _tell_how_to_serve(run: FinishedRun, target: Path) -> None:
     if card.exists():
         fenced = "\n".join(f"{server}:\n\n```sh\n{command}\n```\n" for server, command in found.items())
         card.write_text(f"{card.read_text(encoding='utf-8')}\n## Serving\n\n{fenced}", encoding="utf-8")
-
-
-def _media_options(run: FinishedRun, target: Path) -> list[ServerOption]:
-    """What vLLM must be told of media; says what no option tells it."""
-    from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
-    from qwentune.exporting.package import own_limits
-    from qwentune.exporting.processors import beyond_servers, is_whole, server_options
-
-    if not is_whole(target):
-        return []
-    base = checkpoint_folder(run.model, run.revision)
-    kinds = run.report.get("media", {})
-    for remark in filter(None, (beyond_servers(base, run.data.media, kinds), own_limits(run.report))):
-        console.say(f"warning: {remark}")
-    return server_options(base, run.data.media, kinds, has_files=(target / "config.json").exists())
-
-
-def _write(run: FinishedRun, merge: bool, target: Path) -> None:
-    from qwentune.exporting.omni import is_omni
-    from qwentune.exporting.package import keep_config, stop_token_ids, write_package
-    from qwentune.exporting.processors import is_whole, write_processors
-    from qwentune.exporting.whole import copy_other_files
-    from qwentune.recipe import MediaOptions
-
-    if merge and run.has_adapter:
-        from qwentune.exporting.merge import merge as merge_adapter
-        from qwentune.model.loading import silence_loading, weights_folder
-
-        silence_loading()
-        base = weights_folder(run.model, run.revision)
-        _refuse_full_disk(base, target)
-        merge_adapter(base, run.trained, target)
-        keep_config(target, base)
-        write_package(
-            target,
-            run.trained,
-            chat_template=run.tokenizer.chat_template,
-            stop_token_ids=stop_token_ids(run.report, run.tokenizer.control_ids),
-            end_of_text_id=run.tokenizer.end_of_text_id,
-        )
-        if is_omni(base):
-            copy_other_files(base, target)
-        elif is_whole(target):
-            with_limits = is_whole(run.trained)  # which say already what the recipe says
-            write_processors(target, run.trained if with_limits else base, MediaOptions())
-    else:
-        shutil.copytree(run.trained, target, dirs_exist_ok=True)
-        _name_as_the_base(run, target)
-    _copy_model_card(run, target)
-
-
-def _copy_model_card(run: FinishedRun, target: Path) -> None:
-    if (run.folder / "README.md").is_file():
-        shutil.copyfile(run.folder / "README.md", target / "README.md")
-    else:
-        console.say(f"warning: {run.folder / 'README.md'} is missing: there is no model card to export")
-
-
-def _refuse_full_disk(base: Path, target: Path) -> None:
-    """Raises DoesNotFitError where what is written of a base's weights has no room."""
-    from qwentune.facts.present import free_disk_bytes
-    from qwentune.facts.weight_files import read_weights
-
-    needed, free = sum(tensor.num_bytes for tensor in read_weights(base).values()), free_disk_bytes(target, fresh=True)
-    if needed > free:
-        what = f"the weights take {needed / 1e6:,.1f} MB of disk; {free / 1e6:,.1f} MB are free"
-        raise DoesNotFitError(Problem(str(target), what, "Name a folder on another disk with -o."))
-
-
-def _name_as_the_base(run: FinishedRun, target: Path) -> None:
-    """Makes what was tuned of a checkpoint, loaded without the rest, one of the class that its files name."""
-    from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
-    from qwentune.exporting.omni import is_omni
-    from qwentune.exporting.processors import write_processors
-    from qwentune.exporting.whole import copy_other_files, is_part, name_as_whole, put_back
-    from qwentune.model.loading import weights_folder
-    from qwentune.recipe import MediaOptions
-
-    if run.has_adapter:
-        name_as_whole(target, checkpoint_folder(run.model, run.revision))
-    elif is_part(target, checkpoint_folder(run.model, run.revision)):
-        base = weights_folder(run.model, run.revision)
-        put_back(base, target)
-        if is_omni(base):
-            copy_other_files(base, target)
-        else:
-            write_processors(target, base, MediaOptions())
 
 
 def _verify(run: FinishedRun, exported: Path) -> None:
