@@ -19,7 +19,7 @@ from urllib.request import ProxyHandler, build_opener
 import typer
 
 from qwentune import console
-from qwentune.errors import Problem, UsageError
+from qwentune.errors import EXIT_INTERRUPTED, Problem, UsageError
 
 if TYPE_CHECKING:
     from qwentune.exporting.finished import FinishedRun
@@ -158,14 +158,15 @@ def _answers(address: Address) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes], received: list[int]) -> int:
-    """The exit code of the server, which is given each signal that comes, and killed where it stays."""
-    deadline = None
+    """The exit code of the server, 130 after Ctrl-C; it is given each signal that comes, and killed where it stays."""
+    deadline, is_interrupted = None, False
     while True:
         try:
             code = process.wait(timeout=POLL_SECONDS)
-            return code if code >= 0 else 128 - code
+            return EXIT_INTERRUPTED if is_interrupted else code if code >= 0 else 128 - code
         except subprocess.TimeoutExpired:
             if received:
+                is_interrupted |= received[0] == signal.SIGINT
                 process.send_signal(received.pop(0))
                 deadline = deadline or time.monotonic() + PATIENCE_SECONDS
             if deadline is not None and time.monotonic() > deadline:
