@@ -13,6 +13,7 @@ from qwentune.init import init
 from qwentune.plan import plan
 from qwentune.preview import preview
 from qwentune.runs import runs
+from qwentune.serve import serve
 from qwentune.supervise import train
 
 app = typer.Typer(
@@ -22,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help=f"Fine-tune Qwen models (version {__version__}). First init, then preview, plan and train.",
 )
-for verb in (init, preview, plan, train, export, chat, eval, runs, doctor):
+for verb in (init, preview, plan, train, export, chat, eval, serve, runs, doctor):
     app.command()(verb)
 
 

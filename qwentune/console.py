@@ -75,6 +75,16 @@ def show(text: str) -> None:
     _print(redact(text), sys.stdout)
 
 
+def tell(piece: str, stream: Any, style: str = "") -> None:
+    """Writes a piece of a line as it comes: on a terminal in a style and with control characters written out."""
+    if not stream.isatty():
+        print(piece, end="", file=stream, flush=True)
+        return
+    from rich.text import Text
+
+    terminal(stream).print(Text(visible(piece), style=style), end="")
+
+
 def say_next(*command: str) -> None:
     """Says on a terminal which command is the next sensible one."""
     if sys.stdout.isatty() and sys.stderr.isatty():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +15,6 @@ from qwentune.errors import EXIT_OK, Problem, UsageError
 
 if TYPE_CHECKING:
     from qwentune.exporting.finished import FinishedRun
-    from qwentune.exporting.processors import ServerOption
 
 GGUF_KINDS = ("f32", "f16", "bf16", "q8_0")
 
@@ -51,6 +49,7 @@ def run_export(
     """Writes the package, whole or not at all; the exit code."""
     from qwentune.bounded import refuse_name
     from qwentune.exporting.finished import open_run
+    from qwentune.exporting.folder import write_folder
     from qwentune.pages.run_page import RunPage
     from qwentune.training.run_folder import RunFolder
 
@@ -75,10 +74,7 @@ def run_export(
             _write_gguf(run, gguf, verify, staging)
         else:
             with console.busy("writing the package"):
-                from qwentune.exporting.folder import write_folder
-
                 write_folder(run, staging, merges=merge, text_only=text_only)
-                _copy_model_card(run, staging)
             if verify:
                 with console.busy("verifying"):
                     from qwentune.exporting.verify import verify as verified
@@ -107,6 +103,7 @@ def _refuse_without_gguf(kind: str) -> None:
 
 
 def _write_gguf(run: FinishedRun, kind: str, verify: bool, target: Path) -> None:
+    from qwentune.exporting.folder import copy_model_card
     from qwentune.exporting.gguf_file import verify_gguf
     from qwentune.exporting.gguf_run import write_run_gguf
     from qwentune.model.loading import silence_loading
@@ -120,7 +117,7 @@ def _write_gguf(run: FinishedRun, kind: str, verify: bool, target: Path) -> None
         with console.busy("verifying"):
             error = verify_gguf(written.path, written.tensors)
         console.say(f"verified: {len(written.tensors)} tensors read again, largest error {error:.1e} of their largest")
-    _copy_model_card(run, target)
+    copy_model_card(run, target)
 
 
 def _tell_of_gguf(run: FinishedRun, target: Path) -> None:
@@ -143,9 +140,10 @@ def _tell_of_gguf(run: FinishedRun, target: Path) -> None:
 def _tell_how_to_serve(run: FinishedRun, target: Path) -> None:
     """Says the command of each server that takes the folder, here and in its model card."""
     from qwentune.data.at_hand import first_question
+    from qwentune.exporting.folder import media_options
     from qwentune.exporting.serving import artefact, commands, request
 
-    options = _media_options(run, target)
+    options = media_options(run, target)
     served = artefact(run, target, {option.name: option.value for option in options})
     found = commands(served)
     if not found:
@@ -164,28 +162,6 @@ def _tell_how_to_serve(run: FinishedRun, target: Path) -> None:
     if card.exists():
         fenced = "\n".join(f"{server}:\n\n```sh\n{command}\n```\n" for server, command in found.items())
         card.write_text(f"{card.read_text(encoding='utf-8')}\n## Serving\n\n{fenced}", encoding="utf-8")
-
-
-def _media_options(run: FinishedRun, target: Path) -> list[ServerOption]:
-    """What vLLM must be told of media; says what no option tells it."""
-    from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
-    from qwentune.exporting.package import own_limits
-    from qwentune.exporting.processors import beyond_servers, is_whole, server_options
-
-    if not is_whole(target):
-        return []
-    base = checkpoint_folder(run.model, run.revision)
-    kinds = run.report.get("media", {})
-    for remark in filter(None, (beyond_servers(base, run.data.media, kinds), own_limits(run.report))):
-        console.say(f"warning: {remark}")
-    return server_options(base, run.data.media, kinds, has_files=(target / "config.json").exists())
-
-
-def _copy_model_card(run: FinishedRun, target: Path) -> None:
-    if (run.folder / "README.md").is_file():
-        shutil.copyfile(run.folder / "README.md", target / "README.md")
-    else:
-        console.say(f"warning: {run.folder / 'README.md'} is missing: there is no model card to export")
 
 
 if __name__ == "__main__":

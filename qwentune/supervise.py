@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -27,7 +26,7 @@ from qwentune.errors import (
 from qwentune.training import reports
 from qwentune.training.command_line import AllowChange, ForceMemory, Fresh, Overrides, RecipePath, Request, Resume
 from qwentune.training.hangs import HangWatch
-from qwentune.training.signals import ORPHAN_GRACE_SECONDS, stoppable, take_over
+from qwentune.training.signals import ORPHAN_GRACE_SECONDS, die_with_parent, stoppable, take_over
 
 if TYPE_CHECKING:
     from qwentune.recipe import LoadedRecipe
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 LAUNCHER = "qwentune.training.launcher"
 POLL_SECONDS = 0.2
 QUIET = {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # the launcher too, unless the user says else
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 MAP_LOST = (
     "A file was cut short or cannot be read any more while it was in use: most often the rendered data of the cache "
     "($QWENTUNE_CACHE/data), the weights, or shared memory that is full. The same command continues the run."
@@ -148,7 +146,8 @@ def supervise(arguments: list[str], launch: Path, num_processes: int, folder: Ru
         environment = {**QUIET, **os.environ, reports.FOLDER: str(scratch)}
         received: list[int] = []
         previous = take_over(lambda number, _: received.append(number))
-        launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_supervisor)
+        # A killed supervisor takes the launcher with it, and trainers that have lost their launcher save and end.
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
         watched = _Watched()
         try:
             _wait_for_trainers(launcher, received, scratch)
@@ -169,12 +168,6 @@ def supervise(arguments: list[str], launch: Path, num_processes: int, folder: Ru
 
         RunPage(folder).write()
     return code
-
-
-def _die_with_supervisor() -> None:
-    # A killed supervisor takes the launcher with it, and trainers that have lost their launcher save and end.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait_for_trainers(launcher: subprocess.Popen[bytes], received: list[int], scratch: Path) -> None:

@@ -21,7 +21,7 @@ def printed(*arguments: str) -> str:
 def test_help_names_every_verb_in_the_order_of_the_walk() -> None:
     lines = printed("--help").splitlines()
     verbs = [line.split()[0] for line in lines if line.startswith("  ") and line.split()[0].isalpha()]
-    assert verbs[-12:-3] == ["init", "preview", "plan", "train", "export", "chat", "eval", "runs", "doctor"]
+    assert verbs[-13:-3] == ["init", "preview", "plan", "train", "export", "chat", "eval", "serve", "runs", "doctor"]
     assert verbs[-3:] == ["models", "gpus", "keys"]
 
 

@@ -37,7 +37,7 @@ LAYERS = (
     "exporting",
     "pages",
 )
-COMMANDS = {"init", "train", "supervise", "preview", "plan", "export", "chat", "eval", "doctor", "runs", "cli"}
+COMMANDS = {"init", "train", "supervise", "preview", "plan", "export", "chat", "eval", "serve", "doctor", "runs", "cli"}
 TORCH_FREE = (
     "errors",
     "bounded",

@@ -44,10 +44,12 @@ class Answer:
 
     @cached_property
     def _parts(self) -> tuple[str, str]:
-        if not (self.opened or self.text.lstrip().startswith(OPENING)):
+        begun = self.text.lstrip()
+        if not (self.opened or begun.startswith(OPENING)):
             return "", self.text
-        reasoning, _, answer = self.text.partition(CLOSING)  # without the tag it was cut while it reasoned
-        return reasoning.replace(OPENING, "", 1).strip("\n"), answer.lstrip("\n")
+        text = begun.removeprefix(OPENING) if begun.startswith(OPENING) else self.text
+        reasoning, _, answer = text.partition(CLOSING)  # without the tag it was cut while it reasoned
+        return reasoning.strip("\n"), answer.lstrip("\n")
 
     @property
     def reasoning(self) -> str:

@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 
 from qwentune.data.reading.strict_json import JsonFaultError, parse_json
-from qwentune.data.sample import Json
+from qwentune.data.sample import Json, ToolCall
 
+CALL_OPENING, CALL_CLOSING = "<tool_call>", "</tool_call>"
 _BLOCK = re.compile(r"(?s)<tool_call>(.*?)(?:</tool_call>|$)")
 _FUNCTION = re.compile(r"(?s)<function=([^>\n]+)>(.*)</function>")
 _PARAMETER = re.compile(r"(?s)<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>")
@@ -19,6 +20,11 @@ class WrittenCall:
 
     name: str
     arguments: Json
+
+    @property
+    def taken(self) -> ToolCall | None:
+        """The call as a message has it; None where a server could not read it."""
+        return ToolCall(self.name, self.arguments) if self.name and isinstance(self.arguments, dict) else None
 
 
 def calls_in(text: str) -> tuple[WrittenCall, ...]:

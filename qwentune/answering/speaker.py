@@ -1,8 +1,8 @@
-"""Prompts in, answers out: the likeliest token each time, many prompts at once."""
+"""Prompts in, answers out: the likeliest token each time, many prompts at once; or one, told while it is made."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qwentune.answering.answer import MOST_AT_ONCE, OPENING, Answer
+from qwentune.answering.spoken import Spoken
 from qwentune.data.layout.media_batch import as_prompt
 from qwentune.data.layout.media_table import RunMedia
 from qwentune.data.tokenizing.tokenizer import Tokenizer
@@ -51,6 +52,22 @@ class Speaker:
         ((_, answer),) = self.answers([prompt])
         return answer
 
+    def tell(
+        self, prompt: Prompt, tell: Callable[[str], object], choice: Mapping[str, Any] = GREEDY
+    ) -> tuple[Answer, bool]:
+        """The answer to one prompt, whose text is told as it is made, and whether Ctrl-C has ended it.
+
+        `choice` are the options of transformers' `generate` by which tokens are chosen.
+        """
+        spoken = Spoken(self.tokenizer, end_token_ids(dict(self.generation)), tell)
+        interrupted = False
+        try:
+            self._generate([prompt], choice, spoken)
+        except KeyboardInterrupt:
+            interrupted = True
+        spoken.end()
+        return self._answer(prompt, spoken.ids), interrupted
+
     def answers(self, prompts: Sequence[Prompt]) -> Generator[tuple[int, Answer]]:
         """The place of each prompt and its answer, the longest prompt first: what memory does not hold shows at once.
 
@@ -83,18 +100,23 @@ class Speaker:
         return len(prompts)
 
     def _generated(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        rows: list[list[int]] = self._generate(prompts, GREEDY).tolist()
+        return [self._answer(prompt, row[: prompt.most_tokens]) for prompt, row in zip(prompts, rows, strict=True)]
+
+    def _generate(self, prompts: Sequence[Prompt], choice: Mapping[str, Any], streamer: Spoken | None = None) -> Tensor:
+        """The ids that follow each prompt."""
         given = self._given(prompts)
         with torch.no_grad():
-            rows: list[list[int]] = self.network.generate(
+            return self.network.generate(
                 **given,
-                **GREEDY,
+                **choice,
                 max_new_tokens=max(prompt.most_tokens for prompt in prompts),
                 use_cache=True,
                 eos_token_id=end_token_ids(dict(self.generation)) or None,
                 pad_token_id=self._pad,
                 synced_gpus=self.in_step,
-            )[:, given["input_ids"].shape[1] :].tolist()
-        return [self._answer(prompt, row[: prompt.most_tokens]) for prompt, row in zip(prompts, rows, strict=True)]
+                streamer=streamer,
+            )[:, given["input_ids"].shape[1] :]
 
     def _answer(self, prompt: Prompt, generated: list[int]) -> Answer:
         stops = end_token_ids(dict(self.generation))

@@ -38,7 +38,10 @@ def part_of_config(config: Mapping[str, Any], model_type: str | None) -> dict[st
 
 def in_both_places(config: Mapping[str, Any]) -> dict[str, Any]:
     """Every section of a config.json with the new keys beside the old ones that it has."""
-    both = {key: in_both_places(value) if isinstance(value, dict) else value for key, value in config.items()}
+    both = {
+        key: in_both_places(value) if isinstance(value, dict) and not key.startswith("rope_") else value
+        for key, value in config.items()
+    }
     if "rope_theta" in both and not isinstance(both.get("rope_parameters"), dict):
         scaling: dict[str, Any] = both.get("rope_scaling") or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))

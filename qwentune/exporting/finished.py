@@ -31,6 +31,7 @@ class FinishedRun:
     folder: Path
     model: str
     revision: str | None
+    tuning: str
     seed: int
     data: DataOptions
     report: dict[str, Any]
@@ -89,6 +90,7 @@ def open_run(folder: Path) -> FinishedRun:
         folder=folder,
         model=recipe.model,
         revision=recipe.revision,
+        tuning=recipe.tuning.kind,
         seed=recipe.seed,
         data=recipe.data,
         report=report,

@@ -16,21 +16,35 @@ from qwentune.exporting.processors import is_whole
 from qwentune.exporting.tensors import ModelTensor, write_tensors
 from qwentune.facts.weight_files import read_weights
 from qwentune.model.hollow import refuse_other_adapter, refuse_other_weights
-from qwentune.model.loading import read_config
+from qwentune.model.loading import load_model, read_config
 from qwentune.model.senses import network_class
 
 
 @busy("loading the weights")
-def load_tuned(base: Path, adapter: Path | None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_tuned(
+    base: Path,
+    adapter: Path | None,
+    dtype: torch.dtype | None = None,
+    *,
+    device: torch.device | None = None,
+    four_bit: bool = False,
+) -> PreTrainedModel:
     """The tuned model in the dtype of its files or another: adapters, where there are any, on the unquantised base.
 
-    Raises ResumeError where a tensor of either is missing, another, or not the model's.
+    `four_bit`: the base, or what full tuning made of it, in 4 bits. Raises ResumeError where a tensor of either is
+    missing, another, or not the model's.
     """
     has_media = adapter is None or is_whole(adapter)
     refuse_other_weights(base, adapter, has_media=has_media)
-    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    config = read_config(base, has_media=has_media)
-    model: Any = network_class(config).from_pretrained(base, config=config, use_safetensors=True, **options)
+    model: Any
+    if four_bit:
+        model = load_model(base, dtype="bf16", four_bit=True, device=device, has_media=has_media)
+    else:
+        options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+        if device is not None and device.type != "cpu":
+            options["device_map"] = {"": device}  # else the host would hold all of it first
+        config = read_config(base, has_media=has_media)
+        model = network_class(config).from_pretrained(base, config=config, use_safetensors=True, **options)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
     return model.eval()

@@ -13,6 +13,7 @@ from qwentune.data.tokenizing.vocabulary import SPLIT_PATTERN
 from qwentune.exporting.config_keys import kept_config, kept_part_config
 from qwentune.facts.documents import LARGEST_TOKENIZER_BYTES, read_object
 from qwentune.facts.generation_config import as_trained, end_token_ids, read_generation_config
+from qwentune.facts.servers import response_template
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
 # Transformers puts Qwen2's pattern over the one in tokenizer.json where these are named and no config.json says better.
@@ -42,8 +43,9 @@ def write_package(
 ) -> None:
     """Adds tokenizer, chat template and generation config to the weights in `target`.
 
-    The tokenizer's files are the base's, byte for byte but for the name of a class that would split texts otherwise.
-    Generation stops on the tokens that were trained to end a turn, the base's own stop tokens besides.
+    The tokenizer's files are the base's, byte for byte but for the name of a class that would split texts otherwise,
+    and for how `transformers serve` reads calls where it would not do so by itself. Generation stops on the tokens
+    that were trained to end a turn, the base's own stop tokens besides.
     """
     for name in TOKENIZER_FILES:
         if (base / name).exists():
@@ -60,6 +62,7 @@ def write_package(
             if isinstance(part, dict):
                 part["use_cache"] = True  # off only while training
         config["eos_token_id"] = next(iter(end_token_ids(generation)), config.get("eos_token_id"))
+        _say_how_calls_are_read(target, chat_template or "", config)
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -129,6 +132,14 @@ def _name_a_class_that_keeps_the_pattern(folder: Path) -> None:
     if config.get("tokenizer_class") in CLASSES_WITH_QWEN2_PATTERN and not is_qwen2:
         config["tokenizer_class"] = CLASS_WITHOUT_PATTERN
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def _say_how_calls_are_read(folder: Path, template: str, config: Mapping[str, Any]) -> None:
+    wanted = response_template(template, str(config.get("model_type")))
+    if wanted is not None:
+        given = _json(folder / "tokenizer_config.json")
+        text = json.dumps({"response_template": wanted, **given}, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 

@@ -22,6 +22,20 @@ PORTS = {"vLLM": 8000, "SGLang": 30000}
 
 
 @dataclass(frozen=True)
+class Address:
+    """Where a server listens."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """How this machine reaches it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+@dataclass(frozen=True)
 class Artefact:
     """What is served: a folder with a whole model, or with adapters for `base`.
 
@@ -60,20 +74,25 @@ def artefact(run: FinishedRun, folder: Path, vllm: Mapping[str, Any]) -> Artefac
     )
 
 
-def commands(served: Artefact) -> dict[str, str]:
-    """The command of each server that takes it, by the server's name; none where none does."""
+def commands(served: Artefact, address: Address | None = None) -> dict[str, str]:
+    """The command of each server that takes it, by the server's name; none where none does.
+
+    It listens at `address`, else where the server does by itself.
+    """
     if served.unservable:
         return {}
     found = {"vLLM": _vllm(served), "SGLang": _sglang(served)}
     if served.base is None:
         found["transformers"] = _transformers(served)
-    return {name: command for name, command in found.items() if command is not None}
+    there = f" --host {shlex.quote(address.host)} --port {address.port}" if address else ""
+    return {name: f"{command}{there}" for name, command in found.items() if command is not None}
 
 
-def request(served: Artefact, server: str, message: str) -> str:
+def request(served: Artefact, server: str, message: str, address: Address | None = None) -> str:
     """A command that asks a server that was started by its command."""
-    body = {"model": served.name, "messages": [{"role": "user", "content": message}], "temperature": 0}
-    where = f"http://127.0.0.1:{PORTS.get(server, 8000)}/v1/chat/completions"
+    name = str(served.folder) if server == "transformers" else served.name  # which knows a model by its folder alone
+    body = {"model": name, "messages": [{"role": "user", "content": message}], "temperature": 0}
+    where = f"{(address or Address('127.0.0.1', PORTS.get(server, 8000))).url}/v1/chat/completions"
     return shlex.join(["curl", where, "-H", "Content-Type: application/json", "-d", json.dumps(body)])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,9 +25,18 @@ class _Content(BaseModel):
     temperature: Annotated[float, Ge(0)] | None = None
     top_p: Annotated[float, Ge(0), Le(1)] | None = None
     top_k: Annotated[int, Ge(0)] | None = None
+    min_p: Annotated[float, Ge(0), Le(1)] | None = None
     repetition_penalty: Annotated[float, Gt(0)] | None = None
 
 
+# How tokens are drawn, where a file does not say it: as they come, as vLLM and SGLang do.
+_AS_THEY_COME: dict[str, float | None] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": None,
+    "repetition_penalty": 1.0,
+}
 _KIND = TypeAdapter(_Content)
 
 
@@ -50,3 +59,15 @@ def as_trained(generation: dict[str, Any], stop_token_ids: Iterable[int], end_of
     stops = dict.fromkeys([*stop_token_ids, *end_token_ids(generation)])
     pad = generation.get("pad_token_id", end_of_text_id)
     return {**generation, "eos_token_id": list(stops), "pad_token_id": pad}
+
+
+def samples(generation: Mapping[str, Any]) -> bool:
+    """Whether the file says that tokens are drawn, not that the likeliest is taken."""
+    return bool(generation.get("do_sample")) and generation.get("temperature") != 0
+
+
+def sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of transformers' `generate` by which tokens are drawn as the file says."""
+    said = {name: generation.get(name) for name in _AS_THEY_COME}
+    drawn = {name: usual if said[name] is None else said[name] for name, usual in _AS_THEY_COME.items()}
+    return {"do_sample": True, **drawn, "temperature": drawn["temperature"] or 1.0}

@@ -6,7 +6,7 @@ Read out of the servers' own published packages, vLLM 0.33.0 and SGLang 0.5.23; 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 CallForm = Literal["json", "xml"]  # of a call between <tool_call> and its end
 
@@ -43,3 +43,30 @@ def call_form(template: str) -> CallForm | None:
     if "<function=" in template:
         return "xml"
     return "json" if "<tool_call>" in template else None
+
+
+# How `transformers serve` reads answers by itself: calls in tags of these types alone, of other Qwens calls in JSON; it
+# fails at what it cannot read (transformers/cli/serving/utils.py, 5.24). It takes another reading from the key
+# `response_template` of tokenizer_config.json, in the form of transformers/utils/chat_parsing.
+READ_IN_TAGS = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+IN_TAGS: dict[str, Any] = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"},
+        "tool_calls": {
+            "open_pattern": r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>",
+            "close_pattern": r"</function>\s*</tool_call>",
+            "repeats": True,
+            "content": "xml-inline",
+            "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"},
+            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+        },
+        "content": {"close_pattern": r"\s*(?:<\|im_end\|>|<\|endoftext\|>)", "content": "text"},
+    },
+}
+
+
+def response_template(template: str, model_type: str) -> dict[str, Any] | None:
+    """What `transformers serve` must be told of how a model's answers are read; None where it does so by itself."""
+    return IN_TAGS if call_form(template) == "xml" and model_type not in READ_IN_TAGS else None

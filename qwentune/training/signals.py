@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from qwentune import console
 from qwentune.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from qwentune.training.reports import Report
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ORPHAN_GRACE_SECONDS = 300.0  # enough for a long step and a save
 EARLY_GRACE_SECONDS = 5.0  # before training there is nothing to save
@@ -42,6 +45,12 @@ def take_over(handler: Callable[[int, FrameType | None], object]) -> dict[int, o
     """
     taken = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in taken}
+
+
+def die_with_parent() -> None:
+    """Has this process killed when the one that started it dies; called between fork and exec."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def watch_launcher() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qwentune.chat import run_chat
+from qwentune.chat import Choices, run_chat
 from qwentune.data.dataset import limits_of, prepare
 from qwentune.data.media.limits import MediaLimits, media_limits
 from qwentune.data.media.look import has_own_limits, look
@@ -177,7 +177,7 @@ def test_a_damaged_processor_file_matters_to_rows_with_media_alone(
 def test_a_missing_file_of_a_chat_is_said_in_a_chat_s_words(tmp_path: Path) -> None:
     files: dict[MediaKind, list[Path]] = {"image": [tmp_path / "no.png"], "audio": [tmp_path / "no.wav"]}
     with pytest.raises(UsageError) as caught:
-        run_chat(tmp_path, "hi", None, False, files)
+        run_chat(tmp_path, "hi", Choices(files=files))
     assert [problem.where for problem in caught.value.problems] == ["--image", "--audio"]
     assert "data file" not in str(caught.value)
 

@@ -141,13 +141,15 @@ class Renderer:
                 planned, size = [], 0
         yield from self._finished(planned)
 
-    def prompt(self, messages: Sequence[Message], mode: Mode) -> tuple[list[int], tuple[Seen, ...]]:
+    def prompt(
+        self, messages: Sequence[Message], mode: Mode, tools: Sequence[dict[str, Json]] = ()
+    ) -> tuple[list[int], tuple[Seen, ...]]:
         """The ids after which the model answers `messages` in `mode`, and the media that they name.
 
         Raises RowError where the template refuses, or a medium cannot be shown.
         """
         assert self.template is not None
-        conversation = Conversation(Source("chat", 1), tuple(messages))
+        conversation = Conversation(Source("chat", 1), tuple(messages), tuple(tools))
         dialogue = Dialogue.of(conversation, self.template, self.options, self.encoder, self.limits)
         pieces = dialogue.prompt(mode)
         return ids_of(pieces, self.encoder.encode([pieces])), dialogue.media.table if dialogue.media else ()
