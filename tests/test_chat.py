@@ -450,12 +450,13 @@ def test_the_first_token_is_on_the_screen_before_the_last_is_made(model: Path, t
     script = tmp_path / "held.py"
     script.write_text(HELD)
     up = "\x1b[A"
+    asks = "\r\n> "  # only once it stands there does the terminal hand over keys one by one
     typed = [
-        ("ends the chat", f"Who?{LINE_END}"),
+        (f"ends the chat.{asks}", f"Who?{LINE_END}"),
         ("Quetzal", LINE_END),
-        ("coatl.", f"{up}{LINE_END}"),  # what was typed before, by an arrow key
+        (f"coatl.{asks}", f"{up}{LINE_END}"),  # what was typed before, by an arrow key
         ("Axo", LINE_END),
-        ("lotl.", "\x04"),
+        (f"lotl.{asks}", "\x04"),
     ]
     screen = on_terminal([sys.executable, str(script), str(run)], tmp_path, typed=typed, seconds=240)
     assert screen.code == 0, screen.text

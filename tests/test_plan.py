@@ -967,7 +967,7 @@ def test_a_plan_survives_json() -> None:
     assert RunPlan.from_json(values) == plan
     contract = "schema fits gpu gpus usable_bytes peak_bytes allocated_peak_bytes limiting_phase phases choices"
     contract += " optimizer_steps gpu_hours host_bytes host_phases disk_bytes mends profile expansion_factor"
-    contract += " row_tokens reasons tight"
+    contract += " row_tokens reasons tight step_seconds"
     assert set(values) == set(contract.split())
     assert set(values["mends"][0]) == {"change", "saves_bytes", "overrides"}
 

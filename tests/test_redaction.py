@@ -202,6 +202,7 @@ WRITERS = {
     "training/once.py": "a plan in the user's cache",
     "memory/profile.py": "measured times in the user's cache",
     "model/loading.py": "random weights in the user's cache",
+    "exporting/cached.py": "what a folder in the cache was made of: hashes",
     "exporting/package.py": "the model's own files, which are data and must not be changed",
     "exporting/tensors.py": "weights",
     "exporting/whole.py": "weights, and the model's own files",

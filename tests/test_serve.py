@@ -20,7 +20,8 @@ from transformers import AutoTokenizer
 
 from qwentune import serve as command
 from qwentune.errors import DoesNotFitError, UsageError
-from qwentune.exporting import cached, exported
+from qwentune.exporting import cached
+from qwentune.exporting import folder as exporting
 from qwentune.exporting.cached import served_folder
 from qwentune.exporting.finished import open_run
 from qwentune.exporting.serving import Address, commands, request
@@ -117,7 +118,7 @@ def test_an_adapter_is_merged_once_and_again_when_it_has_changed(
     assert served_folder(open_run(folder), merge=True) == first
     assert (first / "model.safetensors").read_bytes() != whole
 
-    monkeypatch.setattr(exported, "free_disk_bytes", lambda *_, **__: 1000)
+    monkeypatch.setattr(exporting, "free_disk_bytes", lambda *_, **__: 1000)
     monkeypatch.setattr(cached, "__version__", "another")
     with pytest.raises(DoesNotFitError, match="another disk with the variable QWENTUNE_CACHE"):
         served_folder(open_run(folder), merge=True)

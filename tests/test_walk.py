@@ -19,8 +19,7 @@ from transformers import AutoTokenizer
 from qwentune.data.tokenizing.tokenizer import split_pattern
 from qwentune.errors import DoesNotFitError, UserError
 from qwentune.export import run_export
-from qwentune.exporting import merge as merging
-from qwentune.facts import present
+from qwentune.exporting import folder as exporting
 from tests import qwen3_5
 from tests.checkpoints import SMALL_NUM_RANKS, add_weights, write_checkpoint
 from tests.runs import ENVIRONMENT, final_weights, loss_history, write_recipe
@@ -126,7 +125,7 @@ def test_a_merged_folder_is_the_adapter_on_its_base(
     assert "llama-server -m" in (tmp_path / "gguf" / "README.md").read_text()
 
     with monkeypatch.context() as scarce:
-        scarce.setattr(present, "free_disk_bytes", lambda *_, **__: 10**5)
+        scarce.setattr(exporting, "free_disk_bytes", lambda *_, **__: 10**5)
         with pytest.raises(DoesNotFitError, match=r"of disk; 0\.1 MB are free"):
             run_export(run, merge=True, verify=False, output=tmp_path / "too-large")
     assert not (tmp_path / "too-large").exists()
@@ -134,7 +133,7 @@ def test_a_merged_folder_is_the_adapter_on_its_base(
     def forget_the_adapter(base: Path, adapter: Path, target: Path) -> None:
         shutil.copytree(base, target, dirs_exist_ok=True)
 
-    monkeypatch.setattr(merging, "merge", forget_the_adapter)
+    monkeypatch.setattr(exporting, "merge", forget_the_adapter)
     with pytest.raises(UserError, match="its logits differ from the run's"):
         run_export(run, merge=True, verify=True, output=tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()

@@ -119,4 +119,4 @@ def _refuse_full_disk(base: Path, target: Path, elsewhere: str) -> None:
     needed, free = sum(tensor.num_bytes for tensor in read_weights(base).values()), free_disk_bytes(target, fresh=True)
     if needed > free:
         what = f"the weights take {needed / 1e6:,.1f} MB of disk; {free / 1e6:,.1f} MB are free"
-        raise DoesNotFitError(Problem(str(target), what, "Name a folder on another disk with {elsewhere}."))
+        raise DoesNotFitError(Problem(str(target), what, f"Name a folder on another disk with {elsewhere}."))
