@@ -33,6 +33,7 @@ from tests.warm import Warm
 LORA = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"tuning": LORA, "precision": {"weights": "bf16", "adapters": "bf16"}},
+    "lora-fp32": {"tuning": LORA, "precision": {"weights": "bf16", "adapters": "fp32"}},
     "qlora": {"tuning": {**LORA, "kind": "qlora"}},
     "full": {"precision": {"weights": "bf16"}},
     "full-8bit": {"precision": {"weights": "bf16", "optimizer_state": "8bit"}},
@@ -46,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full-moe-accumulated": ("qwen3_moe", {"data": {"packing": False}, "batch": {"micro_batch": 1}}),
     "full-bf16-qwen3": ("qwen3", {"precision": {"weights": "bf16"}, "batch": {"micro_batch": 1}}),
     "lora-dropout-qwen2": ("qwen2", {"tuning": LORA, "data": {"packing": False}, "batch": {"micro_batch": 4}}),
+    "lora-fp32-on-bf16-qwen3": ("qwen3", {**KINDS["lora-fp32"], "batch": {"micro_batch": 2}}),
     "lora-packed-accumulated-qwen3": ("qwen3", {"tuning": LORA, "batch": {"micro_batch": 1}}),
     "qlora-dropout-qwen3": ("qwen3", {"tuning": {**LORA, "kind": "qlora"}, "batch": {"micro_batch": 2}}),
     "qlora-accumulated-qwen2": (
