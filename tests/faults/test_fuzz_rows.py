@@ -229,7 +229,7 @@ def asked_of_the_oracle(
     if isinstance(row["messages"], str):  # as tables store a list
         row = {**row, "messages": json.loads(row["messages"])}
     for message in row["messages"]:
-        if not isinstance(message["content"], str | list) or not known >= message.keys():
+        if not isinstance(message.get("content"), str | list) or not known >= message.keys():
             return None
         if message.get("role") in ("function_call", "tool_call", "tool_response"):  # roles of other toolkits
             return None
