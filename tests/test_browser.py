@@ -304,3 +304,15 @@ def test_the_page_of_a_run_prints_what_is_folded(opened: Chrome) -> None:
         assert not opened.find_element(By.CSS_SELECTOR, "button").is_displayed()
     finally:
         opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def test_a_long_prompt_takes_little_room_and_keys_reach_the_rest(opened: Chrome) -> None:
+    prompt = opened.find_element(By.CSS_SELECTOR, ".prompt > .written")
+    opened.execute_script("arguments[0].textContent += 'and so on\\n'.repeat(50)", prompt)
+    seen = "return [arguments[0].clientHeight, arguments[0].scrollTop, arguments[0].scrollHeight]"
+    height, _, whole = opened.execute_script(seen, prompt)
+    assert height < 300 < whole
+    opened.execute_script("arguments[0].scrollTop = 0", prompt)
+    prompt.send_keys(Keys.END)
+    _, top, _ = opened.execute_script(f"await new Promise(done => setTimeout(done, 300)); {seen}", prompt)
+    assert top > 0

@@ -272,7 +272,6 @@ def _verdict(bounds: Sequence[float], score: str) -> str:
 
 def _prompts(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     """Each held-out prompt with what was answered at first and at last, and in between."""
-
     by_prompt: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         source = row["source"]
@@ -308,6 +307,7 @@ def _commands(run: RunFolder, *, is_finished: bool) -> Iterator[tuple[str, str, 
     if is_finished:
         yield "talk to it", f"qwentune chat {folder}", ""
         yield "did it get better?", f"qwentune eval {folder} --base", ""
+        yield "serve it", f"qwentune serve {folder}", ""
         yield "one model for servers", f"qwentune export {folder} --merge --verify", ""
     for card in sorted(run.path.glob("*/README.md")):
         for purpose, command in CARD.findall(card.read_text("utf-8", "replace")):
