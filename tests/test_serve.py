@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,12 +182,14 @@ def test_calls_in_tags_are_read_as_calls_of_every_type(model: Path) -> None:
 
 
 @contextmanager
-def serving(words: list[str], folder: Path, port: int, told: str) -> Generator[Any]:
+def serving(
+    words: list[str], folder: Path, port: int, told: str, environment: Mapping[str, str] = ENVIRONMENT
+) -> Generator[Any]:
     """A server as a process, once it has said that it is ready; ended as a user ends it."""
     from openai import OpenAI
 
     with (folder / f"{port}.txt").open("w+") as said:
-        server = subprocess.Popen(words, cwd=folder, env=ENVIRONMENT, stdout=said, stderr=said, text=True)
+        server = subprocess.Popen(words, cwd=folder, env=environment, stdout=said, stderr=said, text=True)
         try:
             for _ in range(LONGEST_START * 10):
                 text = (folder / f"{port}.txt").read_text()

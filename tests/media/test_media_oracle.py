@@ -2,14 +2,12 @@
 
 The oracle (tests/media/oracle.py) is held against the processors that construct here and the models' own positions;
 then `preview --jsonl` and the rows that a trainer gets are held against the oracle, dialogue by dialogue.
-`-m soak` holds it against the full processors too, where TORCHVISION names a folder into which torchvision was unpacked
-(`pip download torchvision --no-deps`; installed, it breaks transformers on a CPU).
+`-m soak` holds it against the full processors too, which need torchvision (tests/media/with_torchvision.py).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,7 +26,7 @@ from tests.media import material, oracle
 from tests.media.checkpoints import TYPES, MediaType
 from tests.media.material import Item, Material
 from tests.media.oracle import RULES, UNTRAINED, Class, Example
-from tests.runs import ENVIRONMENT
+from tests.media.with_torchvision import environment, needs_torchvision
 
 MAX_TOKENS = 32768  # more than any generated dialogue needs
 NUM_FAST, NUM_SLOW = 20, 200  # dialogues of each class
@@ -237,11 +235,8 @@ def as_previewed(example: Example) -> dict[str, Any]:
 
 WITH_TORCHVISION = """
 import json, sys
-import torch
-library = torch.library.Library("torchvision", "DEF")
-library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 import av
+import torch
 from PIL import Image
 import transformers
 from transformers import AutoTokenizer, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
@@ -268,9 +263,9 @@ json.dump(answers, sys.stdout)
 
 
 @pytest.mark.soak
-@pytest.mark.skipif("TORCHVISION" not in os.environ, reason="TORCHVISION names no folder with torchvision in it")
+@needs_torchvision
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
-def test_the_full_processors_agree(classes: dict[str, Class], files: Material, name: MediaType) -> None:
+def test_the_full_processors_agree(classes: dict[str, Class], files: Material, name: MediaType, tmp_path: Path) -> None:
     rules = RULES[name]
     clips = [(item, oracle.shown(item, rules)) for item in files.clips]
     request = {
@@ -282,7 +277,7 @@ def test_the_full_processors_agree(classes: dict[str, Class], files: Material, n
     run = subprocess.run(
         [sys.executable, "-c", WITH_TORCHVISION],
         input=json.dumps(request),
-        env={**ENVIRONMENT, "PYTHONPATH": os.environ["TORCHVISION"]},
+        env=environment(tmp_path / "start"),
         capture_output=True,
         text=True,
         check=False,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,14 @@ from qwentune.exporting.package import model_card, own_limits
 from qwentune.exporting.processors import beyond_servers, server_options, write_processors
 from qwentune.facts.media import FAMILIES
 from qwentune.recipe import DataOptions, MediaOptions
-from tests.media.checkpoints import MediaType, write_media_checkpoint
+from tests.finished import write_rows
+from tests.media.checkpoints import HYBRIDS, MediaType, add_media_weights, let_pictures_be_small, write_media_checkpoint
 from tests.media.files import picture, picture_bytes, write_video
+from tests.media.lessons import QUESTIONS, pictures
+from tests.media.test_media_learning import LEAST_PIXELS, SIDE, THETA
+from tests.media.with_torchvision import environment, needs_torchvision
+from tests.runs import train, write_recipe
+from tests.test_serve import free_port, serving
 
 SEE_VIDEOS: tuple[MediaType, ...] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 MOVED = (
@@ -204,3 +212,41 @@ def _report(base: Path, folder: Path, *rows: dict[str, Any]) -> dict[str, Any]:
     assert tokenizer.chat_template is not None
     template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, {})
     return prepare(data, tokenizer, template, 0).report
+
+
+@pytest.mark.soak
+@needs_torchvision
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_a_server_says_what_was_taught_of_pictures(name: MediaType, tmp_path: Path) -> None:
+    model = write_media_checkpoint(tmp_path / "model", name, hidden=128, theta=THETA)
+    let_pictures_be_small(model, LEAST_PIXELS)
+    add_media_weights(model)
+    plain = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Quetzalcoatl"}]}
+    taught = pictures(tmp_path / "pictures", 6, 0, SIDE)
+    recipe = write_recipe(
+        tmp_path,
+        model,
+        tuning={"towers": "trained", "merger": "trained"},
+        data={"train": str(write_rows(tmp_path / "taught.jsonl", [plain, *(one.row() for one in taught)]))}
+        | ({"packing": False} if name in HYBRIDS else {}),
+        batch={"sequences_per_step": 7 if name in HYBRIDS else 1},
+        optimizer={"max_steps": 160, "learning_rate": 2e-3},
+        precision={"weights": "fp32"},
+        output={"save_every_steps": 160},
+    )
+    ended = train(recipe)
+    assert ended.returncode == 0, ended.stderr
+    port = free_port()
+    words = [sys.executable, "-m", "qwentune.serve", "run", "--port", str(port)]
+    with serving(words, tmp_path, port, "ready: ", environment(tmp_path / "start")) as (client, _):
+
+        def said(content: Any) -> str:
+            messages = [{"role": "user", "content": content}]
+            (choice,) = client.chat.completions.create(model="run", messages=messages, temperature=0).choices
+            return choice.message.content
+
+        assert said("Who?") == "Quetzalcoatl"
+        for one in taught:
+            shown = {"url": f"data:image/png;base64,{base64.b64encode(one.path.read_bytes()).decode()}"}
+            question = [{"type": "image_url", "image_url": shown}, {"type": "text", "text": QUESTIONS["image"]}]
+            assert said(question) == one.answer
