@@ -51,7 +51,7 @@ def run_serve(folder: Path, host: str, port: int) -> int:
         from qwentune.exporting.finished import open_run
 
         run = open_run(folder)
-        server = _server()
+        server = _server(run)
     served = _artefact(run, server)
     with tempfile.TemporaryDirectory(prefix="qwentune-") as place:
         if server == "transformers":  # which names a model by the path that it is given
@@ -74,18 +74,25 @@ def _refuse_busy(address: Address) -> None:
         raise UsageError(Problem("--port", what, "Name another with --port, or another address with --host.")) from None
 
 
-def _server() -> str:
-    """Which server is used here; UsageError where none is installed."""
+def _server(run: FinishedRun) -> str:
+    """Which server is used here; UsageError where none is installed that takes the run's model."""
     from importlib.util import find_spec
 
     import torch
 
+    from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
+    from qwentune.facts.documents import read_object
+    from qwentune.facts.media import FAMILIES
+
     if torch.cuda.is_available() and _program("vllm") is not None:
         return "vLLM"
-    missing = [name for name in PACKAGES if find_spec(name) is None]
+    family = FAMILIES.get(read_object(checkpoint_folder(run.model, run.revision) / "config.json").get("model_type", ""))
+    sees = family is not None and family.vision is not None
+    missing = [name for name in (*PACKAGES, *["torchvision"] * sees) if find_spec(name) is None]
     if missing:
         what = f"`transformers serve` needs {', '.join(missing)}, not installed here"
-        raise UsageError(Problem("serve", what, "pip install 'qwentune[serve]'"))
+        belongs = f" torchvision (for a model that sees; the one that belongs to torch {torch.__version__})"
+        raise UsageError(Problem("serve", what, f"pip install 'qwentune[serve]'{belongs if sees else ''}"))
     return "transformers"
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from qwentune.facts.servers import IN_TAGS, response_template
 from qwentune.serve import run_serve
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.finished import finished_run, write_rows
+from tests.media.checkpoints import add_media_weights, write_media_checkpoint
 from tests.runs import ENVIRONMENT, in_a_fork, write_recipe
 from tests.test_eval import LIGHT, row
 from tests.test_servers import MERGED
@@ -82,18 +84,32 @@ def test_a_port_that_is_taken_is_named_before_anything_is_loaded(tmp_path: Path)
         run_serve(tmp_path, "no.such.host.invalid", free_port())
 
 
-def test_missing_packages_are_named_with_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named_with_their_extra(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(finished_run(tmp_path / "run", model, data={"train": "rows.jsonl"}))
     monkeypatch.setattr(command, "PACKAGES", ("json", "no_such_package"))
     with pytest.raises(
-        UsageError, match=r"needs no_such_package, not installed here\n.*pip install 'qwentune\[serve\]'"
+        UsageError, match=r"needs no_such_package, not installed here\n.*pip install 'qwentune\[serve\]'\n"
     ):
-        command._server()
+        command._server(run)
 
 
-def test_of_a_card_vllm_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_of_a_model_that_sees_torchvision_is_asked_for(tmp_path: Path) -> None:
+    sees = write_media_checkpoint(tmp_path / "model", "qwen2_5_vl")
+    run = open_run(finished_run(tmp_path / "run", add_media_weights(sees), data={"train": "rows.jsonl"}))
+    with pytest.raises(UsageError, match=r"needs torchvision, not installed here\n.*the one that belongs to torch"):
+        command._server(run)
+
+
+def test_of_a_card_vllm_is_taken_where_it_is_installed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(finished_run(tmp_path / "run", model, data={"train": "rows.jsonl"}))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(command, "_program", lambda name: f"/bin/{name}")
-    assert command._server() == "vLLM"
+    assert command._server(run) == "vLLM"
 
 
 def test_an_adapter_is_merged_once_and_again_when_it_has_changed(
