@@ -128,7 +128,9 @@ def _header(file: Path) -> dict[str, StoredTensor]:
             )
         text = opened.read(num_bytes)
     try:
-        header: Any = json.loads(text.decode(), object_pairs_hook=_once)
+        header: Any = json.loads(text.decode(), object_pairs_hook=_once, parse_constant=_no_number)
+        if b"\\u" in text:  # an escape of half a character, which Python reads and safetensors does not
+            json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError):  # a UnicodeDecodeError is one, too
         raise _FaultError("has a broken header: no JSON") from None
     if not isinstance(header, dict) or is_too_deep(cast("object", header)):
@@ -171,6 +173,10 @@ def _tensor(name: str, entry: object, file: Path, offset: int) -> tuple[StoredTe
 def _are_whole(values: object) -> TypeGuard[list[int]]:
     """Whether it is a list of whole numbers, none below 0."""
     return isinstance(values, list) and all(type(x) is int and x >= 0 for x in cast("list[object]", values))
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -108,13 +108,14 @@ def attacked(original: Path, tmp_path: Path, number: int, names: tuple[str, ...]
         try:
             with limited(SECONDS):
                 answer(recipe, work / "published")
+            taken = {name: shapes(path) for name, path in weight_files(work).items()}
         except UserError as error:
             if str(work) not in str(error) and "rows.jsonl" not in str(error):
                 wrong.append(f"seed {SEED + count}: {name} {what}: no file is named: {error}")
         except BaseException as error:
             wrong.append(f"seed {SEED + count}: {name} {what}: {type(error).__name__}: {str(error)[:200]}")
         else:
-            if {name: shapes(path) for name, path in weight_files(work).items()} != expected:
+            if taken != expected:
                 wrong.append(f"seed {SEED + count}: {name} {what}: other weights are taken")
         shutil.rmtree(work)
         gc.collect()

@@ -255,6 +255,7 @@ def test_a_folder_with_an_adapter_is_no_base(tmp_path: Path) -> None:
         (lambda whole: whole.replace(b"[64,64]", b"[64,-6]", 1), "has no dtype, shape and place"),
         (lambda whole: whole.replace(b'"dtype"', b'"btype"', 1), "has no dtype, shape and place"),
         (lambda whole: whole.replace(b"layers.1.", b"layers.0."), "broken header: no JSON"),  # names stand twice
+        (lambda whole: whole.replace(b'"format"', b'"\\ud800"', 1), "broken header: no JSON"),  # half a character
     ],
 )
 def test_a_damaged_file_of_weights_is_named(tmp_path: Path, content: Callable[[bytes], bytes], what: str) -> None:
