@@ -73,9 +73,12 @@ for question in questions:
 """
 
 
-def test_a_lora_run_starts_low_falls_and_answers_as_taught_merged_and_unmerged(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a LoRA run that learns the shipped chats by heart."""
+    folder = tmp_path_factory.mktemp("taught")
     recipe = write_recipe(
-        tmp_path,
+        folder,
         os.environ["QWENTUNE_TEST_MODEL"],
         tuning={"kind": "lora", "rank": 16, "alpha": 32},
         data={"train": str(ROOT / "data_templates" / "chat.jsonl"), "packing": False, "max_tokens": 256},
@@ -86,7 +89,25 @@ def test_a_lora_run_starts_low_falls_and_answers_as_taught_merged_and_unmerged(t
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "OMP_NUM_THREADS"}
     trained = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert trained.returncode == 0, trained.stderr
-    run = tmp_path / "run"
+    return folder / "run"
+
+
+def test_llama_cpp_answers_as_taught(taught: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; it is built in ten minutes")
+    exported = run_command("export", str(taught), "--gguf", "bf16", "--verify")
+    assert exported.returncode == 0, exported.stderr
+    (file,) = (taught / "gguf-bf16").glob("*.gguf")
+    model = llama_cpp.Llama(str(file), n_ctx=512, verbose=False)  # its template and stop tokens are the file's
+    for row in CHAT_ROWS:
+        question, answer = row["messages"]
+        given = model.create_chat_completion([question], temperature=0, max_tokens=128)
+        (choice,) = given["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (answer["content"], "stop")
+    model.close()
+
+
+def test_a_lora_run_starts_low_falls_and_answers_as_taught_merged_and_unmerged(taught: Path) -> None:
+    run = taught
     losses = [row[1] for row in loss_history(run)]
     assert losses[0] < 3
     assert losses[-1] < 0.1 * losses[0]
