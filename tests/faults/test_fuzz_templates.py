@@ -194,7 +194,7 @@ def agree_on_changed_templates(count: int, seed: int, folder: Path) -> None:
                 continue
             try:
                 expected = expected_examples(row, judge)
-            except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
+            except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError):
                 unjudged += 1  # the template fails on a message that the oracle asks it about, and not on this row's
                 continue
             trained += 1
