@@ -35,6 +35,7 @@ STATUS_KEYS = {"state", "exit", "reason", "step", "resume_command"}
 TRACKER_ID = "tracker_id.txt"  # of runs that began before folders were marked
 State = Literal["running", "finished", "preempted", "interrupted", "failed"]
 Event = Literal["start", "resume", "save", "preempted", "interrupted", "failed", "finished"]
+MOST_LOOKS = 10  # at a folder that a lock is in, and no mark
 LONGEST_REASON = 1000  # characters, where status.json is written over in the room that it has
 
 
@@ -74,19 +75,27 @@ class RunFolder:
         """Raises UsageError where the folder is there and is neither a run's nor empty."""
         if os.path.lexists(self.path) and not self.path.is_dir():
             raise UsageError(Problem(str(self.path), "is no folder", "Name another output.dir."))
-        try:
-            names = (
-                [] if not self.path.exists() or self._is_new() else sorted(file.name for file in self.path.iterdir())
-            )
-        except OSError as error:
-            raise UsageError(Problem(str(self.path), f"cannot be read: {error.strerror}")) from None
-        found = self._mark()  # only now: another start may have marked it meanwhile
+        names, found = self._looked()
+        for _ in range(MOST_LOOKS):
+            if found is not None or LOCK not in names:
+                break
+            time.sleep(0.1)  # another start may hold it, and be about to mark it
+            names, found = self._looked()
         if found is not None and found.layout > LAYOUT:
             what = f"was written by a later version (layout {found.layout}; this one writes {LAYOUT})"
             raise UsageError(Problem(str(self.path), what, "Upgrade qwentune, or name another output.dir."))
         if names and found is None:
             what = f"holds {counted(len(names), 'other thing{|s}')}, such as {names[0]!r}, and no run"
             raise UsageError(Problem(str(self.path), what, "Name a new or empty folder as output.dir."))
+
+    def _looked(self) -> tuple[list[str], Mark | None]:
+        """The names in a folder that is there and not new, and its mark."""
+        try:
+            is_new = not self.path.exists() or self._is_new()
+            names = [] if is_new else sorted(file.name for file in self.path.iterdir())
+        except OSError as error:
+            raise UsageError(Problem(str(self.path), f"cannot be read: {error.strerror}")) from None
+        return names, self._mark()  # only now: another start may have marked it meanwhile
 
     def set_status(self, state: State, *, exit_code: int | None, reason: str, step: int, command: list[str]) -> None:
         """Replaces `status.json`, atomically; on a full disk in the room that it has already."""

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -40,6 +41,18 @@ def files(folder: Path) -> dict[str, str]:
 # --- which folder is a run's
 
 
+@pytest.mark.fault("K77", "a folder that another start is marking at this moment is taken for what it becomes")
+def test_a_folder_that_is_being_marked_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / ".qwentune.json.writing").write_text("")
+    with pytest.raises(UsageError, match="and no run"):
+        RunFolder(tmp_path).refuse_other_things()
+    marking = threading.Timer(0.2, mark, [tmp_path, "run"])
+    marking.start()
+    RunFolder(tmp_path).refuse_other_things()
+    marking.join()
+
+
 @pytest.mark.fault("K78", "a project with a `status.json`, `.lock` or `model/` of its own: refused, nothing is touched")
 @pytest.mark.parametrize(
     "status",
@@ -61,6 +74,18 @@ def test_a_project_that_looks_like_a_run_is_refused(tmp_path: Path, status: str)
     assert files(tmp_path) == before
 
 
+@pytest.mark.fault("K77", "a folder that another start is marking at this moment is taken for what it becomes")
+def test_a_folder_that_is_being_marked_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / ".qwentune.json.writing").write_text("")
+    with pytest.raises(UsageError, match="and no run"):
+        RunFolder(tmp_path).refuse_other_things()
+    marking = threading.Timer(0.2, mark, [tmp_path, "run"])
+    marking.start()
+    RunFolder(tmp_path).refuse_other_things()
+    marking.join()
+
+
 @pytest.mark.fault("K78", "refused before anything is planned, rendered or loaded")
 @pytest.mark.parametrize(
     "run",
@@ -76,6 +101,18 @@ def test_a_strangers_folder_is_refused_first(tmp_path: Path, run: Callable[[str]
     recipe = write_recipe(tmp_path, "no/model", output={"dir": str(tmp_path / "project")})  # which is looked for later
     with pytest.raises(UsageError, match="and no run"):
         run(str(recipe))
+
+
+@pytest.mark.fault("K77", "a folder that another start is marking at this moment is taken for what it becomes")
+def test_a_folder_that_is_being_marked_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / ".qwentune.json.writing").write_text("")
+    with pytest.raises(UsageError, match="and no run"):
+        RunFolder(tmp_path).refuse_other_things()
+    marking = threading.Timer(0.2, mark, [tmp_path, "run"])
+    marking.start()
+    RunFolder(tmp_path).refuse_other_things()
+    marking.join()
 
 
 @pytest.mark.fault("K78", "a folder of files that we wrote, such as an adapter or a checkpoint, is no run's: refused")
@@ -162,6 +199,18 @@ def test_two_first_starts_at_once_are_one(tmp_path: Path) -> None:
         assert sorted(process.returncode for process in both) in ([0, 7], [0, 0]), said  # one may come after the other
 
 
+@pytest.mark.fault("K77", "a folder that another start is marking at this moment is taken for what it becomes")
+def test_a_folder_that_is_being_marked_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / ".qwentune.json.writing").write_text("")
+    with pytest.raises(UsageError, match="and no run"):
+        RunFolder(tmp_path).refuse_other_things()
+    marking = threading.Timer(0.2, mark, [tmp_path, "run"])
+    marking.start()
+    RunFolder(tmp_path).refuse_other_things()
+    marking.join()
+
+
 @pytest.mark.fault("K78", "a mark or a manifest nested without end is none of ours")
 def test_a_mark_that_is_nested_without_end_is_none(tmp_path: Path) -> None:
     for name in (MARK, "manifest.json"):
@@ -186,6 +235,18 @@ def test_a_run_keeps_its_name(tmp_path: Path) -> None:
 # --- what may be removed
 
 
+@pytest.mark.fault("K77", "a folder that another start is marking at this moment is taken for what it becomes")
+def test_a_folder_that_is_being_marked_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / ".qwentune.json.writing").write_text("")
+    with pytest.raises(UsageError, match="and no run"):
+        RunFolder(tmp_path).refuse_other_things()
+    marking = threading.Timer(0.2, mark, [tmp_path, "run"])
+    marking.start()
+    RunFolder(tmp_path).refuse_other_things()
+    marking.join()
+
+
 @pytest.mark.fault("K78", "trees of generic names that no run wrote are moved aside, named, and never removed")
 def test_trees_that_no_run_wrote_are_moved_aside(tmp_path: Path) -> None:
     run, checkpoints = trained_run(tmp_path / "run", 6)
@@ -202,6 +263,18 @@ def test_trees_that_no_run_wrote_are_moved_aside(tmp_path: Path) -> None:
     kept = [path.read_text() for path in checkpoints.folder.rglob("precious")]
     assert sorted(kept) == [".saving-9", ".trash-step-3", "step-7", "step-9"]
     assert not (checkpoints.published(6)).exists()
+
+
+@pytest.mark.fault("K77", "a folder that another start is marking at this moment is taken for what it becomes")
+def test_a_folder_that_is_being_marked_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / ".qwentune.json.writing").write_text("")
+    with pytest.raises(UsageError, match="and no run"):
+        RunFolder(tmp_path).refuse_other_things()
+    marking = threading.Timer(0.2, mark, [tmp_path, "run"])
+    marking.start()
+    RunFolder(tmp_path).refuse_other_things()
+    marking.join()
 
 
 @pytest.mark.fault("K78", "weights in the place of the published ones that no run wrote are moved aside")
@@ -276,6 +349,18 @@ def test_a_link_is_moved_itself(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "target")
     assert move_aside(tmp_path / "link", "other").is_symlink()
     assert (tmp_path / "target").is_dir()
+
+
+@pytest.mark.fault("K77", "a folder that another start is marking at this moment is taken for what it becomes")
+def test_a_folder_that_is_being_marked_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / ".qwentune.json.writing").write_text("")
+    with pytest.raises(UsageError, match="and no run"):
+        RunFolder(tmp_path).refuse_other_things()
+    marking = threading.Timer(0.2, mark, [tmp_path, "run"])
+    marking.start()
+    RunFolder(tmp_path).refuse_other_things()
+    marking.join()
 
 
 @pytest.mark.fault("K78", "a preview that would be written over its recipe, template or data: refused, exit 2")
