@@ -41,18 +41,6 @@ def files(folder: Path) -> dict[str, str]:
 # --- which folder is a run's
 
 
-@pytest.mark.fault("K77", "a folder that another start is marking at this moment is taken for what it becomes")
-def test_a_folder_that_is_being_marked_is_waited_for(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_text("")
-    (tmp_path / ".qwentune.json.writing").write_text("")
-    with pytest.raises(UsageError, match="and no run"):
-        RunFolder(tmp_path).refuse_other_things()
-    marking = threading.Timer(0.2, mark, [tmp_path, "run"])
-    marking.start()
-    RunFolder(tmp_path).refuse_other_things()
-    marking.join()
-
-
 @pytest.mark.fault("K78", "a project with a `status.json`, `.lock` or `model/` of its own: refused, nothing is touched")
 @pytest.mark.parametrize(
     "status",
@@ -74,18 +62,6 @@ def test_a_project_that_looks_like_a_run_is_refused(tmp_path: Path, status: str)
     assert files(tmp_path) == before
 
 
-@pytest.mark.fault("K77", "a folder that another start is marking at this moment is taken for what it becomes")
-def test_a_folder_that_is_being_marked_is_waited_for(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_text("")
-    (tmp_path / ".qwentune.json.writing").write_text("")
-    with pytest.raises(UsageError, match="and no run"):
-        RunFolder(tmp_path).refuse_other_things()
-    marking = threading.Timer(0.2, mark, [tmp_path, "run"])
-    marking.start()
-    RunFolder(tmp_path).refuse_other_things()
-    marking.join()
-
-
 @pytest.mark.fault("K78", "refused before anything is planned, rendered or loaded")
 @pytest.mark.parametrize(
     "run",
@@ -101,18 +77,6 @@ def test_a_strangers_folder_is_refused_first(tmp_path: Path, run: Callable[[str]
     recipe = write_recipe(tmp_path, "no/model", output={"dir": str(tmp_path / "project")})  # which is looked for later
     with pytest.raises(UsageError, match="and no run"):
         run(str(recipe))
-
-
-@pytest.mark.fault("K77", "a folder that another start is marking at this moment is taken for what it becomes")
-def test_a_folder_that_is_being_marked_is_waited_for(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_text("")
-    (tmp_path / ".qwentune.json.writing").write_text("")
-    with pytest.raises(UsageError, match="and no run"):
-        RunFolder(tmp_path).refuse_other_things()
-    marking = threading.Timer(0.2, mark, [tmp_path, "run"])
-    marking.start()
-    RunFolder(tmp_path).refuse_other_things()
-    marking.join()
 
 
 @pytest.mark.fault("K78", "a folder of files that we wrote, such as an adapter or a checkpoint, is no run's: refused")
@@ -235,18 +199,6 @@ def test_a_run_keeps_its_name(tmp_path: Path) -> None:
 # --- what may be removed
 
 
-@pytest.mark.fault("K77", "a folder that another start is marking at this moment is taken for what it becomes")
-def test_a_folder_that_is_being_marked_is_waited_for(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_text("")
-    (tmp_path / ".qwentune.json.writing").write_text("")
-    with pytest.raises(UsageError, match="and no run"):
-        RunFolder(tmp_path).refuse_other_things()
-    marking = threading.Timer(0.2, mark, [tmp_path, "run"])
-    marking.start()
-    RunFolder(tmp_path).refuse_other_things()
-    marking.join()
-
-
 @pytest.mark.fault("K78", "trees of generic names that no run wrote are moved aside, named, and never removed")
 def test_trees_that_no_run_wrote_are_moved_aside(tmp_path: Path) -> None:
     run, checkpoints = trained_run(tmp_path / "run", 6)
@@ -263,18 +215,6 @@ def test_trees_that_no_run_wrote_are_moved_aside(tmp_path: Path) -> None:
     kept = [path.read_text() for path in checkpoints.folder.rglob("precious")]
     assert sorted(kept) == [".saving-9", ".trash-step-3", "step-7", "step-9"]
     assert not (checkpoints.published(6)).exists()
-
-
-@pytest.mark.fault("K77", "a folder that another start is marking at this moment is taken for what it becomes")
-def test_a_folder_that_is_being_marked_is_waited_for(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_text("")
-    (tmp_path / ".qwentune.json.writing").write_text("")
-    with pytest.raises(UsageError, match="and no run"):
-        RunFolder(tmp_path).refuse_other_things()
-    marking = threading.Timer(0.2, mark, [tmp_path, "run"])
-    marking.start()
-    RunFolder(tmp_path).refuse_other_things()
-    marking.join()
 
 
 @pytest.mark.fault("K78", "weights in the place of the published ones that no run wrote are moved aside")
@@ -349,18 +289,6 @@ def test_a_link_is_moved_itself(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "target")
     assert move_aside(tmp_path / "link", "other").is_symlink()
     assert (tmp_path / "target").is_dir()
-
-
-@pytest.mark.fault("K77", "a folder that another start is marking at this moment is taken for what it becomes")
-def test_a_folder_that_is_being_marked_is_waited_for(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_text("")
-    (tmp_path / ".qwentune.json.writing").write_text("")
-    with pytest.raises(UsageError, match="and no run"):
-        RunFolder(tmp_path).refuse_other_things()
-    marking = threading.Timer(0.2, mark, [tmp_path, "run"])
-    marking.start()
-    RunFolder(tmp_path).refuse_other_things()
-    marking.join()
 
 
 @pytest.mark.fault("K78", "a preview that would be written over its recipe, template or data: refused, exit 2")
