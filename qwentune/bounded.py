@@ -46,6 +46,12 @@ def refuse_name(where: str, path: str | Path) -> None:
         raise UsageError(Problem(where, fault, "Name another one."))
 
 
+def refuse_half_characters(where: str, text: str) -> None:
+    """Raises UsageError where a text of the command line was no UTF-8; `where` names its argument."""
+    if any(0xD800 <= ord(character) < 0xE000 for character in text):
+        raise UsageError(Problem(where, "is no UTF-8: it holds half a character", "Give it in UTF-8."))
+
+
 def kind_fault(file: Path) -> str:
     """Why an existing file is none to read from its first byte to its last, in words; empty where it is one.
 

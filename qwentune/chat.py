@@ -74,9 +74,11 @@ def chat(
 
 def run_chat(folder: Path, message: str | None, choices: Choices) -> int:
     """Answers one message, or a dialogue on stdin, whose first message shows the files; the exit code."""
-    from qwentune.bounded import refuse_name
+    from qwentune.bounded import refuse_half_characters, refuse_name
     from qwentune.data.sample import Medium, Message
 
+    for option, text in (("--message", message), ("--system", choices.system)):
+        refuse_half_characters(option, text or "")
     if choices.thinking not in (None, "on", "off"):
         raise UsageError(Problem("--thinking", f"{choices.thinking!r} is neither on nor off"))
     refuse_name("--tools", choices.tools or ".")
@@ -103,9 +105,14 @@ def run_chat(folder: Path, message: str | None, choices: Choices) -> int:
         if interrupted:
             return EXIT_INTERRUPTED
     if choices.as_json:
-        found = {whose: {"answer": a.answer, "stopped": a.stopped, "tokens": a.tokens} for whose, a in answers.items()}
-        print(json.dumps({**found["tuned"], **({"base": found["base"]} if "base" in found else {})}), flush=True)
+        _print_json(answers)
     return EXIT_OK
+
+
+def _print_json(answers: Mapping[str, Answer]) -> None:
+    """Prints an object with the tuned model's answer, and the base's where there is one."""
+    found = {whose: {"answer": a.answer, "stopped": a.stopped, "tokens": a.tokens} for whose, a in answers.items()}
+    print(json.dumps({**found["tuned"], **({"base": found["base"]} if "base" in found else {})}), flush=True)
 
 
 def _tools(file: Path) -> tuple[dict[str, Json], ...]:
@@ -120,6 +127,8 @@ def _tools(file: Path) -> tuple[dict[str, Json], ...]:
         value = parse_json(read_bytes(file, LARGEST_TOOLS_BYTES).decode())
     except (UnreadableError, JsonFaultError, UnicodeDecodeError) as error:
         raise UsageError(Problem(f"--tools: {file}", str(error), "It is a list of tools in JSON.")) from None
+    if not isinstance(value, list):
+        raise UsageError(Problem(f"--tools: {file}", "is no list", "It is a list of tools in JSON."))
     reader = RowReader(Source(str(file), 1))
     found, _ = read_tools({"tools": value}, reader)
     if reader.problems:
@@ -175,13 +184,14 @@ class _Talk:
         from qwentune.data.sample import Message
 
         prompt = self.partner.prompt(self.history, self.choices.max_tokens, self.tools)
-        answers: list[Answer] = []
+        answers: dict[str, Answer] = {}
         for whose, speaker in self.partner.speakers():
-            answer, interrupted = _answer(speaker, prompt, self.choices, whose, usual="sample")
-            answers.append(answer)
+            answers[whose], interrupted = _answer(speaker, prompt, self.choices, whose, usual="sample")
             if interrupted:
                 break
-        tuned = answers[0]
+        if self.choices.as_json:
+            _print_json(answers)
+        tuned = answers["tuned"]
         calls = [call.taken for call in tuned.calls]
         taken = tuple(call for call in calls if call is not None)
         if not tuned.answer.strip():

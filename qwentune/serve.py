@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,12 +37,16 @@ def serve(
         str, typer.Option(help="Where it listens; 0.0.0.0: on every network of this machine.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Its port.")] = 8000,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens of a dialogue, for which vLLM keeps room; else what the model allows."),
+    ] = None,
 ) -> None:
     """Serve the tuned model by vLLM where it is installed, else by transformers, in the way it was trained."""
-    console.end(console.run(lambda: run_serve(run, host, port)))
+    console.end(console.run(lambda: run_serve(run, host, port, context)))
 
 
-def run_serve(folder: Path, host: str, port: int) -> int:
+def run_serve(folder: Path, host: str, port: int, context: int | None = None) -> int:
     """Starts the server and waits for its end; its exit code."""
     from qwentune.exporting.serving import Address
 
@@ -53,6 +58,8 @@ def run_serve(folder: Path, host: str, port: int) -> int:
         run = open_run(folder)
         server = _server(run)
     served = _artefact(run, server)
+    if context is not None:
+        served = replace(served, context=min(context, served.context or context))
     with tempfile.TemporaryDirectory(prefix="qwentune-") as place:
         if server == "transformers":  # which names a model by the path that it is given
             Path(place, served.name).symlink_to(served.folder.resolve())
@@ -67,7 +74,7 @@ def _refuse_busy(address: Address) -> None:
         with socket.socket(family, kind, number) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):  # of a name that is no name of a host
         raise UsageError(Problem("--host", f"{address.host!r} is no address of this machine")) from None
     except OSError as error:
         what = f"{address.port} cannot be used on {address.host}: {error.strerror}"
@@ -150,7 +157,7 @@ def _serve(run: FinishedRun, served: Artefact, server: str, address: Address, pl
             console.say(f"ask it what it was taught: {request(served, server, question, address)}")
         return _end(process, received)
     finally:
-        process.kill()
+        _kill(process)
         for number, handler in previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -177,7 +184,13 @@ def _end(process: subprocess.Popen[bytes], received: list[int]) -> int:
                 process.send_signal(received.pop(0))
                 deadline = deadline or time.monotonic() + PATIENCE_SECONDS
             if deadline is not None and time.monotonic() > deadline:
-                process.kill()
+                _kill(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends the server and what it has started: vLLM's engines hold the card."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

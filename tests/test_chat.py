@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import sys
@@ -283,7 +284,10 @@ def test_a_drawn_answer_is_another_each_time(run: Path, capsys: pytest.CaptureFi
         (["--greedy", "--sample"], "--greedy  stands beside --sample"),
         (["--tools", "no.json"], "--tools: no.json"),
         (["--tools", "number.json"], "number.json"),
+        (["--tools", "object.json"], "object.json  is no list"),
         (["--thinking", "maybe"], "neither on nor off"),
+        (["--message", "half \udcff"], "--message  is no UTF-8"),
+        (["--system", "half \udcff"], "--system  is no UTF-8"),
     ],
 )
 def test_options_that_cannot_be_are_said(
@@ -295,6 +299,7 @@ def test_options_that_cannot_be_are_said(
 
     monkeypatch.chdir(tmp_path)
     Path("number.json").write_text("[3]")
+    Path("object.json").write_text("{}")
     result = CliRunner().invoke(app, ["chat", ".", *words])
     assert result.exit_code in (2, 3)
     assert said in result.stderr
@@ -304,6 +309,25 @@ def test_a_dialogue_longer_than_the_context_is_said(run: Path) -> None:
     partner = Partner(open_run(run), None)
     with pytest.raises(UsageError, match=r"has [\d,]+ tokens, and there is room for 4,096"):
         partner.prompt([Message("user", "word " * 5000)], None)
+    with pytest.raises(UsageError, match=r"has [\d,]+ tokens, and there is room for 4,096"):
+        partner.prompt([Message("user", "word " * 5000)], 8)
+    prompt = partner.prompt([Message("user", "word " * 1700)], 1024)
+    assert len(prompt.ids) + prompt.most_tokens == 4096, "what is left of the context"
+
+
+def test_a_switch_that_the_template_does_not_have_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen2"))
+    run = finished_run(tmp_path / "run", model, data={"train": "rows.jsonl"})
+    Partner(open_run(run), "off")
+    assert "--thinking off changes nothing" in capsys.readouterr().err
+
+
+def test_a_chat_prints_json_too(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nHo\n\n"))
+    assert run_chat(run, None, Choices(max_tokens=2, as_json=True, drawn="greedy")) == EXIT_OK
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert answers
+    assert all(answer.keys() == {"answer", "stopped", "tokens"} for answer in answers)
 
 
 # ------------------------------------------------------------------------------------------------------------ what fits

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qwentune.errors import ResumeError
 from qwentune.exporting.changes import place
 from qwentune.exporting.config_keys import kept_part_config
-from qwentune.exporting.merge import merge
+from qwentune.exporting.merge import largest_logit_difference, merge
 from qwentune.exporting.package import keep_config
 from qwentune.exporting.tensors import read_rows
 from qwentune.exporting.whole import name_as_part, put_back
@@ -165,6 +166,7 @@ def test_config_of_a_part_keeps_the_keys_of_its_section() -> None:
 MEASURE = """
 import resource, sys
 from pathlib import Path
+from types import SimpleNamespace
 from qwentune.exporting.gguf_file import write_gguf
 from qwentune.exporting.merge import merge, tuned_tensors
 from qwentune.data.tokenizing.tokenizer import load_tokenizer
@@ -202,3 +204,23 @@ def test_merging_and_gguf_take_less_memory_than_two_and_a_half_of_the_largest_te
     assert measured.returncode == 0, measured.stderr
     merging, writing = map(int, measured.stdout.split())
     assert max(merging, writing) <= 2.5 * largest
+
+
+def test_models_on_two_devices_are_compared_on_neither() -> None:
+    """As the 4-bit model of a run on a card and what is exported on the host."""
+
+    class Elsewhere:
+        dtype = torch.float32
+
+        def __init__(self, device: str) -> None:
+            self.device, self.given = torch.device(device), list[torch.device]()
+
+        def __call__(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> Any:
+            self.given += [input_ids.device, pixel_values.device]
+            return SimpleNamespace(logits=torch.ones(1, 3, 5, dtype=torch.bfloat16))
+
+    here, there = Elsewhere("cpu"), Elsewhere("meta")
+    prompt = {"input_ids": torch.zeros(1, 3, dtype=torch.long), "pixel_values": torch.zeros(2, 2)}
+    assert largest_logit_difference(here, there, [prompt]) == (0.0, 1.0)  # type: ignore[arg-type]
+    assert {*here.given} == {here.device}
+    assert {*there.given} == {there.device}

@@ -266,3 +266,11 @@ def test_saves_of_lost_steps_are_forgotten_and_what_happened_stays(tmp_path: Pat
         "resumed",
         "saved",
     ]
+
+
+def test_answers_to_another_prompt_at_the_same_place_stand_apart(tmp_path: Path) -> None:
+    run = written_run(tmp_path, samples=False)
+    rows = [{**sample(step, 0), "prompt": f"prompt {step}"} for step in (1, 2)]
+    run.write_rows("samples.jsonl", rows)
+    shown = run_page(run)
+    assert shown.count('<section class="prompt">') == 2

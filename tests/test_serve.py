@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from transformers import AutoTokenizer
 
@@ -82,6 +83,20 @@ def test_a_port_that_is_taken_is_named_before_anything_is_loaded(tmp_path: Path)
             run_serve(tmp_path, "127.0.0.1", port)
     with pytest.raises(UsageError, match="--host"):
         run_serve(tmp_path, "no.such.host.invalid", free_port())
+    with pytest.raises(UsageError, match="--host"):
+        run_serve(tmp_path, "..", free_port())
+
+
+def test_what_a_server_has_started_ends_with_it() -> None:
+    script = "sleep 300 & echo $!; exec sleep 300"
+    server = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, start_new_session=True)
+    assert server.stdout is not None
+    engine = psutil.Process(int(server.stdout.readline()))
+    command._kill(server)
+    server.wait(10)
+    psutil.wait_procs([engine], timeout=10)
+    assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
+    command._kill(server)  # once more is no error
 
 
 def test_missing_packages_are_named_with_their_extra(

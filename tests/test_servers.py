@@ -11,11 +11,13 @@ import zipfile
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from qwentune.exporting.serving import Artefact, _unservable, commands, request
+from qwentune.data.templates.chat_template import ChatTemplate
+from qwentune.exporting.serving import Artefact, _reasons, _unservable, commands, request
 from qwentune.facts.servers import SGLANG, VLLM, call_form
 
 MERGED = Artefact(Path("out"), "mine", None, 0, "", 32768, {}, False, "json")
@@ -88,9 +90,37 @@ def test_reasoning_calls_and_template_arguments_are_as_trained() -> None:
 )
 def test_an_adapter_that_no_server_takes_has_no_command(tmp_path: Path, config: dict[str, Any], words: str) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    assert "builtin:tiny-qwen3" in _unservable(config, tmp_path, "builtin:tiny-qwen3")
     why = _unservable(config, tmp_path)
     assert words in why
     assert bool(commands(replace(ADAPTER, unservable=why))) == (not words)
+
+
+def test_adapters_stand_on_the_revision_that_they_were_trained_on() -> None:
+    for command in commands(replace(ADAPTER, revision="v1.0")).values():
+        assert options(command)["--revision"] == "v1.0"
+    assert not any("--revision" in command for command in commands(ADAPTER).values())
+
+
+@pytest.mark.parametrize(
+    ("mode", "num_reasoning", "template", "reasons"),
+    [
+        ("thinking", 2, None, True),
+        ("non_thinking", 0, None, False),
+        ("default", 2, "thinking_only.jinja", True),
+        ("default", 0, "thinking_only.jinja", False),
+        ("default", 0, None, False),
+    ],
+)
+def test_a_template_without_a_switch_reasons_by_itself(
+    mode: str, num_reasoning: int, template: str | None, reasons: bool
+) -> None:
+    text = "" if template is None else (Path(__file__).parent / "templates" / template).read_text()
+    run: Any = SimpleNamespace(
+        template=ChatTemplate(text, {}, {}) if text else None,
+        report={"modes": {mode: 3}, "turns_with_reasoning": num_reasoning},
+    )
+    assert _reasons(run) == reasons
 
 
 def test_a_request_is_one_line_that_a_shell_reads_as_it_is_meant() -> None:
@@ -117,7 +147,7 @@ def test_options_and_parsers_are_those_of_the_published_servers(tmp_path: Path) 
     def text(server: str, *paths: str) -> str:
         return "\n".join(sources[server].read(path).decode() for path in paths)
 
-    kinds = (True, False), ("json", "xml", None), (MERGED, ADAPTER)
+    kinds = (True, False), ("json", "xml", None), (MERGED, replace(ADAPTER, revision="v1.0"))
     for reasons, calls, one in product(*kinds):
         media = {"mm-processor-kwargs": {"a": 1}, "media-io-kwargs": {"a": 1}}
         each = replace(one, reasons=reasons, calls=calls, template_args={"a": 1}, vllm=media)

@@ -20,6 +20,7 @@ from qwentune.data.tokenizing.tokenizer import split_pattern
 from qwentune.errors import DoesNotFitError, UserError
 from qwentune.export import run_export
 from qwentune.exporting import folder as exporting
+from qwentune.exporting import verify as verifying
 from tests import qwen3_5
 from tests.checkpoints import SMALL_NUM_RANKS, add_weights, write_checkpoint
 from tests.runs import ENVIRONMENT, final_weights, loss_history, write_recipe
@@ -128,6 +129,12 @@ def test_a_merged_folder_is_the_adapter_on_its_base(
         scarce.setattr(exporting, "free_disk_bytes", lambda *_, **__: 10**5)
         with pytest.raises(DoesNotFitError, match=r"of disk; 0\.1 MB are free"):
             run_export(run, merge=True, verify=False, output=tmp_path / "too-large")
+        with pytest.raises(DoesNotFitError, match=r"of disk; 0\.1 MB are free"):
+            run_export(run, merge=False, verify=False, output=tmp_path / "too-large", gguf="f32")
+    with monkeypatch.context() as scarce:
+        scarce.setattr(verifying, "free_host_bytes", lambda: 10**5)
+        with pytest.raises(DoesNotFitError, match="compared in memory"):
+            run_export(run, merge=True, verify=True, output=tmp_path / "too-large")
     assert not (tmp_path / "too-large").exists()
 
     def forget_the_adapter(base: Path, adapter: Path, target: Path) -> None:

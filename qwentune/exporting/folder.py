@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qwentune import console
@@ -18,7 +19,7 @@ from qwentune.exporting.whole import copy_other_files, is_part, put_back, write_
 from qwentune.facts.documents import read_object
 from qwentune.facts.present import free_disk_bytes
 from qwentune.facts.towers import LOADED_ALONE
-from qwentune.facts.weight_files import read_weights
+from qwentune.facts.weight_files import StoredTensor, read_weights
 from qwentune.model.loading import silence_loading, weights_folder
 from qwentune.model.part_names import name_as_whole
 from qwentune.recipe import MediaOptions
@@ -42,11 +43,7 @@ def write_folder(
     elif merges and run.has_adapter:
         _write_merged(run, target, elsewhere)
     else:
-        shutil.copytree(run.trained, target, dirs_exist_ok=True)
-        if run.has_adapter:
-            name_as_whole(target, described)
-        elif is_part(target, described):
-            _put_back(weights_folder(run.model, run.revision), target)
+        _write_trained(run, described, target, elsewhere)
     copy_model_card(run, target)
 
 
@@ -69,6 +66,18 @@ def media_options(run: FinishedRun, target: Path) -> list[ServerOption]:
     return server_options(base, run.data.media, kinds, has_files=(target / "config.json").exists())
 
 
+def _write_trained(run: FinishedRun, described: Path, target: Path, elsewhere: str) -> None:
+    base = None
+    if not run.has_adapter:
+        base = weights_folder(run.model, run.revision) if is_part(run.trained, described) else None
+        refuse_full_disk([run.trained, *([base] if base else ())], target, elsewhere)
+    shutil.copytree(run.trained, target, dirs_exist_ok=True)
+    if run.has_adapter:
+        name_as_whole(target, described)
+    elif base:
+        _put_back(base, target)
+
+
 def _write_text_part(run: FinishedRun, target: Path, elsewhere: str) -> None:
     silence_loading()
     base = weights_folder(run.model, run.revision)
@@ -76,7 +85,7 @@ def _write_text_part(run: FinishedRun, target: Path, elsewhere: str) -> None:
         tensors = tuned_tensors(base, run.trained)
     else:
         tensors = {name: ModelTensor(tensor) for name, tensor in read_weights(run.trained).items()}
-    _refuse_full_disk(run.trained if not run.has_adapter else base, target, elsewhere)
+    refuse_full_disk([base if run.has_adapter else run.trained], target, elsewhere)
     write_text_part(tensors, base, target)
     _write_around(run, base, target)
 
@@ -84,7 +93,7 @@ def _write_text_part(run: FinishedRun, target: Path, elsewhere: str) -> None:
 def _write_merged(run: FinishedRun, target: Path, elsewhere: str) -> None:
     silence_loading()
     base = weights_folder(run.model, run.revision)
-    _refuse_full_disk(base, target, elsewhere)
+    refuse_full_disk([base], target, elsewhere)
     merge(base, run.trained, target)
     _write_around(run, base, target)
     if is_omni(base):
@@ -114,9 +123,16 @@ def _put_back(base: Path, target: Path) -> None:
         write_processors(target, base, MediaOptions())
 
 
-def _refuse_full_disk(base: Path, target: Path, elsewhere: str) -> None:
-    """Raises DoesNotFitError where what is written of a base's weights has no room."""
-    needed, free = sum(tensor.num_bytes for tensor in read_weights(base).values()), free_disk_bytes(target, fresh=True)
+def refuse_full_disk(
+    sources: Sequence[Path], target: Path, elsewhere: str, num_bytes: Callable[[StoredTensor], float] | None = None
+) -> None:
+    """Raises DoesNotFitError where what is written of checkpoints' weights has no room; as they are stored, or so."""
+    stored = [tensor for source in sources for tensor in read_weights(source).values()]
+    needed, free = sum(map(num_bytes or _as_stored, stored)), free_disk_bytes(target, fresh=True)
     if needed > free:
         what = f"the weights take {needed / 1e6:,.1f} MB of disk; {free / 1e6:,.1f} MB are free"
         raise DoesNotFitError(Problem(str(target), what, f"Name a folder on another disk with {elsewhere}."))
+
+
+def _as_stored(tensor: StoredTensor) -> int:
+    return tensor.num_bytes

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from qwentune.errors import Problem, UsageError
 from qwentune.exporting.finished import FinishedRun
+from qwentune.exporting.folder import refuse_full_disk
 from qwentune.exporting.gguf_file import write_gguf
 from qwentune.exporting.gguf_tensors import GgufTensor
 from qwentune.exporting.merge import tuned_tensors
@@ -23,6 +25,7 @@ from qwentune.facts.weight_files import read_weights
 from qwentune.model.loading import weights_folder
 
 SMALLER = "Q4_K_M"
+BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32}  # of a weight; blocks of 32 have a scale of two bytes
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def write_run_gguf(run: FinishedRun, kind: str, target: Path) -> WrittenGguf:
         tensors = tuned_tensors(folder, run.trained)
     else:
         tensors = {name: ModelTensor(tensor) for name, tensor in read_weights(folder).items()}
+    refuse_full_disk([folder], target, "-o", lambda tensor: prod(tensor.shape) * BYTES[kind])
     path = target / f"{run.folder.resolve().name}-{kind.upper()}.gguf"
     written = write_gguf(
         path,

@@ -76,17 +76,18 @@ def largest_logit_difference(
 ) -> tuple[float, float]:
     """The largest difference of two models' logits over the prompts, and the first's largest logit; NaN stays NaN.
 
-    Prompts are the keywords of a forward.
+    Prompts are the keywords of a forward; the models may stand on two devices.
     """
     differences, sizes = [], []
     with torch.no_grad():
         for prompt in prompts:
-            logits, others = (model(**_in_dtype(model, prompt)).logits.float() for model in (first, second))
+            logits, others = (model(**_as_taken(model, prompt)).logits.float().cpu() for model in (first, second))
             differences.append((logits - others).abs().max())
             sizes.append(logits.abs().max())
     return float(torch.stack(differences).max()), float(torch.stack(sizes).max())
 
 
-def _in_dtype(model: PreTrainedModel, prompt: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What towers see and hear, in the dtype of their weights."""
-    return {name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in prompt.items()}
+def _as_taken(model: PreTrainedModel, prompt: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A prompt on the model's device; what towers see and hear in the dtype of their weights."""
+    dtypes = {name: model.dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in prompt.items()}
+    return {name: tensor.to(model.device, dtypes[name]) for name, tensor in prompt.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
+from qwentune.data.tokenizing.checkpoint_folder import BUILTIN, checkpoint_folder
 from qwentune.exporting.finished import FinishedRun
 from qwentune.exporting.omni import is_omni
 from qwentune.exporting.package import main_mode, serving_flags
@@ -37,7 +37,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Artefact:
-    """What is served: a folder with a whole model, or with adapters for `base`.
+    """What is served: a folder with a whole model, or with adapters for `base` at `revision`.
 
     `unservable` says why no server takes the adapters; `vllm` are options of vLLM's for media.
     """
@@ -52,6 +52,7 @@ class Artefact:
     reasons: bool
     calls: CallForm | None
     vllm: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    revision: str | None = None
 
 
 def artefact(run: FinishedRun, folder: Path, vllm: Mapping[str, Any]) -> Artefact:
@@ -65,12 +66,13 @@ def artefact(run: FinishedRun, folder: Path, vllm: Mapping[str, Any]) -> Artefac
         name=run.folder.resolve().name,
         base=run.model if is_adapter else None,
         rank=max([config.get("r", 0), *(config.get("rank_pattern") or {}).values()]),
-        unservable=_unservable(config, configured),
+        unservable=_unservable(config, configured, run.model),
         context=_context(configured),
         template_args=serving_flags(run.report),
-        reasons=main_mode(run.report) == "thinking",
+        reasons=_reasons(run),
         calls=call_form(template),
         vllm=vllm,
+        revision=run.revision if is_adapter else None,
     )
 
 
@@ -105,6 +107,7 @@ def _vllm(served: Artefact) -> str | None:
             return None
         words = ["vllm", "serve", served.base, "--enable-lora", "--max-lora-rank", str(allowed)]
         words += ["--lora-modules", f"{served.name}={served.folder}", "--generation-config", str(served.folder)]
+        words += ["--revision", served.revision] if served.revision else []
         if (served.folder / "chat_template.jinja").exists():
             words += ["--chat-template", str(served.folder / "chat_template.jinja")]
     if served.context is not None:
@@ -125,6 +128,7 @@ def _sglang(served: Artefact) -> str:
     else:
         words += ["--enable-lora", "--max-lora-rank", str(served.rank)]
         words += ["--lora-paths", f"{served.name}={served.folder}"]
+        words += ["--revision", served.revision] if served.revision else []
         if (served.folder / "chat_template.jinja").exists():
             words += ["--chat-template", str(served.folder / "chat_template.jinja")]
     if served.context is not None:
@@ -152,11 +156,20 @@ def _parsers(served: Artefact, server: Server) -> list[str]:
     return words
 
 
-def _unservable(config: Mapping[str, Any], base: Path) -> str:
+def _reasons(run: FinishedRun) -> bool:
+    """Whether answers begin with reasoning: in the mode of most turns, or by a template that knows no other."""
+    mode = main_mode(run.report)
+    knows_no_other = mode == "default" and run.template is not None and run.template.thinks_by_default
+    return mode == "thinking" or (knows_no_other and run.report["turns_with_reasoning"] > 0)
+
+
+def _unservable(config: Mapping[str, Any], base: Path, model: str = "") -> str:
     """Why servers do not take an adapter with this configuration on this base; empty where they do.
 
     Source: `_validate_features` of vllm/lora/peft_helper.py; vllm-project/vllm#36501 for trained rows.
     """
+    if config and model.startswith(BUILTIN):
+        return f"its base is {model}, which servers do not know"
     if config.get("trainable_token_indices"):
         return "it has trained rows of the embedding and the head, which vLLM and SGLang do not load"
     if config.get("use_dora"):

@@ -101,6 +101,8 @@ class Partner:
         self.mode: Any = main_mode(run.report)
         if thinking is not None and run.template.has_thinking_switch:
             self.mode = "thinking" if thinking == "on" else "non_thinking"
+        elif thinking is not None:
+            say(f"warning: --thinking {thinking} changes nothing: the chat template has no such switch")
         silence_loading()
         base = weights_folder(run.model, run.revision) if run.has_adapter or with_base else run.trained
         first = base if run.has_adapter else run.trained
@@ -140,14 +142,16 @@ class Partner:
         except RowError as error:
             raise UsageError(Problem("the dialogue", error.what, _without_rows(error.fix))) from None
         left = self.context - len(ids)
-        if most_tokens is None and left < 1:
+        if left < 1:
             what = f"has {len(ids):,} tokens, and there is room for {self.context:,}"
-            raise UsageError(Problem("the dialogue", what, "Begin a new one."), "The chat has ended.")
+            raise UsageError(
+                Problem("the dialogue", what, "Make it shorter, or begin a new one."), "The chat has ended."
+            )
         media = None
         if seen:
             assert self.renderer.limits is not None  # else the prompt was refused
             media = RunMedia.of(seen, self.renderer.limits, self.run.tokenizer.control_ids)
-        return Prompt(ids, left if most_tokens is None else most_tokens, media)
+        return Prompt(ids, left if most_tokens is None else min(most_tokens, left), media)
 
     @busy("answering")
     def answer(self, messages: Sequence[Message], most_tokens: int) -> Answer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 
 from qwentune.data.dataset import prepared
 from qwentune.data.tokenizing.checkpoint_folder import checkpoint_folder
-from qwentune.errors import Problem, UserError, counted
+from qwentune.errors import DoesNotFitError, Problem, UserError, counted
 from qwentune.exporting.config_keys import DTYPE_KEYS, part_of_config
 from qwentune.exporting.finished import FinishedRun
 from qwentune.exporting.media_prompts import media_prompts
@@ -21,6 +21,8 @@ from qwentune.exporting.processors import is_whole
 from qwentune.facts.adapter_config import ADAPTER_CONFIG
 from qwentune.facts.documents import read_object
 from qwentune.facts.generation_config import end_token_ids, read_generation_config
+from qwentune.facts.present import free_host_bytes
+from qwentune.facts.weight_files import read_weights
 from qwentune.model.adapters import load_adapters
 from qwentune.model.loading import load_model, silence_loading, weights_folder
 
@@ -44,6 +46,7 @@ def verify(run: FinishedRun, exported: Path) -> Iterator[str]:
     is_adapter = (exported / ADAPTER_CONFIG).exists()
     if problems := [*_odd_files(run, exported, is_adapter=is_adapter)]:
         raise UserError(problems, REPORT)
+    _refuse_full_memory([base, base if is_adapter else exported])
     reference = load_tuned(base, run.trained if run.has_adapter else None)
     candidate = load_tuned(base if is_adapter else exported, exported if is_adapter else None)
     texts = [{"input_ids": torch.tensor([ids])} for ids in run.tokenizer.encode(TEXTS)]
@@ -65,6 +68,15 @@ def verify(run: FinishedRun, exported: Path) -> Iterator[str]:
             f"the run itself, whose base stood in 4 bits, differs from it by up to {distance:.1e} of {scale:.1f}: the "
             "rounding of the base, without which it is exported"
         )
+
+
+def _refuse_full_memory(folders: Sequence[Path]) -> None:
+    """Raises DoesNotFitError where the host has no room for all these weights as they are stored."""
+    needed = sum(tensor.num_bytes for folder in folders for tensor in read_weights(folder).values())
+    if needed > (free := free_host_bytes()):
+        what = f"two models of together {needed / 1e9:,.1f} GB are compared in memory; {free / 1e9:,.1f} GB are free"
+        fix = "Leave it out, or verify on a machine with more memory."
+        raise DoesNotFitError(Problem("--verify", what, fix), "Nothing was exported.")
 
 
 def _own_rows(run: FinishedRun) -> list[dict[str, torch.Tensor]]:

@@ -52,11 +52,14 @@ def put_back(base: Path, tuned: Path) -> None:
     whole = tuned.with_name(f".{tuned.name}.whole")
     remove(whole)
     mark(whole)
-    write_tensors(tensors, stored, whole)
-    config = kept_config(*(read_object(folder / "config.json") for folder in (base, tuned)))
-    (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    copy_other_files(tuned, whole)
-    replace_folder(whole, tuned)
+    try:
+        write_tensors(tensors, stored, whole)
+        config = kept_config(*(read_object(folder / "config.json") for folder in (base, tuned)))
+        (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        copy_other_files(tuned, whole)
+        replace_folder(whole, tuned)
+    finally:
+        remove(whole)
 
 
 def copy_other_files(base: Path, target: Path) -> None:
@@ -80,11 +83,13 @@ def name_as_part(folder: Path) -> None:
     named = folder.with_name(f".{folder.name}.named")
     remove(named)
     mark(named)
-    write_tensors({name: ModelTensor(tensor) for name, tensor in renamed.items()}, renamed, named)
-    for file in named.iterdir():
-        if ".safetensors" in file.name:
-            replace_file(file, folder / file.name)
-    remove(named)
+    try:
+        write_tensors({name: ModelTensor(tensor) for name, tensor in renamed.items()}, renamed, named)
+        for file in named.iterdir():
+            if ".safetensors" in file.name:
+                replace_file(file, folder / file.name)
+    finally:
+        remove(named)
 
 
 def write_text_part(tensors: Mapping[str, ModelTensor], base: Path, target: Path) -> None:

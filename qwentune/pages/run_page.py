@@ -272,11 +272,12 @@ def _verdict(bounds: Sequence[float], score: str) -> str:
 
 def _prompts(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     """Each held-out prompt with what was answered at first and at last, and in between."""
-    by_prompt: dict[tuple[str, int], list[Row]] = {}
+    by_prompt: dict[tuple[str, int, str], list[Row]] = {}
     for row in rows:
         source = row["source"]
-        by_prompt.setdefault((str(source["file"]), int(row.get("index", source["line"]))), []).append(row)
-    for (file, _), answers in [*by_prompt.items()][:NUM_PROMPTS]:
+        place = str(source["file"]), int(row.get("index", source["line"])), str(row["prompt"])
+        by_prompt.setdefault(place, []).append(row)
+    for (file, _, _), answers in [*by_prompt.items()][:NUM_PROMPTS]:
         found = sorted(answers, key=lambda row: row["step"])
         yield {
             "source": f"{file}:{found[0]['source']['line']}",
