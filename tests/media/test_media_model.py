@@ -26,7 +26,7 @@ from qwentune.data.media.limits import media_limits
 from qwentune.exporting.omni import is_omni, is_thinker
 from qwentune.exporting.processors import PROCESSOR_FILES, write_processors
 from qwentune.exporting.whole import copy_other_files, put_back
-from qwentune.facts.media import FAMILIES
+from qwentune.facts.media import FAMILIES, MediaFamily, with_positions
 from qwentune.facts.models import model_spec
 from qwentune.facts.towers import part_of, part_problems
 from qwentune.facts.weight_files import read_weights
@@ -65,6 +65,10 @@ class World:
     @property
     def model_type(self) -> str:
         return self.folder.name
+
+    @property
+    def family(self) -> MediaFamily:
+        return with_positions(FAMILIES[self.model_type], json.loads((self.folder / "config.json").read_text()))
 
     def example(self, seed: int, things: Sequence[int], answer: int = 4) -> tuple[np.ndarray, np.ndarray]:
         """Ids and weights: some text, things with text between them, and an answer; the seed decides the text."""
@@ -138,7 +142,7 @@ def batch_of(world: World, config: Any, tries: Any) -> dict[str, Tensor]:
     row = lay_out(tries)
     batch = collate([row], 1.0)
     ids = row.input_ids
-    if FAMILIES[world.model_type].axes == 3:
+    if world.family.axes == 3:
         paths = [[k for k in range(q + 1) if q < row.visible_until[k]] for q in range(len(ids))]
         found = [positions([int(ids[k]) for k in path], world.things)[:, -1] for path in paths]
         batch |= {"depths": batch["position_ids"], "position_ids": torch.tensor(np.array(found).T)[:, None]}
@@ -162,7 +166,7 @@ def tensors_of(world: World, numbers: Sequence[int]) -> dict[str, Tensor]:
         padded = [torch.nn.functional.pad(sound, (0, longest - sound.shape[1])) for sound in sounds]
         batch["input_features"] = torch.stack(padded)
         batch["feature_lengths"] = torch.tensor([sound.shape[1] for sound in sounds])
-    return batch | tower_inputs(FAMILIES[world.model_type], batch)
+    return batch | tower_inputs(world.family, batch)
 
 
 def plain_loss(network: Any, world: World, example: tuple[np.ndarray, np.ndarray]) -> Tensor:
