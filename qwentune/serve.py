@@ -13,6 +13,7 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.request import ProxyHandler, build_opener
@@ -145,7 +146,8 @@ def _serve(run: FinishedRun, served: Artefact, server: str, address: Address, pl
         env={"PYTHONUNBUFFERED": "1", **os.environ},
         stdout=sys.stderr.fileno(),
         start_new_session=True,
-        preexec_fn=die_with_parent,
+        # Asked to end, not killed, for only the server itself can then end what it has started.
+        preexec_fn=partial(die_with_parent, signal.SIGTERM),
     )
     try:
         with console.busy("starting the server"):

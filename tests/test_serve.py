@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -97,6 +99,28 @@ def test_what_a_server_has_started_ends_with_it() -> None:
     psutil.wait_procs([engine], timeout=10)
     assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
     command._kill(server)  # once more is no error
+
+
+def test_a_server_whose_starter_was_killed_ends_what_it_has_started(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM's, which holds the card in processes of its own."""
+    run = finished_run(tmp_path / "run", model, data={"train": "rows.jsonl"})
+    stand_in = tmp_path / "server"
+    stand_in.write_text(f"#!/bin/sh\ntrap 'kill $!; exit' TERM\nsleep 300 &\necho $! > {tmp_path}/engine\nwait\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(command, "_program", lambda _: str(stand_in))
+    monkeypatch.setattr(command, "_server", lambda _: "transformers")
+    starter = multiprocessing.get_context("fork").Process(target=run_serve, args=(run, "127.0.0.1", free_port()))
+    starter.start()
+    while not (tmp_path / "engine").exists() or not (number := (tmp_path / "engine").read_text().strip()):
+        assert starter.is_alive()
+        time.sleep(0.1)
+    engine = psutil.Process(int(number))
+    starter.kill()
+    starter.join()
+    psutil.wait_procs([engine], timeout=10)
+    assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
 
 
 def test_missing_packages_are_named_with_their_extra(

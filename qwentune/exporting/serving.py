@@ -160,7 +160,7 @@ def _reasons(run: FinishedRun) -> bool:
     """Whether answers begin with reasoning: in the mode of most turns, or by a template that knows no other."""
     mode = main_mode(run.report)
     knows_no_other = mode == "default" and run.template is not None and run.template.thinks_by_default
-    return mode == "thinking" or (knows_no_other and run.report["turns_with_reasoning"] > 0)
+    return mode == "thinking" or (knows_no_other and run.report.get("turns_with_reasoning", 0) > 0)
 
 
 def _unservable(config: Mapping[str, Any], base: Path, model: str = "") -> str:

@@ -47,10 +47,10 @@ def take_over(handler: Callable[[int, FrameType | None], object]) -> dict[int, o
     return {number: signal.signal(number, handler) for number in taken}
 
 
-def die_with_parent() -> None:
-    """Has this process killed when the one that started it dies; called between fork and exec."""
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Has this process sent the signal when the one that started it dies; called between fork and exec."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def watch_launcher() -> None:

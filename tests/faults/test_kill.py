@@ -249,9 +249,16 @@ def evaluations_of(run: Path) -> str:
 
 
 def kill_until_done(
-    folder: Path, kind: str, kills: int, start: Callable[[Path, Path], Attempt], model: Path | None = None
+    folder: Path,
+    kind: dict[str, Any],
+    kills: int,
+    start: Callable[[Path, Path], Attempt],
+    model: Path | None = None,
 ) -> None:
-    """`start` begins an attempt at a recipe whose order of rows goes to a file; without a model, at a tiny Qwen3."""
+    """`start` begins an attempt at a recipe whose order of rows goes to a file; without a model, at a tiny Qwen3.
+
+    `kind` has sections of the recipe.
+    """
     seed = int(os.environ.get("SEED", random.randrange(10_000)))
     model = model or add_weights(write_checkpoint(folder / "model", "qwen3"))
     sections: dict[str, dict[str, Any]] = {
@@ -261,10 +268,7 @@ def kill_until_done(
     recipe = write_recipe(
         folder,
         model,
-        **{
-            name: {**sections.get(name, {}), **KINDS[kind].get(name, {})}
-            for name in dict.fromkeys([*KINDS[kind], *sections])
-        },
+        **{name: {**sections.get(name, {}), **kind.get(name, {})} for name in dict.fromkeys([*kind, *sections])},
     )
     run, chance = folder / "run", random.Random(seed)
     print(f"seed {seed}")
@@ -311,13 +315,13 @@ def kill_until_done(
 @pytest.mark.fault("A01 A08 E35", "the same weights, losses and order of rows, bit for bit")
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path, warm: Warm) -> None:
-    kill_until_done(tmp_path, "lora", 10, lambda recipe, order: WarmAttempt(recipe, [warm], order))
+    kill_until_done(tmp_path, KINDS["lora"], 10, lambda recipe, order: WarmAttempt(recipe, [warm], order))
 
 
 @pytest.mark.fault("A01 A02 A08 E36", "two ranks, packed rows, evaluations, the best step: the same, bit for bit")
 @pytest.mark.slow
 def test_six_kills_of_two_ranks_that_evaluate_change_nothing(tmp_path: Path) -> None:
-    kill_warm(tmp_path, "evaluated", kills=6, ranks=2)
+    kill_warm(tmp_path, KINDS["evaluated"], kills=6, ranks=2)
 
 
 @pytest.mark.fault("A01 A08 E35", "the same weights, losses and order of rows, bit for bit")
@@ -327,12 +331,12 @@ def test_six_kills_of_two_ranks_that_evaluate_change_nothing(tmp_path: Path) -> 
 def test_a_hundred_kills_at_random_moments_change_nothing(tmp_path: Path, kind: str, ranks: int) -> None:
     """COLD=1 starts every process anew, as a user does, and takes five times as long."""
     if "COLD" in os.environ:
-        kill_until_done(tmp_path, kind, 100, lambda recipe, order: ColdAttempt(recipe, ranks, order))
+        kill_until_done(tmp_path, KINDS[kind], 100, lambda recipe, order: ColdAttempt(recipe, ranks, order))
         return
-    kill_warm(tmp_path, kind, kills=100, ranks=ranks)
+    kill_warm(tmp_path, KINDS[kind], kills=100, ranks=ranks)
 
 
-def kill_warm(folder: Path, kind: str, *, kills: int, ranks: int, model: Path | None = None) -> None:
+def kill_warm(folder: Path, kind: dict[str, Any], *, kills: int, ranks: int, model: Path | None = None) -> None:
     servers = [Warm() for _ in range(ranks)]
     try:
         kill_until_done(folder, kind, kills, lambda recipe, order: WarmAttempt(recipe, servers, order), model)

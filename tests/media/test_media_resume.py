@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.test_kill import kill_warm
+from tests.faults.test_kill import KINDS, kill_warm
 from tests.media import lessons
 from tests.media.checkpoints import TYPES, MediaType, add_media_weights, let_pictures_be_small, write_media_checkpoint
 from tests.media.lessons import Lesson
@@ -19,21 +19,26 @@ from tests.warm import Warm
 
 SIDE = 56  # pixels
 NUM_ROWS = 40
+MEDIA_KINDS: dict[str, dict[str, Any]] = {
+    "lora": KINDS["lora"],
+    "lora-pixels": {**KINDS["lora"], "data": {"media": {"cache": "pixels"}}},  # decoded once, kept in the data cache
+    "full": KINDS["full"],
+}
 
 
 @pytest.mark.fault("A01 A08 E35", "with pictures, two ranks, the language model trained: the same, bit for bit")
 @pytest.mark.slow
 def test_kills_of_two_ranks_that_train_on_pictures_change_nothing(tmp_path: Path) -> None:
-    kill_warm(tmp_path, "full", kills=3, ranks=2, model=write_rows_and_model(tmp_path, "qwen2_5_vl"))
+    kill_warm(tmp_path, KINDS["full"], kills=3, ranks=2, model=write_rows_and_model(tmp_path, "qwen2_5_vl"))
 
 
 @pytest.mark.fault("A01 A08 E35", "with media: the same, bit for bit")
 @pytest.mark.soak
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "lora-pixels", "full"])
 @pytest.mark.parametrize("name", TYPES)
 def test_kills_of_runs_with_media_change_nothing(tmp_path: Path, name: MediaType, kind: str, ranks: int) -> None:
-    kill_warm(tmp_path, kind, kills=6, ranks=ranks, model=write_rows_and_model(tmp_path, name))
+    kill_warm(tmp_path, MEDIA_KINDS[kind], kills=6, ranks=ranks, model=write_rows_and_model(tmp_path, name))
 
 
 @pytest.mark.fault("F39 N97", "a picture that is another one at a resume is drift, told with its row; exit 5")
