@@ -79,11 +79,13 @@ class Warm:
         code: str = TRAIN,
         given: Sequence[str] = (),
         launch: str | None = None,
+        num_ranks: int | None = None,
         **environment: str,
     ) -> Run:
         """Starts training as `python -m qwentune.train` does, or code that takes `given` first; one at a time.
 
-        With the name of a launch file, as accelerate launches it; FSDP2 really shards.
+        With the name of a launch file, as accelerate launches it, `num_ranks` or as many as the file says; FSDP2
+        really shards.
         """
         number = len(list(recipe.parent.glob("stderr-*")))
         stderr = recipe.parent / f"stderr-{number}.txt"
@@ -93,6 +95,7 @@ class Warm:
             script = recipe.parent / f"rank-{number}.py"
             script.write_text(FSDP2 + code if launch == "fsdp2" else code)
             config = ["--config_file", f"launch/{launch}.yaml", "--main_process_port", "0"]
+            config += [] if num_ranks is None else ["--num_processes", str(num_ranks)]
             given, code = ["launch", *config, str(script), *given[1:]], LAUNCH
         request = {"arguments": [*given, str(recipe), *arguments], "code": code, "environment": environment}
         assert self.server.stdin is not None
@@ -107,10 +110,11 @@ class Warm:
         code: str = TRAIN,
         given: Sequence[str] = (),
         launch: str | None = None,
+        num_ranks: int | None = None,
         **environment: str,
     ) -> Run:
         """A run that has ended."""
-        run = self.start(recipe, *arguments, code=code, given=given, launch=launch, **environment)
+        run = self.start(recipe, *arguments, code=code, given=given, launch=launch, num_ranks=num_ranks, **environment)
         run.wait()
         return run
 

@@ -225,10 +225,11 @@ def _is_fixed(key: str, then: Any, now: Any, facts: Mapping[str, Any]) -> bool:
         return "8bit" in (then, now)
     if key == "optimizer.lora_plus_ratio":
         return None in (then, now)
-    if key == "plan.sharding":
-        return not {then, now} <= {"none", "ddp"}
-    if key == "ranks":
-        return facts.get("plan.sharding") not in ("none", "ddp")
+    if key in ("plan.sharding", "ranks"):
+        shardings = {facts.get("plan.sharding"), *[then, now] * (key == "plan.sharding")}
+        # Moments in 8 bits share scales by blocks of what a rank held.
+        in_blocks = "fsdp2" in shardings and facts.get("plan.optimizer_state") == "8bit"
+        return in_blocks or not shardings <= {"none", "ddp", "fsdp2"}
     return key in FIXED_KEYS
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME
 
 from qwentune.data.layout.batch import Batch, EvalBatches, TrainBatches
 from qwentune.data.layout.tower_inputs import stays_on_cpu
@@ -31,11 +31,10 @@ from qwentune.training.diagnose import first_not_finite
 from qwentune.training.disk import disk_error
 from qwentune.training.evaluation import ExactEvaluation
 from qwentune.training.held_out import HeldOut
+from qwentune.training.optimizer_states import read_states, write_states
 from qwentune.training.progress import Recorder
 from qwentune.training.reports import Report
 from qwentune.training.trackers import observe
-
-OWN_STATES = "optimizer_{}.pt"  # what one of several ranks keeps for its shards
 
 
 class ExactResume(ExactEvaluation):
@@ -254,7 +253,7 @@ class ExactResume(ExactEvaluation):
             return
         # The stock method writes the weights once more, and gathers all states in one rank's host memory.
         Path(output_dir).mkdir(parents=True, exist_ok=True)  # rank 0 may not have come by here yet
-        torch.save(self.adamw.state_dict(), Path(output_dir, OWN_STATES.format(self.args.process_index)))
+        write_states(self.adamw, Path(output_dir), self.args.process_index)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
@@ -264,10 +263,8 @@ class ExactResume(ExactEvaluation):
         if self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
         else:
-            name = OWN_STATES.format(self.args.process_index) if self.is_fsdp_enabled else OPTIMIZER_NAME
-            # Mapped, so that what goes to a GPU takes no room in the host.
-            states = torch.load(Path(checkpoint, name), map_location="cpu", mmap=True, weights_only=True)
-            self.adamw.load_state_dict(states)
+            parameters = [parameter for group in self.adamw.param_groups for parameter in group["params"]]
+            self.adamw.load_state_dict(read_states(Path(checkpoint), parameters))
             scheduler_state = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
             cast(Any, self.lr_scheduler).load_state_dict(scheduler_state)
         # The states come from the checkpoint, the settings from the recipe: an allowed change of them must count.

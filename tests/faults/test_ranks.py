@@ -29,6 +29,7 @@ from qwentune.errors import (
 )
 from qwentune.supervise import LAUNCHER
 from qwentune.training import hangs
+from qwentune.training.start import _is_fixed
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.runs import ENVIRONMENT, KILL_AT, KILLED, final_weights, last_states, loss_history, train, write_recipe
 from tests.warm import Warm
@@ -454,6 +455,55 @@ def test_another_number_of_ranks_can_be_allowed(tmp_path: Path, warm: Warm) -> N
     assert "from step 10" in one.said
     losses = [row[1] for row in loss_history(tmp_path / "alone")]
     assert [row[1] for row in loss_history(tmp_path / "run")] == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.fault("F41", "other numbers of ranks and another sharding, allowed: the run goes on as one process would")
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora", "full-bf16"])
+def test_a_run_goes_on_under_other_numbers_of_ranks_and_other_shardings(tmp_path: Path, warm: Warm, kind: str) -> None:
+    """4 ranks that share the weights, 2 that do not, 1, and 2 that share them: the same rows in the same steps."""
+    model = add_weights(write_checkpoint(tmp_path / "model", "qwen3"))
+    recipe = write_recipe(
+        tmp_path,
+        model,
+        tuning={"kind": "lora", "rank": 4, "alpha": 8} if kind == "lora" else {},
+        precision={"weights": "bf16"} if kind == "full-bf16" else {},
+        optimizer={"max_steps": 16},
+        output={"save_every_steps": 2},
+        batch={"micro_batch": 1},
+    )
+    alone = warm.train(recipe, f"output.dir={tmp_path / 'alone'}")
+    assert alone.code == 0, alone.said
+    allowed = ("--allow-change", "ranks", "--allow-change", "plan")
+    last: int | None
+    for launch, num_ranks, last in (("fsdp2", 4, 5), ("cpu-2", 2, 9), (None, None, 13), ("fsdp2", 2, None)):
+        given = {} if last is None else {"code": KILL_AT, "given": [str(last)]}
+        attempt = warm.train(recipe, *allowed, launch=launch, num_ranks=num_ranks, **given)
+        assert (attempt.code == 0) == (last is None), attempt.said
+        assert last == 5 or f"changed ranks: then {4 if last == 9 else 2 if last == 13 else 1}" in attempt.said
+    expected, found = loss_history(tmp_path / "alone"), loss_history(tmp_path / "run")
+    assert [row[0] for row in found] == [row[0] for row in expected]
+    tolerance = 1e-3 if kind == "full-bf16" else 1e-5  # gradients are added up in another order, and rounded
+    assert [row[1] for row in found] == pytest.approx([row[1] for row in expected], rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "bits", "fixed"),
+    [
+        ("none", "fsdp2", "fp32", False),
+        ("fsdp2", "ddp", "bf16", False),
+        ("ddp", "none", "8bit", False),
+        ("fsdp2", "none", "8bit", True),
+        ("zero2", "zero2", "fp32", True),
+        ("ddp", "zero3", "fp32", True),
+    ],
+)
+def test_states_of_zero_and_of_shards_in_8_bits_stay_with_their_ranks(
+    then: str, now: str, bits: str, fixed: bool
+) -> None:
+    facts = {"ranks": 2, "plan.sharding": then, "plan.optimizer_state": bits}
+    key, before, after = ("ranks", 2, 4) if then == now else ("plan.sharding", then, now)
+    assert _is_fixed(key, before, after, facts) == fixed
 
 
 @pytest.mark.fault("J73", "a DeepSpeed shard that would run code: refused, nothing runs")
