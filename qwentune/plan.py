@@ -56,6 +56,7 @@ def _judge(loaded: LoadedRecipe, *, as_json: bool, trace: bool) -> int:
     """Prints the plan of a recipe; the exit code."""
     from qwentune.data.at_hand import refuse_untrained_rows, rendered
     from qwentune.facts.continued import continued
+    from qwentune.facts.machines import num_machines
     from qwentune.facts.models import model_spec
     from qwentune.memory import render_plan
     from qwentune.memory.device_remarks import recipe_remarks
@@ -66,6 +67,7 @@ def _judge(loaded: LoadedRecipe, *, as_json: bool, trace: bool) -> int:
     recipe = loaded.recipe
     refuse_untrained_rows(recipe.data)
     device, count, sharding = device_of(recipe.hardware, here=False)
+    together = num_machines(recipe.hardware.machines)
     dataset = rendered(recipe)
     longest_row = None if dataset is None else dataset.longest_row
     for remark in (*remarks, *recipe_remarks(spec, device, loaded, longest_row)):
@@ -74,7 +76,8 @@ def _judge(loaded: LoadedRecipe, *, as_json: bool, trace: bool) -> int:
         spec,
         recipe,
         device=device,
-        num_ranks=count,
+        num_ranks=count * together,
+        num_machines=together,
         sharding=sharding,
         longest_row=longest_row,
         media=None if dataset is None else dataset.largest_media,

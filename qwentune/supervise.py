@@ -23,6 +23,7 @@ from qwentune.errors import (
     DoesNotFitError,
     RunInUseError,
 )
+from qwentune.facts.machines import Machines
 from qwentune.training import reports
 from qwentune.training.command_line import AllowChange, ForceMemory, Fresh, Overrides, RecipePath, Request, Resume
 from qwentune.training.hangs import HangWatch
@@ -56,6 +57,7 @@ def train(
 
 def run(request: Request) -> int:
     """Judges the run, chooses its launch file, and trains; the trainer's exit code."""
+    from qwentune.facts.machines import machines
     from qwentune.facts.present import count_cards_by_bus
     from qwentune.recipe import load_recipe
     from qwentune.training.run_folder import RunFolder
@@ -67,12 +69,13 @@ def run(request: Request) -> int:
     folder = RunFolder(Path(loaded.recipe.output.dir))
     folder.refuse_other_things()
     with loaded.located():
-        launch, count = _planned(request, loaded, folder)
-    return supervise(request.arguments, launch, count, folder)
+        together = machines(loaded.recipe.hardware.machines)
+        launch, count = _planned(request, loaded, folder, together)
+    return supervise(request.arguments, launch, count, folder, together)
 
 
-def _planned(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> tuple[Path, int]:
-    """The launch file of a run whose plan fits, and the number of processes.
+def _planned(request: Request, loaded: LoadedRecipe, folder: RunFolder, together: Machines) -> tuple[Path, int]:
+    """The launch file of a run whose plan fits, and the number of processes on all machines.
 
     The plan of an earlier start is judged again; it is made anew only where the request lets it change.
     """
@@ -94,6 +97,7 @@ def _planned(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> tuple
     refuse_missing(source.path for source in recipe.data.sources)
     refuse_untrained_rows(recipe.data)
     device, count, sharding = device_of(recipe.hardware, here=True)
+    count *= together.count
     launch = recipe.hardware.launch
     longest = longest_row(recipe)
     for remark in (*remarks, *recipe_remarks(spec, device, loaded, longest)):
@@ -104,6 +108,7 @@ def _planned(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> tuple
         recipe,
         device=device,
         num_ranks=count,
+        num_machines=together.count,
         sharding=sharding,
         longest_row=longest,
         media=largest_media(recipe, spec),
@@ -132,16 +137,24 @@ class _Watched:
     trainers: list[psutil.Process] = field(default_factory=list)
 
 
-def supervise(arguments: list[str], launch: Path, num_processes: int, folder: RunFolder) -> int:
+def supervise(
+    arguments: list[str], launch: Path, num_processes: int, folder: RunFolder, together: Machines | None = None
+) -> int:
     """Trains under accelerate in a session of its own; the trainer's exit code.
+
+    `num_processes` counts those of all machines; this one starts and watches its own.
 
     Signals go to the trainers themselves, not to the launcher, which would end them before they have saved. No
     process is left behind. What a trainer could not say itself is said, and written into the run folder's status.
     """
+    together = together or Machines()
+    num_here = num_processes // together.count
+    own = range(together.index * num_here, (together.index + 1) * num_here)
     with reports.folder_of_reports() as scratch:
         command = [
             *(sys.executable, "-m", LAUNCHER, "--config_file", str(launch)),
-            *("--num_processes", str(num_processes), "--quiet", "-m", "qwentune.train", *arguments),
+            *("--num_processes", str(num_processes), *together.launch_arguments),
+            *("--quiet", "-m", "qwentune.train", *arguments),
         ]
         environment = {**QUIET, **os.environ, reports.FOLDER: str(scratch)}
         received: list[int] = []
@@ -151,19 +164,19 @@ def supervise(arguments: list[str], launch: Path, num_processes: int, folder: Ru
         watched = _Watched()
         try:
             _wait_for_trainers(launcher, received, scratch)
-            launcher_code = _watch(launcher, received, HangWatch(scratch, num_processes), watched)
+            launcher_code = _watch(launcher, received, HangWatch(scratch, own), watched)
             _end_orphans(launcher.pid, watched.trainers)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)  # type: ignore[arg-type]
         codes = reports.exit_codes(scratch)
-        silent = [rank for rank in range(num_processes) if rank not in codes]
+        silent = [rank for rank in own if rank not in codes]
         crashes = {rank: crash for rank in silent if (crash := reports.crash(scratch, rank))}
-    code, reason = _verdict(launcher_code, codes, crashes, num_processes, watched)
+    code, reason = _verdict(launcher_code, codes, crashes, own, watched)
     if reason:
         console.say(reason)
     is_lost = reason or code not in (EXIT_OK, EXIT_PREEMPTED, EXIT_INTERRUPTED, RunInUseError.exit_code)
-    if is_lost and folder.mark_lost(reason, code, ["qwentune", "train", *arguments]):
+    if is_lost and together.leads and folder.mark_lost(reason, code, ["qwentune", "train", *arguments]):
         from qwentune.pages.run_page import RunPage
 
         RunPage(folder).write()
@@ -244,7 +257,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _verdict(
-    launcher_code: int, codes: dict[int, int], crashes: dict[int, str], num_ranks: int, watched: _Watched
+    launcher_code: int, codes: dict[int, int], crashes: dict[int, str], own: range, watched: _Watched
 ) -> tuple[int, str]:
     """The run's exit code, and what is to be said of ranks that could not speak for themselves."""
     if watched.hung is not None:
@@ -253,19 +266,19 @@ def _verdict(
         rank, crash = min(crashes.items())
         likely = MAP_LOST if crash.startswith("Bus error") else "A library crashed; the same command continues the run."
         return EXIT_BUG, f"Lost rank {rank}: {crash}. {likely}"
-    silent = [rank for rank in range(num_ranks) if rank not in codes]
+    silent = [rank for rank in own if rank not in codes]
     if silent and watched.stopped_by is not None:  # the signal came before Python had a handler for it
         return (EXIT_INTERRUPTED if watched.stopped_by == signal.SIGINT else EXIT_PREEMPTED), ""
     if launcher_code == -signal.SIGKILL:
-        return codes.get(0, EXIT_BUG), "The launcher was killed (signal 9): probably out of host memory."
+        return codes.get(own[0], EXIT_BUG), "The launcher was killed (signal 9): probably out of host memory."
     if not silent:
         # Rank 0 ends with 1 where another one has failed first, and that one knows why.
         unknowing = (EXIT_OK, EXIT_BUG, EXIT_PREEMPTED, EXIT_INTERRUPTED)
         failed = [(rank, code) for rank, code in codes.items() if code not in unknowing]
-        if codes[0] == EXIT_BUG and failed:
+        if codes[own[0]] == EXIT_BUG and failed:
             rank, code = failed[0]
             return code, f"Rank {rank} failed first, with exit code {code}."
-        return codes[0], ""
+        return codes[own[0]], ""
     if launcher_code == 0:
         return EXIT_OK, ""
     ranks = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"

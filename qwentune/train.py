@@ -150,7 +150,8 @@ def _walk(request: Request, loaded: LoadedRecipe, folder: RunFolder) -> int:
             console.say(remark)
     media = largest_media(recipe, spec)
     judged = partial(judge_recipe, spec, device=device, fresh=request.fresh, longest_row=longest, media=media)
-    judged_here = partial(judged, recipe, num_ranks=ranks.num_ranks, sharding=ranks.sharding, stored=stored)
+    together = {"num_ranks": ranks.num_ranks, "num_machines": ranks.num_machines}
+    judged_here = partial(judged, recipe, **together, sharding=ranks.sharding, stored=stored)
 
     def traced() -> dict[str, Any]:
         said: list[str] = []

@@ -33,7 +33,7 @@ def launch_file(name: str) -> Path:
     """The accelerate configuration of that name; UsageError where `launch/` has none."""
     file = shipped(f"launch/{name}.yaml")
     if name_fault(str(file)) or not os.path.lexists(file):
-        names = [Path(known).stem for known in shipped_files("launch")]
+        names = [Path(known).stem for known in shipped_files("launch") if known.endswith(".yaml")]
         what = f"there is no launch file {name!r}.{nearest(name, names)}"
         raise UsageError(Problem("hardware.launch", what, f"There are {', '.join(names)}."))
     return file

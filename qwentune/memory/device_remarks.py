@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qwentune.facts.flex import flex_problem
+from qwentune.facts.machines import NETWORK_BYTES_PER_SECOND, num_machines
 from qwentune.facts.models import ModelSpec, length_remark
 from qwentune.facts.present import spills
 from qwentune.facts.towers import tower_remark
@@ -43,7 +44,17 @@ def recipe_remarks(spec: ModelSpec, device: Device, loaded: LoadedRecipe, longes
     recipe, where = loaded.recipe, loaded.origins["data.max_tokens"]
     choices = {"attention": recipe.memory.attention, "weights": recipe.precision.weights}
     found = remarks(spec, device, recipe.data.max_tokens, where, **choices)
+    if (together := num_machines(recipe.hardware.machines)) > 1:
+        found.append(network_remark(together))
     return found if recipe.data.packing else [*found, row_remark(recipe.data.max_tokens, longest_row)]
+
+
+def network_remark(together: int) -> str:
+    """How fast the plan takes several machines to reach each other."""
+    gigabits = NETWORK_BYTES_PER_SECOND * 8 / 1e9
+    return (
+        f"Times are for {together} machines that each send {gigabits:.0f} Gb/s to the others; nobody has measured it."
+    )
 
 
 def row_remark(max_tokens: int, longest_row: int | None) -> str:

@@ -38,6 +38,7 @@ def judge(
     output: OutputOptions,
     device: Device,
     num_ranks: int,
+    num_machines: int = 1,
     sharding: Sharding | Auto = "auto",
     optimizer_steps: int | None = None,
     learns_chat: bool = True,
@@ -71,6 +72,7 @@ def judge(
         attention=_attention(memory, device),
         sharding=sharding,
         num_gpus=num_ranks,
+        num_machines=num_machines,
         weights=precision.weights,
         adapters=precision.adapters,
         optimizer_state=precision.optimizer_state,
@@ -235,7 +237,7 @@ def changes_the_plan(allowed: Sequence[str]) -> bool:
 
 
 def device_of(hardware: Hardware, *, here: bool) -> tuple[Device, int, Sharding | Auto]:
-    """The device of each rank, how many there are, and what they share where the recipe names a launch file.
+    """The device of each rank, how many a machine has, and what they share where the recipe names a launch file.
 
     `here` asks for what this machine has, as a run that starts now does; else the recipe's GPU counts, and the
     machine's own only where the recipe leaves it open. A GPU that is present is judged by its free memory.

@@ -187,9 +187,11 @@ def _costly_changes(spec: ModelSpec, device: Device, request: PlanRequest) -> It
     halved = [request.max_tokens >> halvings for halvings in range(1, 16)]
     if fewer := [tokens for tokens in halved if tokens >= _FEWEST_TOKENS]:
         yield [shorter(spec, request, tokens) for tokens in fewer]
-    if isinstance(device, GpuSpec) and request.kind != "qlora":
+    if not isinstance(device, GpuSpec) or request.num_machines > 1:
+        return
+    if request.kind != "qlora":
         yield [_more_gpus(count) for count in NUM_GPUS if count > request.num_gpus]
-    if isinstance(device, GpuSpec) and request.kind == "qlora":  # whose weights are not shared
+    else:  # whose weights are not shared
         yield [_unquantised(count) for count in NUM_GPUS if count >= request.num_gpus]
 
 

@@ -58,6 +58,7 @@ class PlanRequest:
     attention: Attention | Auto = "auto"
     sharding: Sharding | Auto = "auto"
     num_gpus: int = 1
+    num_machines: int = 1
     weights: Dtype | Auto = "auto"
     adapters: Dtype | Auto = "auto"
     optimizer_state: StateDtype | Auto = "auto"
@@ -77,6 +78,7 @@ class PlanRequest:
             kind=self.kind,
             max_tokens=self.max_tokens,
             num_ranks=self.num_gpus,
+            num_machines=self.num_machines,
             rank=self.rank,
             targets=self.targets,
             drops=self.drops,
@@ -96,7 +98,7 @@ def usable_bytes(device: Device, request: PlanRequest) -> int:
     """What one rank may take of the device; the ranks of a CPU run share its memory."""
     if isinstance(device, GpuSpec):
         return int(device.total_bytes * (1 - request.headroom))
-    return int(device.free_bytes // request.num_gpus * (1 - request.headroom))
+    return int(device.free_bytes * request.num_machines // request.num_gpus * (1 - request.headroom))
 
 
 def request_problems(spec: ModelSpec, request: PlanRequest) -> list[Problem]:

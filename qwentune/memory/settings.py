@@ -80,6 +80,12 @@ class Settings:
     fuses_convolution: bool = False
     towers: TowerUse | None = None
     answers: bool = False
+    num_machines: int = 1
+
+    @property
+    def num_ranks_here(self) -> int:
+        """Ranks of one machine, which share its host memory."""
+        return self.num_ranks // self.num_machines
 
     @property
     def forward_tokens(self) -> int:

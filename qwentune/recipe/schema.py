@@ -292,7 +292,10 @@ class Hardware(Section):
         "auto", "a name that `qwentune gpus` lists, a card's memory as in 24GiB, cpu, or auto: what is present"
     )
     count: Auto | Annotated[int, Ge(1), Le(4096)] = _key(
-        "auto", "number of GPUs; auto: what the launch file says, else all that are present"
+        "auto", "number of GPUs of each machine; auto: what the launch file says, else all that are present"
+    )
+    machines: Auto | Annotated[int, Ge(1), Le(1024)] = _key(
+        "auto", "number of machines; auto: what Slurm, torchrun's variables or NNODES say, else 1"
     )
     launch: Name = _key("auto", "a file of launch/ without its ending, such as zero2-offload; auto: the plan's")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,9 +43,9 @@ class Delay:
 class HangWatch:
     """Watches over the ranks of one run, whose reports are in `folder`; to be asked twice a second or so."""
 
-    def __init__(self, folder: Path, num_ranks: int) -> None:
+    def __init__(self, folder: Path, ranks: Iterable[int]) -> None:
         self.folder = folder
-        self.delay = Delay(dict.fromkeys(range(num_ranks), 0))
+        self.delay = Delay(dict.fromkeys(ranks, 0))
         self.stopped: dict[int, float] = {}
         self.left: dict[int, float] = {}
 

@@ -37,10 +37,12 @@ def launch_remarks(hardware: Hardware, ranks: Ranks) -> list[str]:
         launch = read_launch(hardware.launch)
         if launch.sharding != ranks.sharding:
             asked["hardware.launch"] = (hardware.launch, ranks.sharding)
-        elif hardware.count == "auto" and not launch.takes_all_gpus and launch.num_processes != ranks.num_ranks:
-            asked["hardware.launch"] = (f"{hardware.launch} ({launch.num_processes} processes)", ranks.num_ranks)
-    if hardware.count not in ("auto", ranks.num_ranks):
-        asked["hardware.count"] = (hardware.count, ranks.num_ranks)
+        elif hardware.count == "auto" and not launch.takes_all_gpus and launch.num_processes != ranks.num_here:
+            asked["hardware.launch"] = (f"{hardware.launch} ({launch.num_processes} processes)", ranks.num_here)
+    if hardware.count not in ("auto", ranks.num_here):
+        asked["hardware.count"] = (hardware.count, ranks.num_here)
+    if hardware.machines not in ("auto", ranks.num_machines):
+        asked["hardware.machines"] = (hardware.machines, ranks.num_machines)
     return [
         f"warning: {key} is {wanted}, but this run was launched with {given}; `qwentune train` follows the recipe"
         for key, (wanted, given) in asked.items()
@@ -76,6 +78,11 @@ class Ranks:
     def num_here(self) -> int:
         """How many ranks this machine has, each with a card of its own."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.num_ranks))
+
+    @property
+    def num_machines(self) -> int:
+        """How many machines train together."""
+        return self.num_ranks // self.num_here
 
     @property
     def device(self) -> torch.device:
@@ -115,8 +122,18 @@ class Ranks:
             import torch
 
             # Launchers leave one thread to each of several ranks; the optimizer needs all that the host has.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.num_ranks))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.num_here))
         assert state.num_processes == self.num_ranks, f"{state.num_processes} processes joined, not {self.num_ranks}"
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank, on every rank."""
+        if self.num_ranks == 1:
+            return [value]
+        import torch.distributed
+
+        values: list[T | None] = [None] * self.num_ranks
+        torch.distributed.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
 
     def agree(self, decide: Callable[[], T]) -> T:
         """What rank 0 decides, on every rank; its error is raised on every rank too."""

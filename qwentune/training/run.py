@@ -72,6 +72,7 @@ class Run:
 
     def run(self) -> int:
         """Joins the ranks, finds where to begin, trains, publishes."""
+        from qwentune.training.agreement import refuse_folder_that_is_not_shared, refuse_other_facts
         from qwentune.training.checkpoints import Checkpoints
         from qwentune.training.heading import curve
 
@@ -81,7 +82,9 @@ class Run:
         with ExitStack() as held:
             try:
                 with console.busy("looking at the run folder"):
+                    refuse_other_facts(self.ranks, facts, _library_versions())
                     start = self.ranks.agree(lambda: self._open(held, checkpoints, facts, base))
+                    refuse_folder_that_is_not_shared(self.ranks, self.folder)
             except OSError as error:
                 raise self._explained(error) or error from None
             for message in start.messages:

@@ -30,7 +30,7 @@ def host_bytes(spec: ModelSpec, settings: Settings) -> dict[str, int]:
 
     Its ranks train at once; adapters are merged later, by one process without a GPU.
     """
-    loading = settings.num_ranks * (HOST_BYTES_PER_RANK + offloaded_bytes(spec, settings))
+    loading = settings.num_ranks_here * (HOST_BYTES_PER_RANK + offloaded_bytes(spec, settings))
     ahead = ahead_bytes(spec, settings)
     running = saving = loading + ahead["train_step"]
     if settings.is_sharded:  # rank 0 gathers what is trained, not the states, which every rank writes for itself
@@ -38,7 +38,7 @@ def host_bytes(spec: ModelSpec, settings: Settings) -> dict[str, int]:
     if settings.is_sharded and settings.uses_deepspeed:  # what rank 0 fuses
         loading += settings.weight_bytes * spec.expert_parameters_per_layer
     elif settings.is_sharded:  # FSDP2 shares adapters out when all are there
-        loading += settings.num_ranks * settings.trained_bytes * adapter_parameters(spec, settings)
+        loading += settings.num_ranks_here * settings.trained_bytes * adapter_parameters(spec, settings)
     merged = with_overheads(merging(spec, settings), settings, device_overheads(HostMemory(0))).total
     evaluating = running + ahead["evaluate"] - ahead["train_step"]
     phases = {"load": loading, "train_step": running, "evaluate": evaluating, "save": saving, "resume": loading}
@@ -52,7 +52,7 @@ def ahead_bytes(spec: ModelSpec, settings: Settings) -> dict[str, int]:
     the patches that they are cut into. While rows are evaluated, those of training wait. The bytes of a picture as it
     is decoded, three a pixel, are left out.
     """
-    copies = settings.num_ranks * (2 + 2 * NUM_AHEAD)
+    copies = settings.num_ranks_here * (2 + 2 * NUM_AHEAD)
     training, row = copies * media_bytes(spec, settings).inputs, replace(settings, micro_batch=1)
     evaluating = training + copies * media_bytes(spec, row).inputs
     return {"train_step": training, "evaluate": evaluating, "save": training}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
+from qwentune.facts.machines import NETWORK_BYTES_PER_SECOND
 from qwentune.memory.closed_form.activations import kept_bytes
 from qwentune.memory.closed_form.adapter_sizes import adapter_parameters
 from qwentune.memory.closed_form.model_states import quantised_parameters, trained_parameters
@@ -67,7 +68,26 @@ def step_seconds(spec: ModelSpec, settings: Settings, device: GpuSpec | HostMemo
     # As if each rank moved all: what sharing saves here it costs on the way.
     optimizer_traffic = 0 if settings.offloads else trained_parameters(spec, settings) * _moved_bytes(settings)
     seconds = settings.accumulation * micro_batch_seconds + optimizer_traffic / bytes_per_second
-    return seconds * _SHARDING_COST[settings.sharding] + _offload_seconds(spec, settings, device)
+    seconds *= _SHARDING_COST[settings.sharding]
+    return seconds + _offload_seconds(spec, settings, device) + _network_seconds(spec, settings)
+
+
+def _network_seconds(spec: ModelSpec, settings: Settings) -> float:
+    """Seconds of one optimizer step on the links between machines, as if no arithmetic went on meanwhile.
+
+    The ranks of a machine add up first, so that each value crosses its link once: gradients go and come back; of
+    what all ranks share, weights come for each pass of a micro-batch, and gradients go after it.
+    """
+    if settings.num_machines == 1:
+        return 0.0
+    gradients = settings.trained_bytes * trained_parameters(spec, settings)
+    if settings.is_sharded:
+        moved = settings.accumulation * (2 * settings.weight_bytes * spec.parameters + gradients)
+    elif settings.sharding.startswith("zero2"):
+        moved = (settings.accumulation + 1) * gradients
+    else:
+        moved = 2 * gradients
+    return moved * (1 - 1 / settings.num_machines) / NETWORK_BYTES_PER_SECOND
 
 
 def _offload_seconds(spec: ModelSpec, settings: Settings, device: GpuSpec | HostMemory) -> float:
@@ -78,8 +98,8 @@ def _offload_seconds(spec: ModelSpec, settings: Settings, device: GpuSpec | Host
     # Gradients go down; each further micro-batch fetches them again to add its own. New weights come up.
     journeys = 2 * settings.accumulation - 1 + 1
     link = journeys * settings.trained_bytes * trained / settings.num_ranks / (device.link_gb_per_second * 1e9)
-    # Clip: gradient read and written. All ranks share the host.
-    return link + trained * (8 + _moved_bytes(settings)) / _CPU_BANDWIDTH
+    # Clip: gradient read and written. All ranks of a machine share the host.
+    return link + trained / settings.num_machines * (8 + _moved_bytes(settings)) / _CPU_BANDWIDTH
 
 
 def _moved_bytes(settings: Settings) -> int:
