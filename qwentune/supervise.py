@@ -27,6 +27,7 @@ from qwentune.facts.machines import Machines
 from qwentune.training import reports
 from qwentune.training.command_line import AllowChange, ForceMemory, Fresh, Overrides, RecipePath, Request, Resume
 from qwentune.training.hangs import HangWatch
+from qwentune.training.heartbeat import Heartbeat, Lost
 from qwentune.training.signals import ORPHAN_GRACE_SECONDS, die_with_parent, stoppable, take_over
 
 if TYPE_CHECKING:
@@ -130,10 +131,14 @@ def _planned(request: Request, loaded: LoadedRecipe, folder: RunFolder, together
 
 @dataclass
 class _Watched:
-    """What the supervisor has seen: the last signal that it passed on, the words for a rank that hung, the trainers."""
+    """What the supervisor has seen: the last signal that it passed on, the words for a rank that hung, the trainers.
+
+    `lost` says why a run on several machines cannot go on.
+    """
 
     stopped_by: int | None = None
     hung: str | None = None
+    lost: Lost | None = None
     trainers: list[psutil.Process] = field(default_factory=list)
 
 
@@ -150,6 +155,7 @@ def supervise(
     together = together or Machines()
     num_here = num_processes // together.count
     own = range(together.index * num_here, (together.index + 1) * num_here)
+    beats = Heartbeat(together) if together.count > 1 else None
     with reports.folder_of_reports() as scratch:
         command = [
             *(sys.executable, "-m", LAUNCHER, "--config_file", str(launch)),
@@ -164,7 +170,7 @@ def supervise(
         watched = _Watched()
         try:
             _wait_for_trainers(launcher, received, scratch)
-            launcher_code = _watch(launcher, received, HangWatch(scratch, own), watched)
+            launcher_code = _watch(launcher, received, HangWatch(scratch, own), watched, beats)
             _end_orphans(launcher.pid, watched.trainers)
         finally:
             for number, handler in previous.items():
@@ -173,6 +179,10 @@ def supervise(
         silent = [rank for rank in own if rank not in codes]
         crashes = {rank: crash for rank in silent if (crash := reports.crash(scratch, rank))}
     code, reason = _verdict(launcher_code, codes, crashes, own, watched)
+    if beats is not None:
+        if code == EXIT_BUG and not reason and (cause := beats.cause()) is not None:
+            code, reason = cause.code or code, cause.reason
+        beats.end(code, reason)
     if reason:
         console.say(reason)
     is_lost = reason or code not in (EXIT_OK, EXIT_PREEMPTED, EXIT_INTERRUPTED, RunInUseError.exit_code)
@@ -193,10 +203,17 @@ def _wait_for_trainers(launcher: subprocess.Popen[bytes], received: list[int], s
             time.sleep(0.05)
 
 
-def _watch(launcher: subprocess.Popen[bytes], received: list[int], hangs: HangWatch, watched: _Watched) -> int:
+def _watch(
+    launcher: subprocess.Popen[bytes],
+    received: list[int],
+    hangs: HangWatch,
+    watched: _Watched,
+    beats: Heartbeat | None,
+) -> int:
     """The launcher's exit code, once it has ended.
 
-    Each signal received goes to the trainers, as soon as there are any. A rank that hangs ends them all.
+    Each signal received goes to the trainers, as soon as there are any. A rank that hangs ends them all, and so does
+    another machine that is lost.
     """
     while True:
         try:
@@ -210,7 +227,8 @@ def _watch(launcher: subprocess.Popen[bytes], received: list[int], hangs: HangWa
                     with suppress(psutil.NoSuchProcess):
                         process.send_signal(watched.stopped_by)
             watched.hung = hangs.find(trainers)
-            if watched.hung is not None:
+            watched.lost = beats.lost() if beats else None
+            if watched.hung is not None or watched.lost is not None:
                 for process in (*trainers, launcher):
                     with suppress(psutil.NoSuchProcess):
                         process.kill()
@@ -262,6 +280,9 @@ def _verdict(
     """The run's exit code, and what is to be said of ranks that could not speak for themselves."""
     if watched.hung is not None:
         return EXIT_BUG, f"{watched.hung}: all are ended."
+    if watched.lost is not None:
+        what = f"{watched.lost.reason}: all are ended here."
+        return watched.lost.code or EXIT_BUG, f"{what} The same command on every machine continues the run."
     if crashes:
         rank, crash = min(crashes.items())
         likely = MAP_LOST if crash.startswith("Bus error") else "A library crashed; the same command continues the run."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -23,6 +25,7 @@ from qwentune.facts.models import model_spec
 from qwentune.memory.judge import judge_recipe
 from qwentune.recipe import load_recipe
 from qwentune.shipped import shipped
+from qwentune.supervise import _is_trainer
 from tests.checkpoints import add_weights, write_checkpoint
 from tests.runs import ENVIRONMENT, loss_history, train, write_recipe
 
@@ -222,6 +225,56 @@ def test_two_machines_train_like_one_process_and_stop_and_go_on_together(
     assert found == pytest.approx([row[1] for row in loss_history(tmp_path / "alone")], rel=1e-5)
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["gpus"] == 4
+
+
+@pytest.mark.parametrize(
+    "happens",
+    [
+        pytest.param("a rank is killed", marks=pytest.mark.slow),
+        pytest.param("the link is down", marks=pytest.mark.soak),
+        pytest.param("the supervisor is killed", marks=pytest.mark.soak),
+        pytest.param("the data is missing", marks=pytest.mark.soak),
+    ],
+)
+def test_what_happens_to_one_machine_is_named_on_the_other_and_the_run_goes_on_afterwards(
+    tmp_path: Path, place: Place, happens: str
+) -> None:
+    recipe = recipe_of(tmp_path, optimizer={"max_steps": 40}, output={"save_every_steps": 2})
+    alone = train(recipe, f"output.dir={tmp_path / 'alone'}")
+    assert alone.returncode == 0, alone.stderr
+    overrides = ["hardware.launch=cpu-2", "hardware.count=1", "hardware.machines=2", "hardware.gpu=cpu"]
+    others = [*overrides, "data.train=missing.jsonl"] if happens == "the data is missing" else overrides
+    both = [place.start(0, recipe, *overrides), place.start(1, recipe, *others)]
+    if happens != "the data is missing":
+        while not list((tmp_path / "run" / "checkpoints").glob("step-*")) and both[0].poll() is None:
+            time.sleep(0.05)
+    begun = time.monotonic()
+    if happens == "the link is down":
+        place._ip("-n", place.names[1], "link", "set", place.names[1], "down")
+    elif happens == "the supervisor is killed":
+        supervisor = psutil.Process(both[1].pid)
+        supervisor.kill()
+    elif happens == "a rank is killed":
+        ranks = [one for one in psutil.Process(both[1].pid).children(recursive=True) if _is_trainer(one)]
+        ranks[-1].kill()
+    (code, said), (_, said_there) = ended(*both)
+    assert time.monotonic() - begun < 90
+    assert code == (3 if happens == "the data is missing" else 1), said
+    assert "Traceback" not in said + said_there
+    named = {
+        "a rank is killed": r"machine 1 \(\S+\): Lost rank 1: ended without a word",
+        "the link is down": r"Nothing was heard of machine 1 \(\S+\) for 30 s",
+        "the supervisor is killed": r"another rank was lost|Nothing was heard of machine 1",
+        "the data is missing": r"machine 1 \(\S+\) ended with exit code 3",
+    }
+    assert re.search(named[happens], said), said
+    if happens == "the link is down":
+        assert "Nothing was heard of machine 0" in said_there
+        place._ip("-n", place.names[1], "link", "set", place.names[1], "up")
+    went_on = ended(*[place.start(index, recipe, *overrides) for index in (0, 1)])
+    assert [code for code, _ in went_on] == [0, 0], went_on
+    losses = [[row[1] for row in loss_history(tmp_path / name)] for name in ("run", "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.slow
