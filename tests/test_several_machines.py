@@ -58,6 +58,7 @@ def test_the_machines_are_those_that_the_environment_tells(environment: dict[str
     assert machines(1, environment) == Machines(), "the recipe wants this one alone"
 
 
+@pytest.mark.fault("O104", "which variable says what, and what starts a run on several machines; exit 2")
 @pytest.mark.parametrize(
     ("asked", "environment", "said"),
     [
@@ -198,6 +199,7 @@ def ended(*both: subprocess.Popen[str]) -> list[tuple[int, str]]:
     return [(one.returncode, words) for one, words in zip(both, said, strict=True)]
 
 
+@pytest.mark.fault("O103", "all machines save one step, exit 75; the same command on each goes on")
 @pytest.mark.parametrize(
     "launch",
     [
@@ -227,6 +229,7 @@ def test_two_machines_train_like_one_process_and_stop_and_go_on_together(
     assert plan["gpus"] == 4
 
 
+@pytest.mark.fault("O100", "named on the other machine, which ends within a minute; the same command goes on")
 @pytest.mark.parametrize(
     "happens",
     [
@@ -277,6 +280,8 @@ def test_what_happens_to_one_machine_is_named_on_the_other_and_the_run_goes_on_a
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.fault("O101", "each rank that differs, with host and what differs, before the first step; exit 5")
+@pytest.mark.fault("O102", "named before the first step; exit 2")
 @pytest.mark.slow
 @pytest.mark.parametrize("differs", ["data", "folder"])
 def test_machines_that_differ_are_named_before_the_first_step(tmp_path: Path, place: Place, differs: str) -> None:

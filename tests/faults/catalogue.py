@@ -106,6 +106,11 @@ FAULTS = {
     "N97": "a medium that is another one before a step",
     "N98": "the cache of media is damaged",
     "N99": "a medium or an extra is missing",
+    "O100": "one of several machines loses a rank, its supervisor, its link or its data",
+    "O101": "machines with other data, template, weights or libraries",
+    "O102": "a run folder that the machines do not share",
+    "O103": "SIGTERM to one of several machines",
+    "O104": "a machine that is not told its place, or not the same as the recipe says",
 }
 
 # Rows without a test of their own, or of which a part has none.

@@ -28,6 +28,7 @@ GROUPS = {
     "L": "What is read",
     "M": "Surroundings",
     "N": "Media",
+    "O": "Several machines",
 }
 HEAD = """\
 # Faults, and what you will see
