@@ -33,6 +33,7 @@ from qwentune.training.evaluation import ExactEvaluation
 from qwentune.training.held_out import HeldOut
 from qwentune.training.progress import Recorder
 from qwentune.training.reports import Report
+from qwentune.training.times import Times
 from qwentune.training.trackers import observe
 
 OWN_STATES = "optimizer_{}.pt"  # what one of several ranks keeps for its shards
@@ -85,7 +86,8 @@ class ExactResume(ExactEvaluation):
         self.shards = shards
         self.report = Report()
         self.report.listen()
-        self._window_start = time.monotonic()
+        self.times = Times()
+        self._window_start, self._away_before = time.monotonic(), 0.0
 
     # Batches: already this rank's, already in order; nothing is left for accelerate to shard or shuffle.
 
@@ -107,6 +109,7 @@ class ExactResume(ExactEvaluation):
     # Logging.
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.times.stepped()
         if self.state.global_step == self.state.max_steps and not self._has_ended:  # transformers comes by here twice
             self._has_ended = True
             # The last step is logged and evaluated whatever the period.
@@ -120,8 +123,9 @@ class ExactResume(ExactEvaluation):
             return
         step = self.state.global_step
         self._refuse_to_go_on_after_a_bad_step()
-        now = time.monotonic()
-        seconds, self._window_start = now - self._window_start, now
+        now, away = time.monotonic(), self.times.away
+        seconds = now - self._window_start - (away - self._away_before)  # the speed is that of training
+        self._window_start, self._away_before = now, away
         rows = [row for k in range(self._window_first_step, step) for row in self.batches.schedule.rows(k)]
         tokens = sum(self.batches.rows.num_tokens[row] for row in rows)
         trained = sum(self.batches.rows.num_trained[row] for row in rows)
@@ -178,9 +182,12 @@ class ExactResume(ExactEvaluation):
         return str(self.checkpoints.staging(self.state.global_step))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.state.global_step != self._published_step:
+            with self.times.spending("saving"):
+                self._save_step(model, trial)
+
+    def _save_step(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
-        if step == self._published_step:
-            return
         self._refuse_to_go_on_after_a_bad_step()
         self._refuse_to_save_what_is_not_finite(model)
         try:
