@@ -15,7 +15,8 @@ def test_what_is_no_training_is_told_apart() -> None:
         time.sleep(0.12)
     times.stepped()
     first = times.first_step
-    assert first is not None and first >= 0.12
+    assert first is not None
+    assert first >= 0.12
     with times.spending("saving"):
         time.sleep(0.12)
     times.stepped()

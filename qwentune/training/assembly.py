@@ -22,6 +22,7 @@ from qwentune.training.trackers import continue_record
 from qwentune.training.trainer import SftTrainer
 
 if TYPE_CHECKING:
+    from qwentune.memory.closed_form.limit import Limit
     from qwentune.training.checkpoints import Checkpoint, Checkpoints
     from qwentune.training.progress import Recorder
     from qwentune.training.run import Run
@@ -34,6 +35,7 @@ def assembled(
     checkpoints: Checkpoints,
     facts: dict[str, Any],
     recorder: Recorder | None,
+    limit: Limit | None,
 ) -> tuple[SftTrainer, StopOnSignal]:
     """The trainer over the model, new or from the checkpoint, and what stops it on a signal."""
     recipe, ranks, choices = run.loaded.recipe, run.ranks, run.plan.choices
@@ -90,6 +92,7 @@ def assembled(
         checkpoints=checkpoints,
         checkpoint_facts={"run": facts, "plan": run.plan.to_json(), "versions": library_versions()},
         recorder=recorder,
+        limit=limit,
         held_out=held_out,
         followed=recipe.output.followed,
         patience=recipe.output.early_stopping,

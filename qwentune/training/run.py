@@ -138,8 +138,9 @@ class Run:
         """Trains until nothing is left to do; the exit code where a signal stopped it before that, else None."""
         from qwentune.memory.profile import keep_profile
         from qwentune.training.assembly import assembled
+        from qwentune.training.card import limit_of
         from qwentune.training.failures import fills_a_gpu, ran_out
-        from qwentune.training.heading import heading, trained_share
+        from qwentune.training.heading import heading, speed, trained_share
         from qwentune.training.progress import Recorder
 
         recorder = None
@@ -151,8 +152,9 @@ class Run:
                 console.say(
                     heading(self.loaded.recipe, self.spec, self.plan, self.dataset, self.schedule, library_versions())
                 )
+            limit = limit_of(self.spec, self.settings(), self.device, library_versions()) if recorder else None
             with console.busy("loading the weights"):
-                trainer, stop = assembled(self, base, start.checkpoint, checkpoints, facts, recorder)
+                trainer, stop = assembled(self, base, start.checkpoint, checkpoints, facts, recorder, limit)
             console.say(trained_share(trainer.model))
             with recorder or nullcontext():
                 trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint.folder))
@@ -161,8 +163,9 @@ class Run:
                 raise
             raise ran_out(self, trainer, error) from None
         if recorder is not None:
-            if told := trainer.times.told():
-                console.say(told)
+            said = speed([*recorder.latest], limit, self.spec, self.settings(), self.device)
+            for line in filter(None, (trainer.times.told(), said)):
+                console.say(line)
             keep_profile([*recorder.latest], self.spec, self.settings(), self.device, library_versions())
         step = trainer.state.global_step
         if stop.agreed and step < self.schedule.num_steps:

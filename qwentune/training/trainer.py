@@ -22,6 +22,7 @@ from qwentune.data.layout.tower_inputs import stays_on_cpu
 from qwentune.durable import remove
 from qwentune.errors import NotFiniteError, Problem, UserError
 from qwentune.facts.towers import Part
+from qwentune.memory.closed_form.limit import Limit
 from qwentune.model.head import LossHead
 from qwentune.model.sharded import Shards
 from qwentune.recipe import ScoreName
@@ -56,6 +57,7 @@ class ExactResume(ExactEvaluation):
         checkpoints: Checkpoints,
         checkpoint_facts: Mapping[str, Any],
         recorder: Recorder | None,
+        limit: Limit | None = None,
         held_out: HeldOut | None = None,
         followed: ScoreName = "loss",
         patience: int | None = None,
@@ -76,6 +78,7 @@ class ExactResume(ExactEvaluation):
         self.checkpoints = checkpoints
         self.checkpoint_facts = dict(checkpoint_facts)
         self.recorder = recorder
+        self.limit = limit
         self.held_out = held_out
         self.followed = followed
         self.patience = patience
@@ -129,6 +132,8 @@ class ExactResume(ExactEvaluation):
         rows = [row for k in range(self._window_first_step, step) for row in self.batches.schedule.rows(k)]
         tokens = sum(self.batches.rows.num_tokens[row] for row in rows)
         trained = sum(self.batches.rows.num_trained[row] for row in rows)
+        documents = sum(len(self.batches.rows.examples_of(row)) for row in rows)
+        share = None if self.limit is None else round(self.limit.share(tokens, documents, seconds), 4)
         self._window_first_step = step
         on_gpu = torch.cuda.is_available()
         row = {
@@ -140,6 +145,7 @@ class ExactResume(ExactEvaluation):
             "tokens": tokens,
             "trained_tokens": trained,
             "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "limit_share": share,
             "peak_allocated_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
             "seconds": round(seconds, 4),
         }
