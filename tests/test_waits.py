@@ -1,4 +1,4 @@
-"""Between two log points nothing is read from the device: a GPU's host would wait for it."""
+"""Between two log points nothing is read from the device, for which a host would wait, and no module tree is walked."""
 
 from __future__ import annotations
 
@@ -26,11 +26,20 @@ LORA = {"kind": "lora", "rank": 4, "alpha": 8}
 COUNT = """
 import json, sys, traceback
 from pathlib import Path
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from qwentune import console, train
 from qwentune.training.trainer import SftTrainer
 
-found, speaks, file = [], [0], Path(sys.argv.pop(1))
+found, walks, speaks, file = [], [], [0], Path(sys.argv.pop(1))
+named_modules = torch.nn.Module.named_modules
+
+def walked(self, memo=None, *args, **kwargs):
+    if memo is None and len(steps) > 1 and not speaks[0]:  # the first step may look for what never changes
+        walks.append("".join(traceback.format_stack(limit=6)))
+    return named_modules(self, memo, *args, **kwargs)
+
+torch.nn.Module.named_modules = walked
 
 class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -59,7 +68,7 @@ SftTrainer._maybe_log_save_evaluate, SftTrainer.training_step, SftTrainer._run_e
 try:
     console.main(train.train)
 finally:
-    file.write_text(json.dumps({"found": found, "steps": steps}))
+    file.write_text(json.dumps({"found": found, "steps": steps, "walks": walks}))
 """
 
 
@@ -94,6 +103,7 @@ def test_a_run_reads_nothing_between_two_log_points(
     counts = json.loads(counted.read_text())
     assert counts["steps"] == [step for step in range(6) for _ in range(2)]
     assert counts["found"] == []
+    assert counts["walks"] == []
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 6]
     assert all(0 < row["update_ratio"] < 0.1 for row in rows)

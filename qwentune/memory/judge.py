@@ -19,6 +19,7 @@ from qwentune.facts.present import free_disk_bytes, free_host_bytes, installed_k
 from qwentune.memory.media_use import expects_media, tower_use
 from qwentune.memory.plan_request import Auto, Device, PlanRequest
 from qwentune.memory.profile import find_profile
+from qwentune.memory.rates import with_rates
 from qwentune.memory.run_plan import RunPlan, calibrated, make_plan, pinned
 from qwentune.memory.settings import Attention, HostMemory, Settings, TowerUse
 from qwentune.recipe import BatchOptions, Hardware, MemoryOptions, OutputOptions, Precision, Recipe, Tuning
@@ -59,11 +60,13 @@ def judge(
     Host memory and disk are judged where the device is this machine's; of another machine's nothing is known.
 
     With `tell` the training step is traced too, which takes torch and some seconds, and the trace has the last word;
-    `tell` gets the figures in words. GPU-hours are scaled by what was measured on such a card, where anything was.
+    `tell` gets the figures in words. GPU-hours go by the rates that were measured on such a card, and are scaled by
+    what steps took on it, where anything was measured.
 
     Raises UsageError where the batch cannot be shared among the ranks, or for a kernel that does not run.
     """
     is_here = _is_here(device)
+    device = device if isinstance(device, HostMemory) else with_rates(device, spec.id)
     request = replace(
         _request(spec, tuning, max_tokens, batch, device, learns_chat),
         micro_batch=batch.micro_batch,

@@ -25,6 +25,7 @@ from qwentune.errors import UserError
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.gpus import GpuSpec
 from qwentune.memory.closed_form.roofline import step_seconds
+from qwentune.memory.rates import find_rates, with_rates
 from qwentune.memory.settings import HostMemory, Settings, Tuning
 
 ROOFLINE: Literal[1] = 1  # raise it with the type below whenever the roofline says other seconds than before
@@ -81,8 +82,10 @@ def keep_profile(
     versions: Mapping[str, str],
 ) -> None:
     """Writes what the steps of a run took, for later plans; nothing on a CPU, and where too few steps were logged."""
-    found = measured(rows, spec, settings, device)
-    if found is None or isinstance(device, HostMemory) or not found[0] > 0:
+    if isinstance(device, HostMemory):
+        return
+    found = measured(rows, spec, settings, with_rates(device, spec.id))
+    if found is None or not found[0] > 0:
         return
     now = datetime.now(UTC).isoformat(timespec="seconds")
     profile = Profile(ROOFLINE, device.name, settings.kind, spec.id, *found, now, dict(versions))
@@ -98,7 +101,9 @@ def find_profile(spec: ModelSpec, kind: Tuning, device: GpuSpec | HostMemory) ->
     """What was measured on such a card: of this model, else the newest of another; None on a CPU."""
     if isinstance(device, HostMemory):
         return None
-    fitting = [profile for profile in _stored(device.name) if profile.kind == kind]
+    rates = find_rates(device.name)
+    since = "" if rates is None else rates.date  # a factor over the data sheet's seconds says nothing of measured ones
+    fitting = [profile for profile in _stored(device.name) if profile.kind == kind and profile.date >= since]
     return max(fitting, key=lambda profile: (profile.model == spec.id, profile.date), default=None)
 
 

@@ -49,7 +49,7 @@ class Settings:
     """One way to run the training step on one rank.
 
     `gradient_checkpointing` is a claim about all layers, or the number of layers that are recomputed. `loss` "full"
-    holds all logits; "supervised" computes the loss in chunks of positions and recomputes their logits backward.
+    holds all logits; "supervised" computes the loss and its slopes in chunks of positions, forward.
     `rank`, `targets`, `drops` (dropout on the adapters' inputs), `dora` and `trains_rows` (some rows of embedding and
     head are trained too) count only for adapters. `branches` says that rows may hold examples that share beginnings,
     `on_cpu` that the step runs on a CPU. Hybrids run the delta rule and the convolution before it in torch, or

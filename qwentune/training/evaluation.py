@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from qwentune.training.best import has_stopped_improving
 from qwentune.training.held_out import HeldOut
 from qwentune.training.progress import Recorder
 from qwentune.training.step import ExactStep
+from qwentune.training.times import Times
 
 
 class ExactEvaluation(ExactStep):
@@ -29,25 +29,24 @@ class ExactEvaluation(ExactStep):
     followed: ScoreName
     patience: int | None
     recorder: Recorder | None
-    _window_start: float
+    times: Times
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Batch]:
         assert self.eval_batches is not None
         return self._loader(self.eval_batches)
 
     def _loader(self, batches: TrainBatches | EvalBatches) -> DataLoader[Batch]:
-        pinned = self.args.device.type == "cuda"
-        made = batches if batches.rows.media is None else Ahead(batches)
-        return DataLoader(made, batch_size=1, shuffle=False, collate_fn=_only, pin_memory=pinned)
+        made = Ahead(batches, pinned=self.args.device.type == "cuda")
+        return DataLoader(made, batch_size=1, shuffle=False, collate_fn=_only)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        began, step, model = time.monotonic(), self.state.global_step, self.model_wrapped
+        step, model = self.state.global_step, self.model_wrapped
         assert model is not None
-        model.eval()
-        loss = self._eval_loss(model)
-        answers = [] if self.held_out is None else self._answers(self.held_out)
-        model.train()
-        self._window_start += time.monotonic() - began  # the speed is that of training
+        with self.times.spending("evaluating"):
+            model.eval()
+            loss = self._eval_loss(model)
+            answers = [] if self.held_out is None else self._answers(self.held_out)
+            model.train()
         scores = {} if self.held_out is None else self.held_out.scores(answers)
         if self.followed == PERPLEXITY.name:
             scores[PERPLEXITY.name] = PERPLEXITY.shown(loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from qwentune.data.dataset import Dataset
@@ -10,8 +11,12 @@ from qwentune.data.layout.schedule import Schedule
 from qwentune.facts.architecture import ModelSpec
 from qwentune.facts.towers import loads_towers
 from qwentune.memory import RunPlan
+from qwentune.memory.closed_form.limit import Limit
+from qwentune.memory.closed_form.roofline import bound
+from qwentune.memory.plan_request import Device
+from qwentune.memory.settings import Settings
 from qwentune.recipe import Recipe
-from qwentune.training.progress import sparkline
+from qwentune.training.progress import MetricsRow, sparkline
 
 
 def heading(
@@ -40,6 +45,19 @@ def trained_share(model: Any) -> str:
     parameters = [(_num_values(parameter), parameter.requires_grad) for parameter in model.parameters()]
     trained, whole = sum(count for count, is_trained in parameters if is_trained), sum(c for c, _ in parameters)
     return f"trains {trained:,} of {whole:,} parameters ({trained / max(1, whole):.2%})"
+
+
+def speed(rows: Sequence[MetricsRow], limit: Limit | None, spec: ModelSpec, settings: Settings, device: Device) -> str:
+    """The median speed of a process's logged steps, which share of the limit that is, and what bounds a step."""
+    if not rows:
+        return ""
+    text = f"speed {median(row['tokens_per_second'] or 0.0 for row in rows):,.0f} tokens/s"
+    shares = [row["limit_share"] for row in rows if row["limit_share"] is not None]
+    if limit is None or not shares:
+        return text
+    whose = "measured" if limit.is_measured else "reckoned from the data sheet"
+    text += f" · {median(shares):.0%} of the card's limit ({limit.tflops:,.0f} TFLOP/s, {whose})"
+    return f"{text} · bound by {bound(spec, settings, device)}, as the roofline says"
 
 
 def curve(losses: Sequence[float]) -> str:

@@ -75,6 +75,7 @@ class Recorder:
         line = f"step {step}/{self.num_steps}  loss {loss:.4f}  lr {row['learning_rate']:.2e}"
         line += "" if row["update_ratio"] is None else f"  update {row['update_ratio']:.1e}"
         line += f"  {speed} tokens/s"
+        line += "" if (share := row.get("limit_share")) is None else f"  {share:.0%} of the limit"
         if self.bar is None:
             console.say(line)
             return

@@ -44,6 +44,8 @@ class ExactStep(_Mixed):
         self.report.pass_mark()
         if not model.training:
             model.train()  # walks all modules, so only when an evaluation went before
+        if not self.is_deepspeed_enabled:  # the loop empties gradients by a walk over all modules, frozen ones too
+            model.zero_grad = self.adamw.zero_grad
         # Ranks average their gradients; the loss is already a share of the whole batch's mean.
         loss = self.loss_head.loss(model, self._prepare_inputs(inputs)) * self.args.world_size
         self.report.pass_mark()

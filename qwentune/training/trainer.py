@@ -22,6 +22,7 @@ from qwentune.data.layout.tower_inputs import stays_on_cpu
 from qwentune.durable import remove
 from qwentune.errors import NotFiniteError, Problem, UserError
 from qwentune.facts.towers import Part
+from qwentune.memory.closed_form.limit import Limit
 from qwentune.model.head import LossHead
 from qwentune.model.sharded import Shards
 from qwentune.recipe import ScoreName
@@ -34,6 +35,7 @@ from qwentune.training.held_out import HeldOut
 from qwentune.training.optimizer_states import read_states, write_states
 from qwentune.training.progress import Recorder
 from qwentune.training.reports import Report
+from qwentune.training.times import Times
 from qwentune.training.trackers import observe
 
 
@@ -54,6 +56,7 @@ class ExactResume(ExactEvaluation):
         checkpoints: Checkpoints,
         checkpoint_facts: Mapping[str, Any],
         recorder: Recorder | None,
+        limit: Limit | None = None,
         held_out: HeldOut | None = None,
         followed: ScoreName = "loss",
         patience: int | None = None,
@@ -74,6 +77,7 @@ class ExactResume(ExactEvaluation):
         self.checkpoints = checkpoints
         self.checkpoint_facts = dict(checkpoint_facts)
         self.recorder = recorder
+        self.limit = limit
         self.held_out = held_out
         self.followed = followed
         self.patience = patience
@@ -84,7 +88,8 @@ class ExactResume(ExactEvaluation):
         self.shards = shards
         self.report = Report()
         self.report.listen()
-        self._window_start = time.monotonic()
+        self.times = Times()
+        self._window_start, self._away_before = time.monotonic(), 0.0
 
     # Batches: already this rank's, already in order; nothing is left for accelerate to shard or shuffle.
 
@@ -106,6 +111,7 @@ class ExactResume(ExactEvaluation):
     # Logging.
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.times.stepped()
         if self.state.global_step == self.state.max_steps and not self._has_ended:  # transformers comes by here twice
             self._has_ended = True
             # The last step is logged and evaluated whatever the period.
@@ -119,11 +125,14 @@ class ExactResume(ExactEvaluation):
             return
         step = self.state.global_step
         self._refuse_to_go_on_after_a_bad_step()
-        now = time.monotonic()
-        seconds, self._window_start = now - self._window_start, now
+        now, away = time.monotonic(), self.times.away
+        seconds = now - self._window_start - (away - self._away_before)  # the speed is that of training
+        self._window_start, self._away_before = now, away
         rows = [row for k in range(self._window_first_step, step) for row in self.batches.schedule.rows(k)]
         tokens = sum(self.batches.rows.num_tokens[row] for row in rows)
         trained = sum(self.batches.rows.num_trained[row] for row in rows)
+        documents = sum(len(self.batches.rows.examples_of(row)) for row in rows)
+        share = None if self.limit is None else round(self.limit.share(tokens, documents, seconds), 4)
         self._window_first_step = step
         on_gpu = torch.cuda.is_available()
         row = {
@@ -135,6 +144,7 @@ class ExactResume(ExactEvaluation):
             "tokens": tokens,
             "trained_tokens": trained,
             "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "limit_share": share,
             "peak_allocated_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
             "seconds": round(seconds, 4),
         }
@@ -177,9 +187,12 @@ class ExactResume(ExactEvaluation):
         return str(self.checkpoints.staging(self.state.global_step))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.state.global_step != self._published_step:
+            with self.times.spending("saving"):
+                self._save_step(model, trial)
+
+    def _save_step(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
-        if step == self._published_step:
-            return
         self._refuse_to_go_on_after_a_bad_step()
         self._refuse_to_save_what_is_not_finite(model)
         try:

@@ -164,24 +164,31 @@ class EvalBatches(torch.utils.data.Dataset[Batch]):
 
 
 class Ahead(torch.utils.data.Dataset[Batch]):
-    """Batches that are asked for one after the other; the next ones are made in threads meanwhile.
+    """Batches that are asked for one after the other; the next ones are made in threads meanwhile, `pinned` or not.
 
-    Reading and scaling pictures lets go of Python's lock, and threads hand a batch over without a copy.
+    A batch is a function of its number alone, so what was made and never asked for is no progress. Reading and scaling
+    pictures lets go of Python's lock, and threads hand a batch over without a copy.
     """
 
-    def __init__(self, batches: TrainBatches | EvalBatches) -> None:
+    def __init__(self, batches: TrainBatches | EvalBatches, *, pinned: bool = False) -> None:
         self.batches = batches
-        self.threads = ThreadPoolExecutor(NUM_AHEAD, thread_name_prefix="media")
+        self.pinned = pinned
+        self.num_ahead = 1 if batches.rows.media is None else NUM_AHEAD
+        self.threads = ThreadPoolExecutor(self.num_ahead, thread_name_prefix="batches")
         self.begun: dict[int, Future[Batch]] = {}
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, k: int) -> Batch:
-        wanted = range(k, min(k + 1 + NUM_AHEAD, len(self)))
+        wanted = range(k, min(k + 1 + self.num_ahead, len(self)))
         for place in [place for place in self.begun if place not in wanted]:
             self.begun.pop(place).cancel()
         for place in wanted:
             if place not in self.begun:
-                self.begun[place] = self.threads.submit(self.batches.__getitem__, place)
+                self.begun[place] = self.threads.submit(self._make, place)
         return self.begun.pop(k).result()
+
+    def _make(self, k: int) -> Batch:
+        batch = self.batches[k]
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pinned else batch

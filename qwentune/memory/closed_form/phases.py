@@ -42,6 +42,8 @@ from qwentune.memory.settings import Overheads, Settings
 FULL_LOSS_BYTES_PER_LOGIT = 12
 # The positions whose logits qwentune's own head holds at a time.
 LOSS_CHUNK_TOKENS = 1024
+# The slices of the vocabulary of which it has one in fp32.
+LOSS_SLICES = 8
 
 
 def phases(spec: ModelSpec, settings: Settings, overheads: Overheads, merges_here: bool) -> Mapping[str, Terms]:
@@ -189,17 +191,9 @@ def _logit_bytes(spec: ModelSpec, settings: Settings) -> int:
     if settings.loss == "full":
         return tokens * spec.vocab_rows * FULL_LOSS_BYTES_PER_LOGIT
     width, chunk_tokens = settings.weight_bytes, min(tokens, LOSS_CHUNK_TOKENS)
-    # Logits in fp32, and of the same size their log-softmax or their slope; the slope of the chunk before is there too.
-    before = width if tokens > LOSS_CHUNK_TOKENS else 0
-    chunk = chunk_tokens * spec.vocab_rows * (4 + 4 + before)
-    # What the head reads, and its gradient.
-    hidden = 2 * tokens * spec.hidden_size * width
-    if settings.kind != "full":
-        return chunk + hidden
-    head_gradient = width * spec.head_parameters
-    # Or the slope, and the chunk's share of the head's gradient beside the sum.
-    share = chunk_tokens * spec.vocab_rows * width + head_gradient
-    return max(chunk, share) + head_gradient + hidden
+    # Logits and their slope; what the head reads, and its gradient. A slice in fp32 is less than the slope.
+    chunk = 2 * chunk_tokens * spec.vocab_rows * width + 2 * tokens * spec.hidden_size * width
+    return chunk + (width * spec.head_parameters if settings.kind == "full" else 0)
 
 
 def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
@@ -207,9 +201,11 @@ def _evaluate(spec: ModelSpec, settings: Settings, static: Terms) -> Terms:
     gradients = _buckets(spec, settings)
     body = replace(static, gradients=gradients, activations=forward_bytes(spec, settings) + mask_bytes(spec, settings))
     # Logits in fp32 and their log-softmax; before them an adapter's part, and the sum with the base's in its type.
-    is_chunked = settings.loss == "supervised"
     per_logit = max(4 + 4, settings.weight_bytes + 2 * settings.trained_bytes) if adapts_head(settings) else 4 + 4
-    logits = (min(tokens, LOSS_CHUNK_TOKENS) if is_chunked else tokens) * spec.vocab_rows * per_logit
+    logits = tokens * spec.vocab_rows * per_logit
+    if settings.loss == "supervised":
+        in_fp32 = 4 * -(-spec.vocab_rows // LOSS_SLICES)
+        logits = min(tokens, LOSS_CHUNK_TOKENS) * (spec.vocab_rows * settings.weight_bytes + in_fp32)
     head = replace(
         static,
         gradients=gradients,

@@ -19,8 +19,8 @@ from qwentune.memory.closed_form.adapter_sizes import adapter_parameters
 from qwentune.memory.closed_form.model_states import quantised_parameters, trained_parameters
 from qwentune.memory.settings import Dtype, HostMemory, Settings
 
-_GEMM_EFFICIENCY = 0.8
-_BANDWIDTH_EFFICIENCY = 0.9
+GEMM_EFFICIENCY = 0.8
+BANDWIDTH_EFFICIENCY = 0.9
 _SECONDS_PER_KERNEL = 20e-6
 _SECONDS_BETWEEN_KERNELS = 3e-6
 _RECOMPUTE_SHARE = 0.36  # of a layer's traffic and kernels belongs to its forward pass
@@ -44,6 +44,28 @@ _CPU_FLOPS, _CPU_BANDWIDTH, _CPU_SECONDS_PER_KERNEL = 2e11, 3e10, 5e-6
 
 def step_seconds(spec: ModelSpec, settings: Settings, device: GpuSpec | HostMemory) -> float:
     """Seconds of one optimizer step, every row at its fullest."""
+    bytes_per_second, _ = _rates(device)
+    arithmetic, traffic, between, launches = _micro_batch_seconds(spec, settings, device)
+    micro_batch_seconds = max(arithmetic + traffic + between, launches)
+    # As if each rank moved all: what sharing saves here it costs on the way.
+    optimizer_traffic = 0 if settings.offloads else trained_parameters(spec, settings) * _moved_bytes(settings)
+    seconds = settings.accumulation * micro_batch_seconds + optimizer_traffic / bytes_per_second
+    seconds *= _SHARDING_COST[settings.sharding]
+    return seconds + _offload_seconds(spec, settings, device) + _network_seconds(spec, settings)
+
+
+def bound(spec: ModelSpec, settings: Settings, device: GpuSpec | HostMemory) -> str:
+    """What most of a step's time goes to: `matrix products`, `memory traffic` or `launches of kernels`."""
+    arithmetic, traffic, between, launches = _micro_batch_seconds(spec, settings, device)
+    if launches > arithmetic + traffic + between:
+        return "launches of kernels"
+    return "matrix products" if arithmetic >= traffic else "memory traffic"
+
+
+def _micro_batch_seconds(
+    spec: ModelSpec, settings: Settings, device: GpuSpec | HostMemory
+) -> tuple[float, float, float, float]:
+    """Of a micro-batch on the device: arithmetic, traffic, pauses between kernels; and on the host its launches."""
     bytes_per_second, seconds_per_kernel = _rates(device)
     recomputed = settings.num_checkpointed(spec.num_layers) / spec.num_layers
     is_full = settings.kind == "full"
@@ -62,14 +84,10 @@ def step_seconds(spec: ModelSpec, settings: Settings, device: GpuSpec | HostMemo
         kernels += num_linear * 45 * settings.max_tokens / 64
     kernels *= 1 + _RECOMPUTE_SHARE * recomputed
 
-    on_device = settings.forward_tokens * arithmetic + traffic / bytes_per_second + kernels * _SECONDS_BETWEEN_KERNELS
-    on_device += _tower_flops(spec, settings) / _flops_per_second(settings.weights, device)
-    micro_batch_seconds = max(on_device, kernels * seconds_per_kernel)
-    # As if each rank moved all: what sharing saves here it costs on the way.
-    optimizer_traffic = 0 if settings.offloads else trained_parameters(spec, settings) * _moved_bytes(settings)
-    seconds = settings.accumulation * micro_batch_seconds + optimizer_traffic / bytes_per_second
-    seconds *= _SHARDING_COST[settings.sharding]
-    return seconds + _offload_seconds(spec, settings, device) + _network_seconds(spec, settings)
+    arithmetic *= settings.forward_tokens
+    arithmetic += _tower_flops(spec, settings) / _flops_per_second(settings.weights, device)
+    between, launches = kernels * _SECONDS_BETWEEN_KERNELS, kernels * seconds_per_kernel
+    return arithmetic, traffic / bytes_per_second, between, launches
 
 
 def _network_seconds(spec: ModelSpec, settings: Settings) -> float:
@@ -121,7 +139,7 @@ def _rates(device: GpuSpec | HostMemory) -> tuple[float, float]:
     """Bytes per second, and seconds per kernel on the host."""
     if isinstance(device, HostMemory):
         return _CPU_BANDWIDTH, _CPU_SECONDS_PER_KERNEL
-    return device.bandwidth_gb_per_second * 1e9 * _BANDWIDTH_EFFICIENCY, _SECONDS_PER_KERNEL
+    return device.bandwidth_gb_per_second * 1e9 * BANDWIDTH_EFFICIENCY, _SECONDS_PER_KERNEL
 
 
 def _flops_per_second(dtype: Dtype, device: GpuSpec | HostMemory) -> float:
@@ -129,7 +147,7 @@ def _flops_per_second(dtype: Dtype, device: GpuSpec | HostMemory) -> float:
     if isinstance(device, HostMemory):
         return _CPU_FLOPS
     tflops = device.fp32_tflops if dtype == "fp32" or device.bf16_tflops is None else device.bf16_tflops
-    return tflops * 1e12 * _GEMM_EFFICIENCY
+    return tflops * 1e12 * GEMM_EFFICIENCY
 
 
 def _tower_flops(spec: ModelSpec, settings: Settings) -> float:
