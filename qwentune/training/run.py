@@ -69,7 +69,7 @@ class Run:
         with ExitStack() as held:
             try:
                 with console.busy("looking at the run folder"):
-                    refuse_other_facts(self.ranks, facts, _library_versions())
+                    refuse_other_facts(self.ranks, facts, library_versions())
                     start = self.ranks.agree(lambda: self._open(held, checkpoints, facts, base))
                     refuse_folder_that_is_not_shared(self.ranks, self.folder)
             except OSError as error:
