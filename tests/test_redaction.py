@@ -201,6 +201,7 @@ WRITERS = {
     "training/reports.py": "numbers for the supervisor",
     "training/once.py": "a plan in the user's cache",
     "memory/profile.py": "measured times in the user's cache",
+    "memory/rates.py": "measured rates of a card in the user's cache",
     "model/loading.py": "random weights in the user's cache",
     "exporting/cached.py": "what a folder in the cache was made of: hashes",
     "exporting/package.py": "the model's own files, which are data and must not be changed",
