@@ -159,8 +159,9 @@ def test_a_plan_that_only_the_closed_form_refuses_fits() -> None:
 
 def test_where_the_trace_refuses_the_next_fastest_plan_is_taken() -> None:
     """As if the closed form had missed a part of what keeping all activations takes."""
-    small = card(9 * GIB)
-    too_large = replace(make_plan(SPEC, card(40 * GIB), REQUEST), usable_bytes=small.total_bytes)
+    everything_kept = make_plan(SPEC, card(40 * GIB), REQUEST)
+    small = card(everything_kept.peak_bytes * 9 // 10)
+    too_large = replace(everything_kept, usable_bytes=small.total_bytes)
     assert too_large.choices.gradient_checkpointing is False
     plan = cross_checked(SPEC, small, REQUEST, too_large, lambda _: None)
     assert plan.fits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,11 +84,6 @@ class Run:
                 if stopped is not None:
                     return stopped
                 self._publish(checkpoints, base)
-            except StoppedEarlyError as stopped:
-                with suppress(OSError):
-                    code = stopped.exit_code
-                    self._status(_state(code), code, "a signal, before the next step", start.step)
-                raise
             except Exception as error:
                 failure = explained(error, self.ranks.num_ranks, self.folder.path)
                 code = failure.exit_code if failure else EXIT_BUG
@@ -239,6 +235,7 @@ class Run:
             self.folder.write_json("plan.json", self.plan.to_json())
             self.folder.write_json("data_report.json", self.dataset.report)
             self.folder.write_rows("dropped.jsonl", self.dataset.dropped)
+            held.push(partial(self._tell_of_an_early_stop, start.step))  # a signal may come as soon as it runs
             self._status("running", None, "", start.step)
         return start
 
@@ -270,6 +267,11 @@ class Run:
     def _why_it_stopped(self) -> str:
         followed = self.loaded.recipe.output.followed
         return "the eval loss stopped falling" if followed == "loss" else f"{followed} no longer improved"
+
+    def _tell_of_an_early_stop(self, step: int, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, StoppedEarlyError):
+            with suppress(OSError):
+                self._status(_state(error.exit_code), error.exit_code, "a signal, before the next step", step)
 
     def _status(self, state: State, code: int | None, reason: str, step: int | None = None) -> None:
         if not self.ranks.leads:

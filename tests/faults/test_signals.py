@@ -36,6 +36,16 @@ def signalled(*args, **kwargs):
 setattr(target, name, signalled)
 console.main(train.train)
 """
+SIGNAL_AT_THE_START = """
+import os, signal
+from qwentune.training.run_folder import RunFolder
+add_event = RunFolder.add_event
+def added_then_signalled(self, event, *args, **kwargs):
+    add_event(self, event, *args, **kwargs)
+    if event == "start":
+        os.kill(os.getpid(), signal.SIGTERM)
+RunFolder.add_event = added_then_signalled
+"""
 MOMENTS = {
     "a save": ("qwentune.training.checkpoints:Checkpoints", "publish"),
     "an evaluation": ("qwentune.training.trainer:ExactResume", "evaluate"),
@@ -139,6 +149,13 @@ def test_a_signal_before_the_first_step_is_in_the_status(recipe: Path, warm: War
     assert started.wait() == 75, started.said
     assert (status(run)["state"], status(run)["exit"]) == ("preempted", 75)
     assert not started.said.count("bug")
+
+
+def test_a_signal_as_soon_as_a_run_says_that_it_runs_is_in_the_status(recipe: Path, warm: Warm, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ended = warm.train(recipe, f"output.dir={run}", code=SIGNAL_AT_THE_START + TRAIN)
+    assert ended.code == 75, ended.said
+    assert (status(run)["state"], status(run)["exit"]) == ("preempted", 75)
 
 
 @pytest.mark.fault("D28", "a terminal that is gone: the run goes on, its words are in log.txt")
