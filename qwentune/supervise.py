@@ -22,6 +22,7 @@ from qwentune.errors import (
     EXIT_PREEMPTED,
     DoesNotFitError,
     RunInUseError,
+    UserError,
 )
 from qwentune.facts.machines import Machines
 from qwentune.training import reports
@@ -71,8 +72,14 @@ def run(request: Request) -> int:
     folder.refuse_other_things()
     with loaded.located():
         together = machines(loaded.recipe.hardware.machines)
-        launch, count = _planned(request, loaded, folder, together)
-    return supervise(request.arguments, launch, count, folder, together)
+        beats = Heartbeat(together) if together.count > 1 else None
+        try:
+            launch, count = _planned(request, loaded, folder, together)
+        except UserError as error:
+            if beats is not None:
+                beats.end(error.exit_code, str(error.problems[0]))
+            raise
+    return supervise(request.arguments, launch, count, folder, beats)
 
 
 def _planned(request: Request, loaded: LoadedRecipe, folder: RunFolder, together: Machines) -> tuple[Path, int]:
@@ -143,19 +150,18 @@ class _Watched:
 
 
 def supervise(
-    arguments: list[str], launch: Path, num_processes: int, folder: RunFolder, together: Machines | None = None
+    arguments: list[str], launch: Path, num_processes: int, folder: RunFolder, beats: Heartbeat | None = None
 ) -> int:
     """Trains under accelerate in a session of its own; the trainer's exit code.
 
-    `num_processes` counts those of all machines; this one starts and watches its own.
+    `num_processes` counts those of all machines, which `beats` hears; this one starts and watches its own.
 
     Signals go to the trainers themselves, not to the launcher, which would end them before they have saved. No
     process is left behind. What a trainer could not say itself is said, and written into the run folder's status.
     """
-    together = together or Machines()
+    together = Machines() if beats is None else beats.together
     num_here = num_processes // together.count
     own = range(together.index * num_here, (together.index + 1) * num_here)
-    beats = Heartbeat(together) if together.count > 1 else None
     with reports.folder_of_reports() as scratch:
         command = [
             *(sys.executable, "-m", LAUNCHER, "--config_file", str(launch)),

@@ -262,12 +262,13 @@ def test_what_happens_to_one_machine_is_named_on_the_other_and_the_run_goes_on_a
         ranks[-1].kill()
     (code, said), (_, said_there) = ended(*both)
     assert time.monotonic() - begun < 90
-    assert code == (3 if happens == "the data is missing" else 1), said
+    codes = {"the data is missing": 3, "the supervisor is killed": 75}  # whose ranks save and end
+    assert code == codes.get(happens, 1), said
     assert "Traceback" not in said + said_there
     named = {
         "a rank is killed": r"machine 1 \(\S+\): Lost rank 1: ended without a word",
         "the link is down": r"Nothing was heard of machine 1 \(\S+\) for 30 s",
-        "the supervisor is killed": r"another rank was lost|Nothing was heard of machine 1",
+        "the supervisor is killed": r"saved step",
         "the data is missing": r"machine 1 \(\S+\) ended with exit code 3",
     }
     assert re.search(named[happens], said), said
