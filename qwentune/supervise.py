@@ -175,7 +175,7 @@ def supervise(
         launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
         watched = _Watched()
         try:
-            _wait_for_trainers(launcher, received, scratch)
+            _wait_for_trainers(launcher, received, scratch, own[0], beats)
             launcher_code = _watch(launcher, received, HangWatch(scratch, own), watched, beats)
             _end_orphans(launcher.pid, watched.trainers)
         finally:
@@ -199,12 +199,16 @@ def supervise(
     return code
 
 
-def _wait_for_trainers(launcher: subprocess.Popen[bytes], received: list[int], scratch: Path) -> None:
+def _wait_for_trainers(
+    launcher: subprocess.Popen[bytes], received: list[int], scratch: Path, first_rank: int, beats: Heartbeat | None
+) -> None:
     """Returns once a trainer speaks for itself, or there will be none."""
     with console.busy("starting accelerate and torch"):
-        while launcher.poll() is None and not reports.has_begun(scratch):
+        while launcher.poll() is None and not reports.has_begun(scratch, first_rank):
             if received:
                 console.say("stopping; nothing has begun yet")
+                return
+            if beats is not None and beats.lost():  # the launcher waits for those of all machines
                 return
             time.sleep(0.05)
 

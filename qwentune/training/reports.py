@@ -110,9 +110,9 @@ class Report:
             os.close(file)
 
 
-def has_begun(folder: Path) -> bool:
-    """Whether rank 0 runs."""
-    return (folder / "crash-0").exists()
+def has_begun(folder: Path, rank: int) -> bool:
+    """Whether a rank runs."""
+    return (folder / f"crash-{rank}").exists()
 
 
 def exit_codes(folder: Path) -> dict[int, int]:
