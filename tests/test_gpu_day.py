@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).parent / "bench" / "gpu_day.py"
-pytestmark = pytest.mark.slow
 
 
 def rehearsed(out: Path, *pieces: str) -> list[dict[str, Any]]:
@@ -22,6 +21,7 @@ def rehearsed(out: Path, *pieces: str) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_pieces_have_a_row_each_predictions_first_and_are_not_run_again(tmp_path: Path) -> None:
     pieces = ["rates", "attention-2048", "waits-0.6b-lora", "8b-lora-eager", "8b-qlora-eager", "8b-full-eager"]
     rows = rehearsed(tmp_path / "day.jsonl", *pieces)
@@ -37,6 +37,7 @@ def test_pieces_have_a_row_each_predictions_first_and_are_not_run_again(tmp_path
     assert rehearsed(tmp_path / "day.jsonl", "rates", "attention-2048") == rows
 
 
+@pytest.mark.soak
 def test_peers_begin_with_the_same_loss_in_both_orders(tmp_path: Path) -> None:
     *_, row = rehearsed(tmp_path / "day.jsonl", "peers")
     found = row["found"]
@@ -47,6 +48,7 @@ def test_peers_begin_with_the_same_loss_in_both_orders(tmp_path: Path) -> None:
     assert all(turn["tokens_per_second"] > 0 for turns in found["turns"].values() for turn in turns)
 
 
+@pytest.mark.soak
 def test_compiled_steps_and_tests_are_found(tmp_path: Path) -> None:
     rows = rehearsed(tmp_path / "day.jsonl", "8b-lora-compiled", "correctness")
     assert [row["piece"] for row in rows] == ["predictions", "8b-lora-compiled", "correctness"]
