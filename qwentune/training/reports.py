@@ -20,6 +20,7 @@ from qwentune.errors import Problem, UsageError
 PREFIX = "qwentune-reports-"
 FOLDER = "QWENTUNE_REPORTS"  # the environment variable that names the folder; only a supervisor sets it
 ASK_FOR_STACK = signal.SIGUSR2
+BATCHES = os.path.join("data", "layout", "batch.py")
 OUR_FILES = f"{Path(__file__).parents[1]}{os.sep}"
 
 
@@ -85,7 +86,7 @@ class Report:
         """From now on the supervisor can ask where this rank stands, even one that is stuck in code."""
         if self.folder is not None:
             stack = (self.folder / f"stack-{self.rank}").open("w")
-            faulthandler.register(ASK_FOR_STACK, stack, all_threads=False)
+            faulthandler.register(ASK_FOR_STACK, stack, all_threads=True)
 
     def pass_mark(self) -> None:
         """Counts a place in the step at which other ranks may come to wait for this one."""
@@ -131,9 +132,21 @@ def marks(folder: Path) -> dict[int, int]:
 
 
 def position(folder: Path, rank: int) -> str:
-    """Where a rank that was asked stands, as `file:line in function`; empty where it did not answer."""
-    frames = _frames(folder / f"stack-{rank}")
-    return frames[0] if frames else ""
+    """Where a rank that was asked stands, as `file:line in function`; empty where it did not answer.
+
+    Of one that waits for a batch, where the thread that makes it stands.
+    """
+    current, others = list[str](), list[list[str]]()
+    with suppress(OSError):
+        for thread in re.split(r"(?m)^(?=Current thread |Thread )", (folder / f"stack-{rank}").read_text()):
+            if thread.startswith("Current"):
+                current = _calls(thread)
+            else:
+                others.append(_calls(thread))
+    if any(f"{BATCHES}:" in call for call in current):
+        making = [calls for calls in others if any(re.search(rf"{BATCHES}:\d+ in _make$", call) for call in calls)]
+        current = (making or [current])[0]
+    return current[0] if current else ""
 
 
 def crash(folder: Path, rank: int) -> str:
@@ -150,6 +163,10 @@ def crash(folder: Path, rank: int) -> str:
 def _frames(stack: Path) -> list[str]:
     """`file:line in function` of each call, the innermost first; none where nothing was written."""
     with suppress(OSError):
-        calls = re.findall(r'File "(.+)", line (\d+) in (\S+)', stack.read_text())
-        return [f"{file}:{line} in {function}" for file, line, function in calls]
+        return _calls(stack.read_text())
     return []
+
+
+def _calls(stack: str) -> list[str]:
+    found = re.findall(r'File "(.+)", line (\d+) in (\S+)', stack)
+    return [f"{file}:{line} in {function}" for file, line, function in found]
